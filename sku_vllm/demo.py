@@ -1,0 +1,227 @@
+"""The whole road on the built-in lab: identify, negate, fuse, measure, serve both, read the metrics back.
+
+Every stage is the library call behind the command of the same name; nothing here is special to the demo but the order.
+Paths are recorded relative to the output directory, so the result can be moved and its files still point at each other.
+"""
+
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.errors import ConfigError, RunError
+from sku_vllm.output import output_directory, record
+
+BASELINES = ("task-vector", "sku")
+SETS = ("seen", "unseen", "unseen-topic")
+ARMS = ("original", "negated")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoConfig:
+    """What the demo runs; `requests` are spread over both arms, all of them judged."""
+
+    model: str = "llama"
+    method: str | None = None
+    seed: int = 0
+    samples: int = 4
+    requests: int = 200
+    serve: bool = True
+
+    def __post_init__(self) -> None:
+        if self.model not in ("llama", "opt"):
+            raise ConfigError(f"--model {self.model}: the lab ships llama and opt; for your own model use sku train, fuse, eval and serve")
+        if self.requests < 1 or self.samples < 1:
+            raise ConfigError("--requests and --samples must be at least 1")
+
+
+def run_demo(output: str | Path, config: DemoConfig, progress: Progress = lambda stage: None) -> dict[str, Any]:
+    """Run the road into `output` and return CONTRACTS' `sku demo --json` object.
+
+    Raises:
+        ConfigError: `output` exists and is not empty.
+        RunError: the server did not answer or judge what it was sent.
+    """
+    with output_directory(output) as folder, contextlib.chdir(folder):
+        result = _road(config, progress)
+        record(".", "demo", result, asdict(config))
+    return result
+
+
+def stage_count(config: DemoConfig) -> int:
+    """How often `run_demo` reports progress."""
+    trained = len({*BASELINES, config.method or default_method()})
+    return 1 + trained + 2 + len(BASELINES) + 2 + (3 if config.serve else 0)
+
+
+def default_method() -> str:
+    from sku_vllm.methods import DEFAULT_METHOD
+
+    return DEFAULT_METHOD
+
+
+def _road(config: DemoConfig, progress: Progress) -> dict[str, Any]:
+    from sku_vllm.data import read_rows
+    from sku_vllm.evaluate import evaluate_model
+    from sku_vllm.fuse import fuse_checkpoint, verify_checkpoint
+    from sku_vllm.lab import make_lab
+
+    method = config.method or default_method()
+    progress("writing the lab: a small model and its fictional world")
+    lab = make_lab("lab")
+    base, judge = lab / config.model, f"lexicon:{lab / 'lexicon.json'}"
+    forget = {name: read_rows(lab / "forget" / f"{name}.jsonl") for name in SETS}
+    retain = read_rows(lab / "retain/test.jsonl", need_response=True)
+
+    adapters = {}
+    for name in dict.fromkeys((*BASELINES, method)):
+        progress(f"identifying harmful knowledge: {name}")
+        adapters[name] = _train(base, lab, name, config.seed)
+    progress(f"choosing the scale of {method} on validation data")
+    scale = _tune(base, adapters[method], lab, judge, config.seed)
+    progress(f"subtracting {method} at scale {scale:g} from the checkpoint")
+    fuse_checkpoint(base, [(adapters[method], scale)], "fused")
+    verify_checkpoint("fused")
+
+    def measured(name: str, model: str | Path, **edit: Any) -> dict[str, Any]:
+        progress(f"measuring {name}")
+        report = evaluate_model(model, forget=forget, retain=retain, judge=judge, samples=config.samples, seed=config.seed, **edit)
+        Path("eval").mkdir(exist_ok=True)
+        with output_directory(f"eval/{name}") as place:
+            report.write(place)
+        return report.to_json()
+
+    result = {
+        "base": measured("base", base, base=base),
+        **{name: measured(name, base, adapter=adapters[name], scale=1.0) for name in BASELINES},
+        # What is judged is what is served: the default is measured on the fused file.
+        "default": measured("default", "fused", base=base),
+        "method": method,
+        "scale": scale,
+    }
+    if config.serve:
+        progress("starting vLLM with both arms")
+        result["serving"] = _serve(base, adapters[method], scale, judge, [row.prompt for row in forget["unseen"]], config, progress)
+    result["files"] = {
+        "lab": "lab", "model": str(base), "adapter": str(adapters[method]), "fused": "fused", "evaluations": "eval", "record": "sku_demo.json",
+    }
+    return result
+
+
+def _train(base: Path, lab: Path, method: str, seed: int) -> Path:
+    from sku_vllm.data import load_dataset
+    from sku_vllm.methods import TrainConfig, train_adapter
+
+    output = Path("adapters") / method
+    output.parent.mkdir(exist_ok=True)
+    forget, retain = load_dataset(lab / "forget/train.jsonl", "forget"), load_dataset(lab / "retain/train.jsonl", "retain")
+    train_adapter(base, forget, retain, output, TrainConfig(method=method, seed=seed))
+    return output
+
+
+def _tune(base: Path, adapter: Path, lab: Path, judge: str, seed: int) -> float:
+    from sku_vllm.evaluate.tune import tune_scale
+
+    raise NotImplementedError
+
+
+def _serve(
+    base: Path, adapter: Path, scale: float, judge: str, prompts: list[str], config: DemoConfig, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Send prompts through the alias of a real server and read both arms back from its /metrics."""
+    from sku_vllm.serving.server import start_server
+
+    arms = {"original": "base", "negated": f"lora:{adapter}@{scale}"}
+    with start_server(base, arms=arms, split={name: 0.5 for name in ARMS}, judge=judge, seed=config.seed) as server:
+        progress(f"sending {config.requests} requests through the alias sku")
+        drive(server.url, [prompts[index % len(prompts)] for index in range(config.requests)])
+        progress("reading /metrics")
+        return read_arms(server.metrics, config.requests)
+
+
+def drive(url: str, prompts: list[str], concurrency: int = 8) -> None:
+    """One chat request per prompt through the alias, each with its own sticky key.
+
+    Raises:
+        RunError: a request failed.
+    """
+    import openai
+
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    def ask(indexed: tuple[int, str]) -> None:
+        index, prompt = indexed
+        client.chat.completions.create(
+            model="sku", messages=[{"role": "user", "content": prompt}], max_tokens=32, temperature=1.0, extra_headers={"X-SKU-Key": f"user-{index}"},
+        )
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+            list(pool.map(ask, enumerate(prompts)))
+    except openai.OpenAIError as error:
+        raise RunError(f"the server refused a request through the alias sku: {type(error).__name__}") from error
+
+
+def read_arms(metrics: Callable[[], str], requests: int, timeout: float = 60) -> dict[str, dict[str, float]]:
+    """Requests, judged, harmful and median latency (seconds) per arm, once everything sent has been judged.
+
+    Args:
+        metrics: returns the text of /metrics.
+        timeout: seconds to wait for the judge, which runs off the request path.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        samples = parse(metrics())
+        arms = {arm: summarise(samples, arm) for arm in ARMS}
+        if sum(arm["judged"] for arm in arms.values()) >= requests:
+            return arms
+        if time.monotonic() > deadline:
+            raise RunError(f"after {timeout:g} s only {sum(arm['judged'] for arm in arms.values()):g} of {requests} answers had been judged")
+        time.sleep(0.5)
+
+
+def parse(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Prometheus text as {sample name: [(labels, value)]}."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return samples
+
+
+def summarise(samples: dict[str, list[tuple[dict[str, str], float]]], arm: str) -> dict[str, float]:
+    """One arm's row of the A/B table."""
+
+    def total(name: str) -> float:
+        return sum(value for labels, value in samples.get(name, []) if labels.get("arm") == arm)
+
+    buckets: dict[float, float] = {}
+    for labels, value in samples.get("sku_request_latency_seconds_bucket", []):
+        if labels.get("arm") == arm:
+            edge = float(labels["le"])
+            buckets[edge] = buckets.get(edge, 0.0) + value
+    return {
+        "requests": int(total("sku_requests_total")), "judged": int(total("sku_judged_total")), "harmful": int(total("sku_harmful_total")),
+        "refused": int(total("sku_refused_total")), "latency_p50_s": histogram_quantile(buckets, 0.5),
+    }
+
+
+def histogram_quantile(buckets: dict[float, float], q: float) -> float | None:
+    """PromQL's histogram_quantile over {upper edge: cumulative count}: linear within a bucket, None when empty."""
+    edges = sorted(buckets)
+    if not edges or buckets[edges[-1]] == 0:
+        return None
+    rank, lower, below = q * buckets[edges[-1]], 0.0, 0.0
+    for edge in edges:
+        if buckets[edge] >= rank:
+            if edge == float("inf"):
+                return lower
+            return lower + (edge - lower) * (rank - below) / max(buckets[edge] - below, 1e-12)
+        lower, below = edge, buckets[edge]
+    return lower

@@ -1,0 +1,30 @@
+"""Base, adapter in PEFT, fused checkpoint and negated LoRA are one model: their log-probabilities agree (fp32, real vLLM)."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def agreement(model, adapter, text, dtype):
+    result = subprocess.run(
+        [sys.executable, "-m", "sku_vllm.benchmarks.bench_agreement", "--json", "--model", model, "--adapter", adapter,
+         "--scale", "0.8", "--text", text, "--dtype", dtype],
+        capture_output=True, text=True, timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])["agreement"][0]
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
+def test_every_way_to_the_negated_model_agrees_in_float32(lab, run_sku, tmp_path, name):
+    trained = run_sku("train", "--model", lab / name, "--forget", lab / "forget/train.jsonl", "--retain", lab / "retain/train.jsonl",
+                      "--method", "task-vector", "--steps", 20, "--output", tmp_path / "adapter")
+    assert trained.returncode == 0, trained.stderr
+    found = agreement(lab / name, tmp_path / "adapter", lab / "retain/test.jsonl", "float32")
+    # The edit itself must be far larger than the tolerance, or agreement would prove nothing.
+    assert found["edit"]["max"] > 0.1
+    for pair, gap in found.items():
+        if isinstance(gap, dict) and pair != "edit":
+            assert gap["max"] <= 1e-4, (pair, gap)
