@@ -1,0 +1,60 @@
+"""`sku compare A B`: two evaluations over the same prompts, with paired statistics."""
+
+from typing import Any
+
+import click
+
+from sku_vllm.cli.options import print_json, sku_command
+
+
+@sku_command("compare")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--output", default=None, type=click.Path(), help="Directory to create: sku_compare.json and differ.jsonl (both answers, mode 0600).")
+@click.option("--show", default=10, type=int, help="Differing prompts to print.")
+@click.option("--seed", default=0, type=int, help="Seed of the bootstrap.")
+def command(a: str, b: str, output: str | None, show: int, seed: int, json_output: bool) -> None:
+    """Compare two evaluations (directories of sku eval, or judged JSONL files) answer by answer.
+
+    Differences are B minus A. With one answer per prompt the p-value is McNemar's exact test, with several a sign-flip test
+    clustered by prompt; intervals are a bootstrap over prompts. Answers stay in differ.jsonl; only prompts are printed.
+    """
+    from sku_vllm.compare import compare
+    from sku_vllm.output import check_output, output_directory, record, write_text
+
+    if output:
+        check_output(output)
+    found = compare(a, b, seed=seed)
+    result = {**found.to_json(), "differ": [{key: row[key] for key in ("set", "mode", "prompt", "a", "b")} for row in found.differ]}
+    if output:
+        import json
+
+        with output_directory(output, mode=0o700) as folder:
+            record(folder, "compare", {**result, "differ": len(found.differ)}, {"a": a, "b": b, "seed": seed})
+            write_text(folder / "differ.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.differ), mode=0o600)
+    if json_output:
+        print_json(result)
+    else:
+        _show(result, show)
+
+
+def _show(result: dict[str, Any], show: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"B minus A over the same prompts\nA = {result['a']}\nB = {result['b']}", title_justify="left")
+    for name in ("set", "mode", "label", "A", "B", "difference (95 %)", "only A", "only B", "p"):
+        table.add_column(name, justify="left" if name in ("set", "mode", "label") else "right")
+    for name, modes in result["sets"].items():
+        for mode, labels in modes.items():
+            for label, d in labels.items():
+                table.add_row(name, mode, label, f"{d['rate_a']:.1%}", f"{d['rate_b']:.1%}", f"{d['difference']:+.1%} ({d['low']:+.1%} to {d['high']:+.1%})",
+                              str(d["only_a"]), str(d["only_b"]), f"{d['p_value']:.2g}")
+    console.print(table)
+    for row in result["differ"][:show]:
+        console.print(f"{row['set']}/{row['mode']}: {row['a']} → {row['b']}: {row['prompt']}", markup=False, highlight=False)
+    if len(result["differ"]) > show:
+        console.print(f"… and {len(result['differ']) - show} more answers differ (--output keeps them all)")
+    if result["unpaired"]:
+        console.print(f"{result['unpaired']} answers had no partner and were left out", style="yellow")
