@@ -1,0 +1,107 @@
+"""PEFT's LoRA directories: which of their options leave the edit a plain scaling·B@A, and how their keys name base weights."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.checkpoint import CheckpointReader
+from sku_vllm.delta import Dense, LowRank
+from sku_vllm.errors import AdapterError
+
+WEIGHTS = "adapter_model.safetensors"
+FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?$")
+# Of the ways to initialise a LoRA, those that leave the base's weights alone.
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# PEFT options under which the edit is not scaling·B@A on the named weights, with what makes it so again.
+UNSUPPORTED = {
+    "use_dora": "DoRA rescales whole columns of the base, which is not a task vector; train with use_dora=False",
+    "lora_bias": "a LoRA bias belongs to no base weight; train with lora_bias=False",
+    "modules_to_save": "whole modules were retrained and no file says from what; train without it, or with sku train --full",
+    "layer_replication": "replicated layers are not layers of the base; train without layer_replication",
+    "trainable_token_indices": "retrained token rows are not LoRA factors; train without trainable_token_indices",
+    "alora_invocation_tokens": "aLoRA applies to some tokens only and cannot be merged; train a plain LoRA",
+    "use_qalora": "QA-LoRA pools its inputs; train a plain LoRA", "use_bdlora": "block-diagonal LoRA; train a plain LoRA",
+    "megatron_config": "Megatron layers shard their factors; save a plain LoRA",
+    "arrow_config": "Arrow routes between adapters; give each adapter on its own",
+    "kasa_config": "KaSA truncates the base's weights; train a plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its factors; train a plain LoRA",
+}
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse, with the reason and the remedy, an adapter whose edit is not scaling·B@A on base weights."""
+    file = path / "adapter_config.json"
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA adapters have an edit of the form scaling·B@A")
+    for key, why in UNSUPPORTED.items():
+        if config.get(key):
+            raise AdapterError(f"{file}: {key} is set: {why}")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{file}: bias={config['bias']!r} retrains biases and keeps no delta of them; train with bias='none'")
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise AdapterError(
+            f"{file}: init_lora_weights={config['init_lora_weights']!r} changed the base before training, so B@A is not the edit; "
+            "convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=…)) and give the converted one"
+        )
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise AdapterError(f"{file}: r and lora_alpha must be numbers; save the adapter again with PEFT")
+
+
+def read_factors(
+    file: Path, config: Mapping[str, Any], reader: CheckpointReader
+) -> tuple[dict[str, LowRank | Dense], dict[str, list[LowRank]], dict[str, Dense]]:
+    """The deltas, stacks and copies of `LoraAdapter`. Raises AdapterError listing every key that does not fit."""
+    found: dict[str, dict[str, Any]] = {}
+    copies: dict[str, Dense] = {}
+    strange = []
+    for key in reader.names:
+        match = FACTOR.match(key)
+        if match:
+            found.setdefault(match["module"], {})[match["side"]] = (key, bool(match["embedding"]))
+        elif key.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight")):
+            copies[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = Dense(reader, key)
+        else:
+            strange.append(key)
+    strange += [key for sides in found.values() if len(sides) != 2 for key, _ in sides.values()]
+    if strange or not found:
+        listed = ", ".join(strange[:5]) + (", …" if len(strange) > 5 else "")
+        what = f"{len(strange)} keys are not pairs of LoRA factors ({listed})" if strange else "it has no LoRA factors"
+        raise AdapterError(f"{file}: {what}; save the adapter again with PEFT's save_pretrained")
+    deltas: dict[str, LowRank | Dense] = {}
+    stacks: dict[str, dict[int, LowRank]] = {}
+    problems = []
+    parents = tuple("." + str(target).rpartition(".")[0] for target in config.get("target_parameters") or ())
+    for module, sides in found.items():
+        (key, embedding), (other, _) = sides["A"], sides["B"]
+        plain = module.replace(".base_layer", "")
+        rank, scaling = rank_and_scaling(config, plain)
+        factors = LowRank(reader.tensor(key), reader.tensor(other), scaling)
+        if parents and ("." + plain).endswith(parents):
+            stacks.setdefault(plain, {})[module.count(".base_layer")] = factors
+            continue
+        if factors.a.ndim != 2 or factors.b.ndim != 2 or factors.a.shape[0] != factors.b.shape[1]:
+            problems.append(f"{key} {list(factors.a.shape)} and {other} {list(factors.b.shape)} cannot be multiplied as B@A")
+        elif factors.a.shape[0] != rank:
+            problems.append(f"{key} has rank {factors.a.shape[0]}, but adapter_config.json says {rank}")
+        elif not (factors.a.isfinite().all() and factors.b.isfinite().all()):
+            problems.append(f"{key} or {other} holds NaN or infinity")
+        deltas[f"{plain}.weight"] = factors.transposed if embedding or config.get("fan_in_fan_out") else factors
+    if problems:
+        raise AdapterError(f"{file}: {'; '.join(problems)}; train or save the adapter again")
+    inner_first = {module: [depths[depth] for depth in sorted(depths, reverse=True)] for module, depths in stacks.items()}
+    return deltas, inner_first, copies
+
+
+def rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scaling of one module: lora_alpha / r, or / √r for rsLoRA, after rank_pattern and alpha_pattern (PEFT's matching rule)."""
+
+    def lookup(pattern: Mapping[str, Any] | None, default: Any) -> Any:
+        return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+    rank = lookup(config.get("rank_pattern"), config["r"])
+    alpha = lookup(config.get("alpha_pattern"), config["lora_alpha"])
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
