@@ -64,7 +64,9 @@ def test_detector_refuses_nonsense_and_survives_extremes() -> None:
     detector = RecoveryDetector(0.01)
     for _ in range(50):
         detector.update(1000, 1000)
-    assert math.isfinite(detector.evidence)
+    assert math.isfinite(detector.evidence) and detector.evidence >= detector.threshold
+    # Once the cause is gone the alarm goes too.
+    assert not [detector.update(0, 1000) for _ in range(3)][-1]
     stored = RecoveryDetector(0.01, levels=list(detector.levels))
     assert stored.evidence == detector.evidence
     for wrong in ({"tolerated": 0.0}, {"tolerated": 1.0}, {"tolerated": 0.1, "false_alarms": 0.0}, {"tolerated": 0.1, "levels": [0.0]}):

@@ -53,8 +53,8 @@ class RecoveryDetector:
             for i, step in enumerate(STEPS):
                 raised = self.tolerated + (1 - self.tolerated) * step
                 gain = hits * math.log(raised / self.tolerated) + (probes - hits) * math.log((1 - raised) / (1 - self.tolerated))
-                # Far above any threshold the value no longer matters; without the cap it overflows.
-                self.levels[i] = min((self.levels[i] + 1) * math.exp(min(gain, 600.0)), 1e300)
+                # The cap only lowers M, so the guarantee stands; it lets an alarm clear a few quiet intervals after the cause is gone.
+                self.levels[i] = min((self.levels[i] + 1) * math.exp(min(gain, 600.0)), len(STEPS) * self.threshold)
         return self.evidence >= self.threshold
 
     def reset(self) -> None:

@@ -1,0 +1,240 @@
+"""Long-term watch of a running server: probe it on schedule, judge the answers, remember the counts, notice knowledge that comes back.
+
+A round yields one count per series: `harmful` (harmful answers to the forget probes), `gibberish` (broken answers to any probe),
+`over_refusal` (refused retain probes), and `traffic:ARM` (harmful among the judged answers the server counted by itself). Each series
+first learns what is normal, then a detector with a stated false alarm rate watches it (`sku_vllm.stats.change_points`).
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.data import Row, read_rows
+from sku_vllm.errors import ConfigError, RunError
+from sku_vllm.history import History
+from sku_vllm.judges import Exchange, Verdict, load_labeller
+from sku_vllm.probe import arm_counters, ask
+from sku_vllm.stats import wilson
+from sku_vllm.stats.change_points import RecoveryDetector, delay, locate_change, tolerated_rate, trend
+
+# A round of a broken server teaches nothing about normal, so a baseline worse than this is refused.
+WORST_BASELINE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorConfig:
+    """Where to look, what to ask, when to raise the alarm.
+
+    `false_alarms` is per round over all series together; `tolerate` replaces the learned baseline of `harmful`; `notice` is the
+    harmful rate for which the delay is stated.
+    """
+
+    metrics: str | None = None
+    prometheus: str | None = None
+    server: str | None = None
+    probes: str | None = None
+    retain: str | None = None
+    judge: str | None = None
+    model: str = "sku"
+    arm: str | None = None
+    samples: int = 1
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    baseline_rounds: int = 5
+    tolerate: float | None = None
+    false_alarms: float = 1e-4
+    notice: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.metrics) == bool(self.prometheus):
+            raise ConfigError("give one of --metrics URL (the server's /metrics) and --prometheus URL (a Prometheus that scrapes it)")
+        if self.probes and not self.judge:
+            raise ConfigError("--probes needs --judge SPEC to decide which answers are harmful, for instance lexicon:FILE")
+        if self.retain and not self.probes:
+            raise ConfigError("--retain is probed beside --probes FILE; give both")
+        if self.probes and not self.address:
+            raise ConfigError("--probes with --prometheus needs --server URL, the address that answers /v1/chat/completions")
+        if self.samples < 1 or self.baseline_rounds < 1 or self.max_new_tokens < 1:
+            raise ConfigError("--samples, --baseline-rounds and --max-new-tokens must be at least 1")
+        for flag, rate in (("--tolerate", self.tolerate), ("--false-alarms", self.false_alarms), ("--notice", self.notice)):
+            if rate is not None and not 0 < rate < 1:
+                raise ConfigError(f"{flag} {rate:g}: must lie between 0 and 1")
+
+    @property
+    def address(self) -> str | None:
+        """Where probes go: --server, or the server whose /metrics is watched."""
+        found = self.server or (self.metrics.rsplit("/metrics", 1)[0] if self.metrics else None)
+        return found.rstrip("/").removesuffix("/v1") if found else None
+
+
+@dataclass(slots=True)
+class Series:
+    """What is known about one series after a round; rates are None while nothing was counted."""
+
+    name: str
+    hits: int
+    n: int
+    rate: float | None
+    low: float
+    high: float
+    rounds: int
+    watched: bool
+    tolerated: float | None = None
+    evidence: float | None = None
+    threshold: float | None = None
+    alarm: bool = False
+    notice_within: int | None = None
+    trend: dict[str, float] | None = None
+    change_point: dict[str, float] | None = None
+
+
+@dataclass(slots=True)
+class Round:
+    """One look at the server; `alarms` names the series above their tolerated rate, `error` says why the server could not be asked."""
+
+    number: int
+    time: float
+    series: list[Series] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def alarms(self) -> list[str]:
+        return [series.name for series in self.series if series.alarm]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"round": self.number, "time": self.time, "alarms": self.alarms, "error": self.error, "series": [asdict(series) for series in self.series]}
+
+
+class Monitor:
+    """Probes, judge and store of one server; `round()` looks once.
+
+    Raises:
+        ConfigError: the store belongs to other probes. DataError: probes or judge cannot be read.
+    """
+
+    def __init__(self, config: MonitorConfig, store: str | Path) -> None:
+        self.config = config
+        self.probes = read_rows(config.probes) if config.probes else []
+        self.retain = read_rows(config.retain) if config.retain else []
+        self.label = load_labeller(config.judge) if config.judge else None
+        asked = hashlib.sha256(json.dumps([[digest(row) for row in rows] for rows in (self.probes, self.retain)]).encode()).hexdigest()
+        self.history = History(store, {"probes": asked, "judge": config.judge, "model": config.model, "arm": config.arm, "samples": config.samples,
+                                       "temperature": config.temperature, "max-new-tokens": config.max_new_tokens})
+
+    def round(self, now: Callable[[], float] = time.time) -> Round:
+        """Ask, judge, record, decide. A server that does not answer is recorded as a failed round, not as a quiet one."""
+        try:
+            counts, labels = self._probe()
+            counters = arm_counters(metrics=self.config.metrics, prometheus=self.config.prometheus)
+        except RunError as error:
+            return Round(self.history.add_round(now(), "failed", {}, {}), now(), error=str(error))
+        for arm, seen in counters.items():
+            counts[f"traffic:{arm}"] = self.history.since_last(arm, seen["hits"], seen["n"])
+        number = self.history.add_round(now(), "done", counts, labels)
+        # Traffic changes with its users, so it only raises the alarm where there are no probes to ask.
+        watched = [name for name in counts if not self.probes or not name.startswith("traffic:")]
+        return Round(number, now(), [self._follow(name, name in watched, len(watched)) for name in counts])
+
+    def _probe(self) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+        rows = [*self.probes, *self.retain]
+        if not rows or self.label is None:
+            return {}, {}
+        asked = [row for row in rows for _ in range(self.config.samples)]
+        # Another seed every round, so that rounds are independent looks at the same prompts.
+        seed = self.config.seed + len(asked) * sum(self.history.rounds().values())
+        answers = ask(str(self.config.address), self.config.model, [row.messages for row in asked], arm=self.config.arm,
+                      temperature=self.config.temperature, max_tokens=self.config.max_new_tokens, seed=seed)
+        verdicts = self.label([Exchange(row.prompt, answer) for row, answer in zip(asked, answers, strict=True)])
+        split = len(self.probes) * self.config.samples
+        counts = {"harmful": _count(verdicts[:split], "harmful"), "gibberish": _count(verdicts, "gibberish")}
+        if self.retain:
+            counts["over_refusal"] = _count(verdicts[split:], "refusal")
+        labels = {f"{digest(row)}/{i % self.config.samples}": verdict.label for i, (row, verdict) in enumerate(zip(asked, verdicts, strict=True))}
+        return counts, labels
+
+    def _follow(self, name: str, watched: bool, of: int) -> Series:
+        past = self.history.series(name)
+        hits, n = [row[1] for row in past], [row[2] for row in past]
+        low, high = wilson(hits[-1], n[-1])
+        series = Series(name, hits[-1], n[-1], hits[-1] / n[-1] if n[-1] else None, low, high, sum(1 for count in n if count), watched)
+        drift, change = trend(hits, n), locate_change(hits, n)
+        series.trend = asdict(drift) if drift else None
+        series.change_point = {**asdict(change), "time": past[change.index][0]} if change else None
+        if watched:
+            self._detect(series, hits, n, self.config.false_alarms / of)
+        return series
+
+    def _detect(self, series: Series, hits: Sequence[int], n: Sequence[int], false_alarms: float) -> None:
+        known = self.history.detector(series.name)
+        harm = series.name == "harmful" or series.name.startswith("traffic:")
+        if known:
+            detector = RecoveryDetector(known[0], false_alarms, known[1])
+            detector.update(series.hits, series.n)
+        elif harm and self.config.tolerate is not None:
+            detector = RecoveryDetector(self.config.tolerate, false_alarms)
+            detector.update(series.hits, series.n)
+        elif series.rounds < self.config.baseline_rounds:
+            return
+        else:
+            # The rounds that taught the baseline are not held against it.
+            detector = RecoveryDetector(learn(series.name, sum(hits), sum(n)), false_alarms)
+        self.history.keep_detector(series.name, detector.tolerated, detector.levels)
+        series.tolerated, series.evidence, series.threshold = detector.tolerated, detector.evidence, detector.threshold
+        series.alarm = detector.evidence >= detector.threshold
+        if series.n and self.config.notice > detector.tolerated:
+            series.notice_within = delay(detector.tolerated, self.config.notice, series.n, false_alarms=false_alarms)
+
+
+def learn(name: str, hits: int, n: int) -> float:
+    """The rate to tolerate after a baseline of `hits` among `n`.
+
+    Raises:
+        ConfigError: the baseline is so bad that nothing worse could be noticed.
+    """
+    if hits > WORST_BASELINE * n:
+        raise ConfigError(f"{name}: the baseline rate is {hits / n:.0%}, so nothing worse could be noticed; watch a server that is in order, with a new --store")
+    return tolerated_rate(hits, n)
+
+
+def digest(row: Row) -> str:
+    """A probe's name in the store: 16 hex digits of its conversation's sha256, so that the store holds no text."""
+    return hashlib.sha256(json.dumps([dict(turn) for turn in row.messages], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _count(verdicts: Sequence[Verdict], label: str) -> tuple[int, int]:
+    return sum(verdict.label == label for verdict in verdicts), len(verdicts)
+
+
+def export(latest: Round, outcomes: dict[str, int]) -> Any:
+    """A prometheus_client registry of the latest round: `sku_monitor_*`, label `series` (bounded by arms and probe kinds)."""
+    from prometheus_client import CollectorRegistry, Gauge
+
+    registry = CollectorRegistry()
+
+    def gauge(name: str, text: str, label: str | None = "series") -> Gauge:
+        return Gauge(f"sku_monitor_{name}", text, [label] if label else [], registry=registry)
+
+    numbers = {
+        "rate": gauge("rate", "Share of hits in the latest round."),
+        "tolerated": gauge("tolerated_rate", "Rate a quiet server is granted."),
+        "evidence": gauge("evidence", "Detector statistic; an alarm is raised at the threshold."),
+        "threshold": gauge("threshold", "Statistic at which an alarm is raised."),
+        "n": gauge("probes", "Answers counted in the latest round."),
+        "alarm": gauge("alarm", "1 while the series is above its tolerated rate."),
+    }
+    for series in latest.series:
+        for attribute, metric in numbers.items():
+            value = getattr(series, attribute)
+            if value is not None:
+                metric.labels(series.name).set(float(value))
+    rounds = gauge("rounds", "Rounds so far by outcome.", "outcome")
+    for outcome in ("done", "failed"):
+        rounds.labels(outcome).set(outcomes.get(outcome, 0))
+    gauge("last_round_timestamp_seconds", "When the latest round ended.", None).set(latest.time)
+    gauge("server_up", "1 if the latest round got all its answers.", None).set(latest.error is None)
+    return registry
