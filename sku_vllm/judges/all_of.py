@@ -30,16 +30,18 @@ def strictest(votes: dict[str, list[bool | None]]) -> list[bool | None]:
 def agreement(votes: dict[str, list[bool | None]]) -> list[dict[str, Any]]:
     """For every pair of judges: rows both judged, share that agrees, Cohen's kappa, and the numbers of the rows in dispute.
 
-    Kappa is None where chance alone would agree always (one class only).
+    A pair with a judge that has no opinion on harm is left out; kappa is None where chance alone would always agree (one class only).
     """
     pairs = []
     for (first, one), (second, other) in combinations(votes.items(), 2):
         both = [(row, a, b) for row, (a, b) in enumerate(zip(one, other, strict=True)) if a is not None and b is not None]
         disputed = [row for row, a, b in both if a != b]
         n = len(both)
-        agree = (n - len(disputed)) / n if n else None
-        p, q = (sum(a for _, a, _ in both) / n, sum(b for _, _, b in both) / n) if n else (0.0, 0.0)
+        if n == 0:
+            continue  # one of them has no opinion on harm
+        agree = 1 - len(disputed) / n
+        p, q = sum(a for _, a, _ in both) / n, sum(b for _, _, b in both) / n
         chance = p * q + (1 - p) * (1 - q)
-        kappa = (agree - chance) / (1 - chance) if n and chance < 1 else None
+        kappa = (agree - chance) / (1 - chance) if chance < 1 else None
         pairs.append({"judges": [first, second], "n": n, "agreement": agree, "kappa": kappa, "disagreements": disputed})
     return pairs

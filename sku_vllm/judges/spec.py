@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 
 from sku_vllm.errors import ConfigError
 from sku_vllm.judges.exchange import Judge
@@ -42,5 +43,14 @@ def load_judge(spec: str) -> Judge:
         from sku_vllm.judges.all_of import AllOf
 
         return AllOf([load_judge(part) for part in _NEXT_JUDGE.split(rest)])
+    raise _unknown(spec, kind)
+
+
+def judge_of(specs: Sequence[str]) -> Judge:
+    """The judge of a repeated `--judge`: one as it is, several as `all:`."""
+    return load_judge(specs[0]) if len(specs) == 1 else load_judge("all:" + ",".join(specs))
+
+
+def _unknown(spec: str, kind: str) -> ConfigError:
     close = difflib.get_close_matches(kind, ["lexicon", "refusal", "hf", "openai", "all"], n=1)
-    raise ConfigError(f"--judge {spec}: unknown judge{f'; did you mean {close[0]!r}?' if close else ''}; choose from {', '.join(SPECS)}")
+    return ConfigError(f"--judge {spec}: unknown judge{f'; did you mean {close[0]!r}?' if close else ''}; choose from {', '.join(SPECS)}")

@@ -1,0 +1,42 @@
+"""What `sku eval` does with its options: read the rows, measure resumably, write the directory."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.data import read_rows
+from sku_vllm.evaluate.answers import KEPT_ANSWERS
+from sku_vllm.evaluate.columns import column_names
+from sku_vllm.evaluate.config import EvalConfig
+from sku_vllm.evaluate.evaluate import evaluate_model
+from sku_vllm.evaluate.judging import KEPT_VERDICTS
+from sku_vllm.evaluate.progress import answer_bar
+from sku_vllm.evaluate.unfinished import resumable_directory
+from sku_vllm.judges import judge_of
+from sku_vllm.output import record, write_text
+
+CONFIG_FIELDS = ("samples", "temperature", "max_new_tokens", "seed", "batch_size", "template")
+RUN_FIELDS = ("adapter", "scale", "base", "dtype", "backend", "revision", "any_base", "as_is")
+
+
+def run_eval(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Run `sku eval` with its options by name; `forget` maps names to files. Returns what `--json` prints."""
+    config = EvalConfig(**{name: options[name] for name in CONFIG_FIELDS})
+    judge = judge_of(options["judge"])
+    columns = column_names(options["columns"])
+    forget = {name: read_rows(path, columns=columns) for name, path in options["forget"].items()}
+    retain = read_rows(options["retain"], columns=columns)
+    # A judge may change between runs (the endpoint moved): kept verdicts carry their judge's name, kept answers need none.
+    inputs = {key: value for key, value in options.items() if key not in ("resume", "output", "judge")}
+    with resumable_directory(options["output"], inputs, resume=options["resume"], leftovers=(KEPT_ANSWERS, KEPT_VERDICTS)) as directory:
+        total = sum(map(len, forget.values())) * (1 + config.samples) + len(retain)
+        with answer_bar(total, Path(options["output"]).name) as progress:
+            report = evaluate_model(
+                options["model"], forget=forget, retain=retain, judge=judge, config=config, kept=directory, progress=progress,
+                **{name: options[name] for name in RUN_FIELDS},
+            )
+        write_text(directory / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows), mode=0o600)
+        result = report.to_json()
+        record(directory, "eval", result, {key: value for key, value in options.items() if key != "resume"})
+    return result
