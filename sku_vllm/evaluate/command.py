@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sku_vllm.checkpoint import base_identity
 from sku_vllm.data import read_rows
 from sku_vllm.evaluate.answers import KEPT_ANSWERS
 from sku_vllm.evaluate.columns import column_names
@@ -38,5 +39,7 @@ def run_eval(options: Mapping[str, Any]) -> dict[str, Any]:
             )
         write_text(directory / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows), mode=0o600)
         result = report.to_json()
-        record(directory, "eval", result, {key: value for key, value in options.items() if key != "resume"})
+        # Which weights were judged: what a report needs to call a fused checkpoint verified.
+        identity = base_identity(options["model"]) if Path(options["model"]).is_dir() else None
+        record(directory, "eval", result, {key: value for key, value in options.items() if key != "resume"} | {"model_identity": identity})
     return result
