@@ -1,0 +1,1 @@
+"""The vLLM plugin: original and negated weights behind one name, measured arm by arm."""

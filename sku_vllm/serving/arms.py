@@ -1,0 +1,140 @@
+"""What can answer a request: the model as it is, the model minus an adapter, or another server. Pure."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sku_vllm.errors import ConfigError
+
+ALIAS = "sku"
+SWAPPED = "swapped"
+# Arm names become metric labels, model names and headers; 32 of them bound every label set.
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,47}")
+MAX_ARMS = 32
+FORMS = "NAME=base, NAME=lora:ADAPTER@SCALE or NAME=upstream:URL#MODEL"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of answering.
+
+    kind: "base", "lora" (base − scale·delta of the adapter at `source`) or "upstream" (`source` is a URL, `model` its model).
+    """
+
+    name: str
+    kind: str
+    source: str = ""
+    scale: float = 0.0
+    model: str = ""
+
+    @property
+    def spec(self) -> str:
+        """The text after `NAME=` that makes this arm again."""
+        return {"base": "base", "lora": f"lora:{self.source}@{self.scale:g}", "upstream": f"upstream:{self.source}#{self.model}"}[self.kind]
+
+    @property
+    def on_engine(self) -> bool:
+        """Whether this vLLM's own weights answer."""
+        return self.kind != "upstream"
+
+
+def parse_arm(name: str, spec: str) -> Arm:
+    """One `--arm NAME=SPEC`.
+
+    Raises:
+        ConfigError: no such form, a name that cannot be a label, a scale that is not a number ≥ 0.
+    """
+    where = f"--arm {name}={spec}"
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{where}: an arm's name is 1-48 of a-z, 0-9, '.', '_', '-', starting with a letter or digit")
+    if name in (ALIAS, SWAPPED):
+        raise ConfigError(f"{where}: {name!r} is reserved; choose another name")
+    kind, _, rest = spec.partition(":")
+    if spec == "base":
+        return Arm(name, "base")
+    if kind == "lora" and rest:
+        source, separator, text = rest.rpartition("@")
+        if not separator or not source:
+            raise ConfigError(f"{where}: which scale? write lora:{rest}@1.0")
+        return Arm(name, "lora", source, quantised(text, where))
+    if kind == "upstream" and rest:
+        url, separator, model = rest.rpartition("#")
+        if not separator or not model or not re.match(r"https?://[^/]+", url):
+            raise ConfigError(f"{where}: write upstream:http://HOST:PORT/v1#MODEL")
+        return Arm(name, "upstream", url.rstrip("/"), model=model)
+    raise ConfigError(f"{where}: no such kind of arm; write {FORMS}")
+
+
+def quantised(scale: float | str, where: str) -> float:
+    """The scale to 0.01, so that clients and operators can only ever make a bounded number of adapters.
+
+    Raises:
+        ConfigError: not a finite number in [0, 10].
+    """
+    try:
+        value = round(float(scale), 2)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: the scale {scale!r} is not a number; write for instance @1.0") from None
+    if not math.isfinite(value) or not 0 <= value <= 10:
+        raise ConfigError(f"{where}: the scale must lie between 0 and 10, not {scale}")
+    return value
+
+
+def parse_arms(specs: Sequence[str]) -> dict[str, Arm]:
+    """All `--arm NAME=SPEC` in the order given.
+
+    Raises:
+        ConfigError: as `parse_arm`; none given; a name twice; too many.
+    """
+    arms: dict[str, Arm] = {}
+    for text in specs:
+        name, separator, spec = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--arm {text}: write {FORMS}")
+        if name in arms:
+            raise ConfigError(f"--arm {text}: the name {name!r} is given twice")
+        arms[name] = parse_arm(name, spec)
+    if not arms:
+        raise ConfigError(f"no arms: give at least one --arm {FORMS}")
+    if len(arms) > MAX_ARMS:
+        raise ConfigError(f"--arm: {len(arms)} arms; at most {MAX_ARMS}, since each is a label of every metric")
+    return arms
+
+
+def parse_split(text: str | None, arms: Sequence[str]) -> dict[str, float]:
+    """`NAME=WEIGHT,…` as weights in the arms' declared order; without text equal shares; arms left out get 0.
+
+    Raises:
+        ConfigError: see `check_split`.
+    """
+    if not text:
+        return {name: 1 / len(arms) for name in arms}
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, separator, value = part.strip().partition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            separator = ""
+        if not separator or name in weights:
+            raise ConfigError(f"--split {text}: write each arm once, as NAME=WEIGHT,NAME=WEIGHT")
+        weights[name] = weight
+    return check_split(weights, arms, f"--split {text}")
+
+
+def check_split(weights: Mapping[str, float], arms: Sequence[str], where: str) -> dict[str, float]:
+    """The weights in the arms' order, zero where not named.
+
+    Raises:
+        ConfigError: an unknown arm, a weight outside [0, 1], a sum that is not 1.
+    """
+    for name, weight in weights.items():
+        if name not in arms:
+            raise ConfigError(f"{where}: unknown arm {name!r}; the arms are {', '.join(arms)}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or not 0 <= weight <= 1:
+            raise ConfigError(f"{where}: the weight of {name!r} must lie between 0 and 1, not {weight}")
+    total = sum(weights.values())
+    if abs(total - 1) > 1e-6:
+        raise ConfigError(f"{where}: the weights sum to {total:g}; they must sum to 1")
+    return {name: float(weights.get(name, 0.0)) for name in arms}

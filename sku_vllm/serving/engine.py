@@ -1,0 +1,145 @@
+"""The one door to the model: every generation passes here, gets its arm's adapter, and is measured.
+
+vLLM's handlers see only the alias. The arm travels in a context variable that the middleware sets, and the adapter is put
+into the engine's request here, so no response names an arm and no endpoint, present or future, reaches the original
+weights without having been routed.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+from sku_vllm.judges import Exchange
+
+if TYPE_CHECKING:
+    from sku_vllm.serving.runtime import Runtime
+
+
+@dataclass(slots=True)
+class Route:
+    """Where one HTTP request goes. direct: keep what vLLM resolved itself (an adapter named by a trusted client)."""
+
+    arm: str
+    prompts: list[str]
+    arrived: float
+    direct: bool = False
+    generations: int = 0
+
+
+ROUTE: ContextVar[Route | None] = ContextVar("sku_route", default=None)
+
+
+def wrap_generate(engine_client: Any, runtime: "Runtime") -> None:
+    """Replace `engine_client.generate` on the instance; a second call changes nothing."""
+    inner = engine_client.generate
+    if getattr(inner, "sku", False):
+        return
+
+    async def generate(prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        route = ROUTE.get()
+        if route is None:
+            raise GracefulHTTPError("this endpoint is not routed by sku, and unrouted requests would reach the original model; use the alias on /v1/chat/completions or /v1/completions", HTTPStatus.FORBIDDEN)
+        index, route.generations = route.generations, route.generations + 1
+        with runtime.serve(route) as lora_request:
+            if not route.direct:
+                kwargs["lora_request"] = lora_request
+            seen = Observation(route, index, sampling_params)
+            try:
+                async with aclosing(inner(prompt, sampling_params, request_id, *args, **kwargs)) as outputs:
+                    async for output in outputs:
+                        seen.add(output)
+                        yield output
+                seen.outcome = "ok"
+            except (asyncio.CancelledError, GeneratorExit):
+                seen.outcome = "cancelled"
+                raise
+            except (VLLMClientError, GracefulHTTPError, ValueError):
+                seen.outcome = "rejected"
+                raise
+            except Exception as error:
+                runtime.failed(route, error)
+                raise GracefulHTTPError(f"arm {route.arm!r} failed; try again later", HTTPStatus.SERVICE_UNAVAILABLE) from error
+            finally:
+                seen.finish(runtime)
+
+    generate.sku = True  # type: ignore[attr-defined]
+    engine_client.generate = generate
+
+
+@dataclass(slots=True)
+class Observation:
+    """What one engine request did, taken from its outputs as they pass. Handles streamed deltas and final-only outputs, any n."""
+
+    route: Route
+    index: int
+    params: Any
+    outcome: str = "error"
+    prompt_tokens: int = 0
+    tokens: int = 0
+    first: float | None = None
+    last: float = 0.0
+    queued: float | None = None
+    decode: float | None = None
+    texts: dict[int, list[str]] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
+
+    def add(self, output: Any) -> None:
+        self.last = time.perf_counter()
+        if self.prompt_tokens == 0 and output.prompt_token_ids:
+            self.prompt_tokens = len(output.prompt_token_ids)
+        cumulative = getattr(getattr(self.params, "output_kind", None), "name", "") == "CUMULATIVE"
+        for choice in output.outputs:
+            if choice.token_ids and self.first is None:
+                self.first = self.last
+            if cumulative:
+                self.texts[choice.index] = [choice.text]
+                self.tokens = max(self.tokens, len(choice.token_ids))
+            else:
+                self.texts.setdefault(choice.index, []).append(choice.text)
+                self.tokens += len(choice.token_ids)
+            if choice.finish_reason in ("stop", "length"):
+                self.finished.add(choice.index)
+        self._engine_times(getattr(output, "metrics", None))
+
+    def _engine_times(self, stats: Any) -> None:
+        """vLLM's own clock where it has one: a final-only output arrives at the end, so our first sight is not its first token."""
+        if stats is None or not getattr(stats, "first_token_ts", 0):
+            return
+        self.queued = max(0.0, stats.scheduled_ts - stats.queued_ts)
+        self.decode = max(0.0, stats.last_token_ts - stats.first_token_ts)
+
+    def finish(self, runtime: "Runtime") -> None:
+        """Count, time, and offer finished answers to the judge."""
+        arm, metrics = self.route.arm, runtime.metrics
+        metrics.requests.labels(arm, self.outcome).inc()
+        metrics.prompt_tokens.labels(arm).inc(self.prompt_tokens)
+        metrics.generation_tokens.labels(arm).inc(self.tokens)
+        if self.first is not None and self.outcome == "ok":
+            self._time(runtime)
+        if self.outcome == "ok":
+            prompts = self.route.prompts
+            prompt = prompts[self.index] if self.index < len(prompts) else (prompts[-1] if prompts else "")
+            for choice in sorted(self.finished):
+                runtime.judge.offer(arm, Exchange(prompt, "".join(self.texts[choice])))
+
+    def _time(self, runtime: "Runtime") -> None:
+        arm, metrics = self.route.arm, runtime.metrics
+        latency = self.last - self.route.arrived
+        decode = self.decode if self.decode is not None else self.last - (self.first or self.last)
+        first = min((self.first or self.last) - self.route.arrived, max(0.0, latency - decode))
+        metrics.latency.labels(arm).observe(latency)
+        metrics.first_token.labels(arm).observe(first)
+        metrics.decode.labels(arm).observe(decode)
+        if self.queued is not None:
+            metrics.queue.labels(arm).observe(self.queued)
+        per_choice = self.tokens / max(1, len(self.texts))
+        if per_choice > 1:
+            metrics.between_tokens.labels(arm).observe(decode / (per_choice - 1))
+        runtime.experiment.timed(arm, latency, first)

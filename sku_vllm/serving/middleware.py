@@ -1,0 +1,171 @@
+"""Raw ASGI: reads the request's key and model, decides the arm, adds the header. Everything else passes through untouched."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sku_vllm.serving.arms import ALIAS
+from sku_vllm.serving.engine import ROUTE, Route
+from sku_vllm.serving.runtime import Runtime, Unavailable
+
+# Endpoints that generate from a JSON body with a `model`. Any other endpoint that generates is refused at the engine.
+GENERATES = frozenset({
+    "/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages",
+    "/inference/v1/generate", "/generative_scoring", "/invocations",
+})
+
+
+class SkuMiddleware:
+    def __init__(self, app: ASGIApp, runtime: Runtime) -> None:
+        self.app, self.runtime = app, runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and path == "/v1/models":
+            self.runtime.list_models()
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATES:
+            return await self.app(scope, receive, send)
+        arrived = time.perf_counter()
+        body, receive = await read_body(receive)
+        payload = parse_object(body)
+        if payload is None:  # vLLM's own 400
+            return await self.app(scope, receive, send)
+        try:
+            arm = self.decide(Headers(scope=scope), payload)
+            if arm is not None:
+                self.runtime.available(arm)
+        except Unavailable as error:
+            return await respond(send, error.status, str(error))
+        if arm is None:  # a model vLLM does not know either: its own 404
+            return await self.app(scope, receive, send)
+        if payload.get("model") != ALIAS:
+            scope, receive = replaced_body(scope, receive, json.dumps({**payload, "model": ALIAS}).encode())
+        await self.pass_on(scope, receive, send, Route(arm, prompts_of(payload), arrived))
+
+    def decide(self, headers: Headers, payload: Mapping[str, Any]) -> str | None:
+        """The arm's name; None when the request names something else than the alias or an arm it may choose.
+
+        Raises:
+            Unavailable: 403 for a choice that is not this client's, 400 for an arm that is not there.
+        """
+        runtime, named, model = self.runtime, headers.get("x-sku-arm"), payload.get("model")
+        if named is not None:
+            if not runtime.trusted(headers.get("x-sku-token")):
+                raise Unavailable(403, "clients of this server cannot choose an arm; leave X-SKU-Arm out, or send a valid X-SKU-Token")
+            if named not in runtime.table.arms:
+                raise Unavailable(400, f"unknown arm {named!r}; the arms are {', '.join(runtime.table.arms)}")
+            return named
+        if not model or model == ALIAS:
+            return runtime.choose(headers.get("x-sku-key"))
+        if isinstance(model, str) and model in runtime.table.arms and runtime.trusted(headers.get("x-sku-token")):
+            return model
+        return None
+
+    async def pass_on(self, scope: Scope, receive: Receive, send: Send, route: Route) -> None:
+        status = 0
+
+        async def send_with_arm(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if not self.runtime.config.blind:
+                    MutableHeaders(scope=message).append("x-sku-arm", route.arm)
+            await send(message)
+
+        token = ROUTE.set(route)
+        try:
+            await self.app(scope, receive, send_with_arm)
+        finally:
+            ROUTE.reset(token)
+            if route.generations == 0:
+                outcome = "cancelled" if status == 0 else "error" if status >= 500 else "rejected"
+                self.runtime.metrics.requests.labels(route.arm, outcome).inc()
+
+
+async def read_body(receive: Receive) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that replays it once and then listens on (for disconnects)."""
+    parts: list[bytes] = []
+    ended: Message | None = None
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            ended = message
+            break
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            break
+    body = b"".join(parts)
+    return body, replay(body, receive, ended)
+
+
+def replay(body: bytes, receive: Receive, ended: Message | None = None) -> Receive:
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    if ended is not None:
+        pending = [ended]
+
+    async def again() -> Message:
+        return pending.pop(0) if pending else await receive()
+
+    return again
+
+
+def replaced_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Receive]:
+    """The same request with another body and a content-length that fits it."""
+
+    async def after_first() -> Message:
+        nonlocal sent
+        if not sent:
+            sent = True
+            await receive()  # the original body
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    sent = False
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}, after_first
+
+
+def parse_object(body: bytes) -> dict[str, Any] | None:
+    try:
+        payload = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return payload if isinstance(payload, dict) else None
+
+
+def prompts_of(payload: Mapping[str, Any]) -> list[str]:
+    """What the judge is told was asked: the last user turn, or each prompt of a completion. Never raises; vLLM validates."""
+    prompt = payload.get("prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list):
+        return [each if isinstance(each, str) else "" for each in prompt] if not prompt or not isinstance(prompt[0], int) else [""]
+    messages = payload.get("messages", payload.get("input"))
+    if isinstance(messages, str):
+        return [messages]
+    if isinstance(messages, list):
+        users = [each for each in messages if isinstance(each, dict) and each.get("role") == "user"]
+        return [text_of(users[-1].get("content"))] if users else [""]
+    return [""]
+
+
+def text_of(content: Any) -> str:
+    """A message's text, whether given as a string or as parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return ""
+
+
+async def respond(send: Send, status: int, message: str) -> None:
+    """An error in vLLM's (OpenAI's) shape."""
+    kinds = {400: "BadRequestError", 403: "PermissionDeniedError", 404: "NotFoundError", 409: "ConflictError", 503: "ServiceUnavailableError"}
+    body = json.dumps({"error": {"message": message, "type": kinds.get(status, "InternalServerError"), "param": None, "code": status}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,199 @@
+"""What one API-server process knows: the table, the engine, the judge. Made by the plugin, used by middleware, engine and control."""
+
+import hmac
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.errors import ConfigError
+from sku_vllm.judges import load_labeller
+from sku_vllm.serving.arms import ALIAS, SWAPPED, Arm
+from sku_vllm.serving.config import ServeConfig
+from sku_vllm.serving.engine import Route, wrap_generate
+from sku_vllm.serving.experiment import Experiment
+from sku_vllm.serving.materialise import materialise
+from sku_vllm.serving.metrics import metrics
+from sku_vllm.serving.observe import JudgeQueue
+from sku_vllm.serving.routing import choose_arm
+from sku_vllm.serving.state import FIRST_LORA_ID, Served, StateFile, Table
+
+logger = logging.getLogger("vllm.sku")
+
+
+class Unavailable(Exception):
+    """The chosen arm cannot answer. status: 409 while its base is swapped away, 503 when it has failed."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Runtime:
+    """One process's view. `table` is the shared truth; what failed and what is in flight is this process's own."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        if not config.run:
+            raise ConfigError("run: this server has no private directory; name one in the configuration, or start with `sku serve`")
+        self.config = config
+        self.metrics = metrics()
+        self.directory = Path(config.state or config.run)
+        self.state = StateFile(self.directory)
+        self.experiment = Experiment()
+        self.judge = JudgeQueue(
+            load_labeller(config.judge) if config.judge else None, self.metrics, sample=config.judge_sample,
+            size=config.judge_queue, keep=config.keep_judged, found=self.experiment.judged,
+        )
+        self.failures: dict[str, str] = {}
+        self.in_flight: Counter[int] = Counter()
+        self.engine: Any = None
+        self.models: Any = None
+        self.ready = False
+        self._shown = 0
+
+    # ---- the table ----------------------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> Table:
+        """The table as it stands now, in every process; the weight gauges follow it."""
+        table = self.state.read()
+        if table.generation != self._shown:
+            self._shown = table.generation
+            self.metrics.show_arms(effective_split(table))
+        return table
+
+    def change(self, table: Table) -> Table:
+        """Persist a new table; it is in force for the next request of every process."""
+        self.state.write(table)
+        return self.table
+
+    # ---- start --------------------------------------------------------------------------------------------------
+
+    async def start(self, engine: Any, models: Any) -> None:
+        """Load every arm into the engine and take over `generate`. Raises when an arm cannot be loaded: better no server than a wrong one."""
+        self.engine, self.models = engine, models
+        prepare_state(self.config, self.state)
+        wrap_generate(engine, self)
+        for served in self.table.arms.values():
+            if served.lora_id:
+                await self.load(served)
+        self.list_models()
+        self.metrics.set_up()
+        self.ready = True
+
+    async def load(self, served: Served) -> None:
+        """Put one adapter version into the engine; it stays there until `remove_lora`."""
+        await self.engine.add_lora(lora_request(served))
+
+    def list_models(self) -> None:
+        """What vLLM lists and accepts as `model`: the alias, and the arms where clients may choose."""
+        from vllm.entrypoints.openai.models.protocol import BaseModelPath
+
+        names = [ALIAS, *(self.table.arms if self.config.expose_arms else ())]
+        self.models.base_model_paths[:] = [BaseModelPath(name=name, model_path=ALIAS) for name in names]
+
+    # ---- one request --------------------------------------------------------------------------------------------
+
+    def trusted(self, token: str | None) -> bool:
+        """Whether a request may choose its arm."""
+        return self.config.expose_arms or self.token_valid(token)
+
+    def token_valid(self, token: str | None) -> bool:
+        return bool(self.config.token) and token is not None and hmac.compare_digest(token.encode(), self.config.token.encode())
+
+    def choose(self, key: str | None) -> str:
+        return choose_arm(effective_split(self.table), key)
+
+    @contextmanager
+    def serve(self, route: Route) -> Iterator[Any]:
+        """The adapter of this route's arm, counted as in flight while it is used.
+
+        Raises:
+            vllm's GracefulHTTPError: the arm cannot answer; never another arm instead.
+        """
+        from http import HTTPStatus
+
+        from vllm.exceptions import GracefulHTTPError
+
+        if route.direct:
+            yield None
+            return
+        try:
+            served = self.available(route.arm)
+        except Unavailable as error:
+            raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from error
+        self.in_flight[served.lora_id] += 1
+        try:
+            yield lora_request(served) if served.lora_id else None
+        finally:
+            self.in_flight[served.lora_id] -= 1
+
+    def available(self, name: str) -> Served:
+        """The arm, if it can answer now. Raises Unavailable."""
+        table = self.table
+        if name == SWAPPED and table.swap:
+            return ENGINE_ITSELF
+        served = table.arms.get(name)
+        if served is None:
+            raise Unavailable(404, f"there is no arm {name!r}")
+        if table.swap and served.arm.on_engine:
+            raise Unavailable(409, f"arm {name!r} cannot answer while a whole-model swap is in force; restore first")
+        if name in self.failures:
+            raise Unavailable(503, f"arm {name!r} failed; try again later")
+        return served
+
+    def failed(self, route: Route, error: BaseException) -> None:
+        logger.error("arm %s failed: %s", route.arm, type(error).__name__)
+
+
+# The engine's own weights under another name, for as long as a whole-model swap is in force.
+ENGINE_ITSELF = Served(Arm(SWAPPED, "base"))
+
+
+def effective_split(table: Table) -> dict[str, float]:
+    """Weights as requests feel them: during a whole-model swap the engine's share belongs to the swapped weights."""
+    if not table.swap:
+        return table.split
+    upstream = {name: weight for name, weight in table.split.items() if not table.arms[name].arm.on_engine}
+    return {SWAPPED: 1 - sum(upstream.values()), **upstream}
+
+
+def lora_request(served: Served) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=served.lora_name, lora_int_id=served.lora_id, lora_path=served.path)
+
+
+def prepare_state(config: ServeConfig, state: StateFile) -> Table:
+    """The table to start with: the state's where there is one, else the flags'. Materialises adapters.
+
+    Raises:
+        ConfigError: the state was begun with other flags and --reset-state was not given.
+        AdapterError: an adapter does not fit.
+    """
+    started_with = {"arms": dict(each.split("=", 1) for each in config.arms), "split": config.parsed_split()}
+    if state.exists() and not config.reset_state:
+        table = state.read()
+        now = {"arms": {name: each.arm.spec for name, each in table.arms.items()}, "split": table.split}
+        asked = {"arms": {name: arm.spec for name, arm in config.parsed_arms().items()}, "split": config.parsed_split()}
+        if config.arms and started_with != table.started_with and asked != now:
+            raise ConfigError(
+                f"--state {config.state}: was begun with other arms or another split than these flags; leave --arm and --split as they were "
+                "(the state's weights win), or add --reset-state to start from the flags"
+            )
+        if table.swap is None:
+            return table
+        state.write(table.changed(swap=None))  # the engine starts with the base's weights again
+        return state.read()
+    arms: dict[str, Served] = {}
+    next_id = FIRST_LORA_ID
+    for name, arm in config.parsed_arms().items():
+        path = ""
+        if arm.kind == "lora":
+            path = str(materialise(arm, config.model, state.path.parent / "adapters", any_base=config.any_base).path)
+        arms[name] = Served(arm, path, next_id if path else 0)
+        next_id += bool(path)
+    state.write(Table(arms, config.parsed_split(), started_with, next_id))
+    return state.read()

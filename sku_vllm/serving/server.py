@@ -1,0 +1,190 @@
+"""Start and stop a server: everything is checked first, the engine lives in a process group of its own, nothing is left behind."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from sku_vllm.errors import ConfigError, RunError
+from sku_vllm.serving.arms import ALIAS
+from sku_vllm.serving.config import VARIABLE, ServeConfig
+from sku_vllm.serving.materialise import adapter_rank, served_rank
+
+GRACE = 20.0
+
+
+class Server:
+    """A running server. `url` ends in /v1, as OpenAI clients want it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int, log: Path | None, token: str | None) -> None:
+        self.process, self.port, self.log, self.token = process, port, log, token
+        self.root = f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}"
+        self.url = f"{self.root}/v1"
+
+    def metrics(self) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+        """/metrics as {sample name: {sorted label pairs: value}}."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        text = urllib.request.urlopen(f"{self.root}/metrics", timeout=30).read().decode()
+        found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+        return found
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a sample over every label set that holds these labels; 0 where there is none yet."""
+        wanted = set(labels.items())
+        return sum(value for pairs, value in self.metrics().get(name, {}).items() if wanted <= set(pairs))
+
+    def control(self, method: str, path: str, body: Any = None, timeout: float = 600) -> Any:
+        """One call of the control API under /v1/sku/; raises RunError with the server's message when it refuses."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/sku/{path.lstrip('/')}", data=data, method=method)
+        request.add_header("Content-Type", "application/json")
+        if self.token:
+            request.add_header("X-SKU-Token", self.token)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            raise RunError(f"{path}: {error.code} {error.read().decode(errors='replace')}") from error
+
+    def ready(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.root}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def wait_ready(self, timeout: float) -> None:
+        """Block until the server answers.
+
+        Raises:
+            ConfigError, RunError: it ended, or did not answer in time; with its last line.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.ready():
+            code = self.process.poll()
+            if code is not None:
+                raise (ConfigError if code == 2 else RunError)(f"the server ended with code {code}: {self.last_line()}")
+            if time.monotonic() > deadline:
+                raise RunError(f"the server did not answer within {timeout:.0f} s: {self.last_line()}")
+            time.sleep(0.2)
+
+    def last_line(self) -> str:
+        if self.log is None:
+            return "see its log above"
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        errors = [line for line in lines if "error:" in line.lower() or "Error" in line]
+        return (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")[-600:]
+
+    def stop(self) -> None:
+        """SIGTERM, a grace period, then SIGKILL for whatever is left of the process group."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+@contextmanager
+def launch(config: ServeConfig, flags: Sequence[str] = (), *, host: str = "127.0.0.1", port: int = 0, log: Path | None = None, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Check everything, start vLLM's server for `config`, and end it with the block; the private directory goes with it.
+
+    flags: vLLM's own. log: a file for its output; inherited when None. port: 0 takes a free one.
+    """
+    run = Path(tempfile.mkdtemp(prefix="sku-serve-"))
+    try:
+        if config.run is None:
+            config.run = str(run)
+        arm_flags = prepare(config)
+        port = port or free_port(host)
+        config.dump(run / "serve.yaml")
+        if config.state:
+            config.dump(Path(config.state) / "serve.yaml")
+        command = [sys.executable, "-m", "sku_vllm.serving.launch", "--model", config.model, "--host", host, "--port", str(port),
+                   "--served-model-name", ALIAS, "--worker-extension-cls", "sku_vllm.serving.swap.SkuWorkerExtension", *arm_flags, *flags]
+        plugins = os.environ.get("VLLM_PLUGINS")
+        names = [*plugins.split(","), "sku"] if plugins else ["sku"]
+        environment = {**os.environ, **(env or {}), VARIABLE: str(run / "serve.yaml"), "VLLM_PLUGINS": ",".join(dict.fromkeys(names))}
+        with open(log, "wb") if log else _inherited() as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+            server = Server(process, host, port, log, config.token)
+            try:
+                yield server
+            finally:
+                server.stop()
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+@contextmanager
+def _inherited() -> Iterator[IO[bytes] | int | None]:
+    """Server output belongs on stderr: stdout is for the one object of --json."""
+    yield sys.stderr.fileno()
+
+
+@contextmanager
+def start_server(
+    model: str | Path, arms: Sequence[str], split: str | None = None, judge: str | None = None, *, flags: Sequence[str] = (),
+    host: str = "127.0.0.1", port: int = 0, log: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 600, **settings: Any,
+) -> Iterator[Server]:
+    """A server that answers, for the length of the block: what the demo, the tests and the benchmarks use.
+
+    arms: NAME=SPEC each. split: NAME=WEIGHT,…. settings: the other fields of `ServeConfig` (expose_arms, token, …).
+
+    Raises:
+        InputError: before the engine starts, for arms, adapters, judge or flags that cannot work.
+        RunError: the engine did not come up.
+    """
+    config = ServeConfig(str(model), list(arms), split, judge, **settings)
+    with tempfile.TemporaryDirectory(prefix="sku-log-") as logs, launch(config, flags, host=host, port=port, log=log or Path(logs) / "server.log", env=env) as server:
+        server.wait_ready(timeout)
+        yield server
+
+
+def prepare(config: ServeConfig) -> list[str]:
+    """Check model, judge, state and adapters, materialise the negations, and say which vLLM flags they need.
+
+    Raises:
+        InputError: one line that names what cannot work.
+    """
+    from sku_vllm.adapter import load_adapter
+    from sku_vllm.judges import load_judge
+    from sku_vllm.serving.runtime import prepare_state
+    from sku_vllm.serving.state import StateFile
+
+    if not Path(config.model).is_dir() and ("/" not in config.model or config.model.startswith((".", "/"))):
+        raise ConfigError(f"--model {config.model}: no such directory; give a Hugging Face model directory or a hub id such as org/name")
+    if config.judge:
+        load_judge(config.judge)
+    table = prepare_state(config, StateFile(config.state or config.run or ""))
+    config.reset_state = False  # done; the server's processes must not do it again
+    ranks = [adapter_rank(load_adapter(served.path, as_is=True)) for served in table.arms.values() if served.path]
+    if not ranks:
+        return []
+    # One slot stays free (on CPU the base's rows would otherwise use the last adapter), one more lets a new version load beside the old.
+    return ["--enable-lora", "--max-loras", str(len(ranks) + 2), "--max-lora-rank", str(served_rank(ranks))]
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

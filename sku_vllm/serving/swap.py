@@ -1,0 +1,5 @@
+"""Worker extension."""
+
+
+class SkuWorkerExtension:
+    pass
