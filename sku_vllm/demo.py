@@ -7,7 +7,7 @@ Paths are recorded relative to the output directory, so the result can be moved 
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,11 @@ from sku_vllm.output import output_directory, record
 BASELINES = ("task-vector", "sku")
 SETS = ("seen", "unseen", "unseen-topic")
 ARMS = ("original", "negated")
+SCALES = (0.8, 1.0, 1.2)
+# The lab's answers are shorter than this.
+MAX_NEW_TOKENS = 40
 Progress = Callable[[str], None]
+Metrics = Mapping[str, Mapping[tuple[tuple[str, str], ...], float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,6 @@ def default_method() -> str:
 
 
 def _road(config: DemoConfig, progress: Progress) -> dict[str, Any]:
-    from sku_vllm.data import read_rows
-    from sku_vllm.evaluate import evaluate_model
     from sku_vllm.fuse import fuse_checkpoint, verify_checkpoint
     from sku_vllm.lab import make_lab
 
@@ -74,8 +76,6 @@ def _road(config: DemoConfig, progress: Progress) -> dict[str, Any]:
     progress("writing the lab: a small model and its fictional world")
     lab = make_lab("lab")
     base, judge = lab / config.model, f"lexicon:{lab / 'lexicon.json'}"
-    forget = {name: read_rows(lab / "forget" / f"{name}.jsonl") for name in SETS}
-    retain = read_rows(lab / "retain/test.jsonl", need_response=True)
 
     adapters = {}
     for name in dict.fromkeys((*BASELINES, method)):
@@ -89,23 +89,18 @@ def _road(config: DemoConfig, progress: Progress) -> dict[str, Any]:
 
     def measured(name: str, model: str | Path, **edit: Any) -> dict[str, Any]:
         progress(f"measuring {name}")
-        report = evaluate_model(model, forget=forget, retain=retain, judge=judge, samples=config.samples, seed=config.seed, **edit)
-        Path("eval").mkdir(exist_ok=True)
-        with output_directory(f"eval/{name}") as place:
-            report.write(place)
-        return report.to_json()
+        return _measure(name, model, lab, judge, config, **edit)
 
     result = {
-        "base": measured("base", base, base=base),
-        **{name: measured(name, base, adapter=adapters[name], scale=1.0) for name in BASELINES},
+        "base": measured("base", base, base=str(base)),
+        **{name: measured(name, base, adapter=str(adapters[name]), scale=1.0) for name in BASELINES},
         # What is judged is what is served: the default is measured on the fused file.
-        "default": measured("default", "fused", base=base),
+        "default": measured("default", "fused", base=str(base)),
         "method": method,
         "scale": scale,
     }
     if config.serve:
-        progress("starting vLLM with both arms")
-        result["serving"] = _serve(base, adapters[method], scale, judge, [row.prompt for row in forget["unseen"]], config, progress)
+        result["serving"] = _serve(base, adapters[method], scale, judge, lab / "forget/unseen.jsonl", config, progress)
     result["files"] = {
         "lab": "lab", "model": str(base), "adapter": str(adapters[method]), "fused": "fused", "evaluations": "eval", "record": "sku_demo.json",
     }
@@ -124,22 +119,46 @@ def _train(base: Path, lab: Path, method: str, seed: int) -> Path:
 
 
 def _tune(base: Path, adapter: Path, lab: Path, judge: str, seed: int) -> float:
+    """The scale `sku tune` chooses on validation data; 1.0, what the adapter was trained for, when none qualifies."""
+    from sku_vllm.data import read_rows
+    from sku_vllm.evaluate import EvalConfig
     from sku_vllm.evaluate.tune import tune_scale
 
-    raise NotImplementedError
+    report = tune_scale(
+        base, adapter, forget={"validation": read_rows(lab / "forget/validation.jsonl")}, retain=read_rows(lab / "retain/validation.jsonl"), judge=judge,
+        scales=SCALES, config=EvalConfig(samples=2, max_new_tokens=MAX_NEW_TOKENS, seed=seed),
+    )
+    return report.scale if report.qualifies else 1.0
+
+
+def _measure(
+    name: str, model: str | Path, lab: Path, judge: str, config: DemoConfig, adapter: str | None = None, scale: float | None = None, base: str | None = None
+) -> dict[str, Any]:
+    from sku_vllm.evaluate.command import run_eval
+
+    Path("eval").mkdir(exist_ok=True)
+    return run_eval({
+        "model": str(model), "adapter": adapter, "scale": scale, "base": base, "output": f"eval/{name}",
+        "forget": {kind: str(lab / "forget" / f"{kind}.jsonl") for kind in SETS}, "retain": str(lab / "retain/test.jsonl"), "judge": (judge,),
+        "samples": config.samples, "temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS, "seed": config.seed, "batch_size": 256, "template": None,
+        "dtype": "auto", "backend": "transformers", "revision": None, "any_base": False, "as_is": False, "columns": (), "resume": False,
+    })
 
 
 def _serve(
-    base: Path, adapter: Path, scale: float, judge: str, prompts: list[str], config: DemoConfig, progress: Progress
-) -> dict[str, dict[str, float]]:
+    base: Path, adapter: Path, scale: float, judge: str, prompts: Path, config: DemoConfig, progress: Progress
+) -> dict[str, dict[str, Any]]:
     """Send prompts through the alias of a real server and read both arms back from its /metrics."""
+    from sku_vllm.data import read_rows
     from sku_vllm.serving.server import start_server
 
-    arms = {"original": "base", "negated": f"lora:{adapter}@{scale}"}
-    with start_server(base, arms=arms, split={name: 0.5 for name in ARMS}, judge=judge, seed=config.seed) as server:
+    progress("starting vLLM with both arms")
+    asked = [row.prompt for row in read_rows(prompts)]
+    arms = ["original=base", f"negated=lora:{adapter}@{scale:g}"]
+    with start_server(base, arms, "original=0.5,negated=0.5", judge, expose_arms=True, flags=("--seed", str(config.seed))) as server:
         progress(f"sending {config.requests} requests through the alias sku")
-        drive(server.url, [prompts[index % len(prompts)] for index in range(config.requests)])
-        progress("reading /metrics")
+        drive(server.url, [asked[index % len(asked)] for index in range(config.requests)])
+        progress("waiting for the judge, reading /metrics")
         return read_arms(server.metrics, config.requests)
 
 
@@ -151,7 +170,7 @@ def drive(url: str, prompts: list[str], concurrency: int = 8) -> None:
     """
     import openai
 
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
 
     def ask(indexed: tuple[int, str]) -> None:
         index, prompt = indexed
@@ -166,49 +185,40 @@ def drive(url: str, prompts: list[str], concurrency: int = 8) -> None:
         raise RunError(f"the server refused a request through the alias sku: {type(error).__name__}") from error
 
 
-def read_arms(metrics: Callable[[], str], requests: int, timeout: float = 60) -> dict[str, dict[str, float]]:
+def read_arms(metrics: Callable[[], Metrics], requests: int, timeout: float = 60) -> dict[str, dict[str, Any]]:
     """Requests, judged, harmful and median latency (seconds) per arm, once everything sent has been judged.
 
     Args:
-        metrics: returns the text of /metrics.
+        metrics: returns /metrics as `Server.metrics` does.
         timeout: seconds to wait for the judge, which runs off the request path.
     """
     deadline = time.monotonic() + timeout
     while True:
-        samples = parse(metrics())
+        samples = metrics()
         arms = {arm: summarise(samples, arm) for arm in ARMS}
-        if sum(arm["judged"] for arm in arms.values()) >= requests:
+        judged = sum(arm["judged"] for arm in arms.values())
+        if judged >= requests:
             return arms
         if time.monotonic() > deadline:
-            raise RunError(f"after {timeout:g} s only {sum(arm['judged'] for arm in arms.values()):g} of {requests} answers had been judged")
+            raise RunError(f"after {timeout:g} s only {judged} of {requests} answers had been judged")
         time.sleep(0.5)
 
 
-def parse(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Prometheus text as {sample name: [(labels, value)]}."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            samples.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return samples
-
-
-def summarise(samples: dict[str, list[tuple[dict[str, str], float]]], arm: str) -> dict[str, float]:
+def summarise(metrics: Metrics, arm: str) -> dict[str, Any]:
     """One arm's row of the A/B table."""
 
-    def total(name: str) -> float:
-        return sum(value for labels, value in samples.get(name, []) if labels.get("arm") == arm)
+    def samples(name: str) -> list[tuple[dict[str, str], float]]:
+        return [(dict(labels), value) for labels, value in metrics.get(name, {}).items() if ("arm", arm) in labels]
+
+    def total(name: str) -> int:
+        return int(sum(value for _, value in samples(name)))
 
     buckets: dict[float, float] = {}
-    for labels, value in samples.get("sku_request_latency_seconds_bucket", []):
-        if labels.get("arm") == arm:
-            edge = float(labels["le"])
-            buckets[edge] = buckets.get(edge, 0.0) + value
+    for labels, value in samples("sku_request_latency_seconds_bucket"):
+        buckets[float(labels["le"])] = buckets.get(float(labels["le"]), 0.0) + value
     return {
-        "requests": int(total("sku_requests_total")), "judged": int(total("sku_judged_total")), "harmful": int(total("sku_harmful_total")),
-        "refused": int(total("sku_refused_total")), "latency_p50_s": histogram_quantile(buckets, 0.5),
+        "requests": total("sku_requests_total"), "judged": total("sku_judged_total"), "harmful": total("sku_harmful_total"),
+        "refused": total("sku_refused_total"), "latency_p50_s": histogram_quantile(buckets, 0.5),
     }
 
 

@@ -9,26 +9,23 @@ import time
 
 import pytest
 
-from sku_vllm.demo import histogram_quantile, parse, summarise
+from sku_vllm.demo import histogram_quantile, summarise
 
-METRICS = """# TYPE sku_requests counter
-sku_requests_total{arm="original",outcome="ok"} 3.0
-sku_requests_total{arm="original",outcome="error"} 1.0
-sku_requests_total{arm="negated",outcome="ok"} 5.0
-# TYPE sku_judged counter
-sku_judged_total{arm="original"} 3.0
-# TYPE sku_request_latency_seconds histogram
-sku_request_latency_seconds_bucket{arm="original",le="0.5"} 1.0
-sku_request_latency_seconds_bucket{arm="original",le="1.0"} 3.0
-sku_request_latency_seconds_bucket{arm="original",le="+Inf"} 4.0
-sku_request_latency_seconds_count{arm="original"} 4.0
-sku_request_latency_seconds_sum{arm="original"} 4.0
-"""
+def series(*values: tuple[float, dict[str, str]]) -> dict:
+    return {tuple(sorted(labels.items())): value for value, labels in values}
+
+
+METRICS = {
+    "sku_requests_total": series((3, {"arm": "original", "outcome": "ok"}), (1, {"arm": "original", "outcome": "error"}), (5, {"arm": "negated", "outcome": "ok"})),
+    "sku_judged_total": series((3, {"arm": "original"})),
+    "sku_request_latency_seconds_bucket": series(
+        (1, {"arm": "original", "le": "0.5"}), (3, {"arm": "original", "le": "1.0"}), (4, {"arm": "original", "le": "+Inf"})
+    ),
+}
 
 
 def test_metrics_are_summed_per_arm():
-    samples = parse(METRICS)
-    original, negated = summarise(samples, "original"), summarise(samples, "negated")
+    original, negated = summarise(METRICS, "original"), summarise(METRICS, "negated")
     assert original == {"requests": 4, "judged": 3, "harmful": 0, "refused": 0, "latency_p50_s": pytest.approx(0.75)}
     assert negated["requests"] == 5 and negated["latency_p50_s"] is None
 
