@@ -1,6 +1,5 @@
 """What `sku eval` does with its options: read the rows, measure resumably, write the directory."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from sku_vllm.evaluate.judging import KEPT_VERDICTS
 from sku_vllm.evaluate.progress import answer_bar
 from sku_vllm.evaluate.unfinished import resumable_directory
 from sku_vllm.judges import judge_of
-from sku_vllm.output import record, write_text
 
 CONFIG_FIELDS = ("samples", "temperature", "max_new_tokens", "seed", "batch_size", "template")
 RUN_FIELDS = ("adapter", "scale", "base", "dtype", "backend", "revision", "any_base", "as_is")
@@ -37,9 +35,7 @@ def run_eval(options: Mapping[str, Any]) -> dict[str, Any]:
                 options["model"], forget=forget, retain=retain, judge=judge, config=config, kept=directory, progress=progress,
                 **{name: options[name] for name in RUN_FIELDS},
             )
-        write_text(directory / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows), mode=0o600)
-        result = report.to_json()
         # Which weights were judged: what a report needs to call a fused checkpoint verified.
         identity = base_identity(options["model"]) if Path(options["model"]).is_dir() else None
-        record(directory, "eval", result, {key: value for key, value in options.items() if key != "resume"} | {"model_identity": identity})
-    return result
+        report.write(directory, {key: value for key, value in options.items() if key != "resume"} | {"model_identity": identity})
+    return report.to_json()

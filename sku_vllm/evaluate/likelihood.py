@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sku_vllm.data import PromptTemplate, Row
+from sku_vllm.errors import RunError
 from sku_vllm.evaluate.backend import Backend
 
 # Fixed on labelled examples before any method was measured with it (tests/test_eval_likelihood.py).
@@ -19,15 +20,18 @@ def perplexity(backend: Backend, template: PromptTemplate, rows: Sequence[Row]) 
     tokens = sum(len(row) for row in scored)
     if tokens == 0:
         return None
-    return math.exp(-sum(float(row.sum(dtype=np.float64)) for row in scored) / tokens)
+    mean = -sum(float(row.sum(dtype=np.float64)) for row in scored) / tokens
+    if math.isnan(mean):
+        raise RunError("the model gives NaN on the retain answers; a smaller --scale or --dtype float32 may help")
+    return math.exp(min(mean, 700.0))  # e^709 is the largest float
 
 
 def unlikely_answers(base: Backend, template: PromptTemplate, rows: Sequence[Row]) -> list[bool]:
     """Which responses the base finds wildly unlikely as an answer to anything."""
-    distinct = {_identity(row): row for row in rows}
+    distinct = {_identity(row): row for row in rows if row.response}
     scored = base.log_probs(_sequences(base, template, list(distinct.values())))
     verdict = {key: wildly_unlikely(log_probs) for key, log_probs in zip(distinct, scored, strict=True)}
-    return [verdict[_identity(row)] for row in rows]
+    return [verdict.get(_identity(row), False) for row in rows]
 
 
 def wildly_unlikely(log_probs: np.ndarray) -> bool:

@@ -1,5 +1,6 @@
 """One model measured: answers to every forget and retain prompt, their labels, and perplexity on the retain answers."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
 from sku_vllm.evaluate.likelihood import perplexity, unlikely_answers
 from sku_vllm.evaluate.shares import shares
 from sku_vllm.judges import Judge, Verdict, decide, load_judge
+from sku_vllm.output import record, write_text
 
 # Opens the unedited base: the same weights with the adapter off, or another model.
 Reference = Callable[[], AbstractContextManager[Backend]]
@@ -35,6 +37,12 @@ class EvalReport:
         """CONTRACTS' eval object; with several judges also `agreement`, one entry a pair."""
         extra = {"agreement": self.agreement} if self.agreement is not None else {}
         return {"forget": self.forget, "retain": self.retain, **extra}
+
+    def write(self, directory: str | Path, config: Mapping[str, Any] | None = None) -> None:
+        """Leave `sku_eval.json` and `rows.jsonl` (0600: it holds judged text) in a directory."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        write_text(Path(directory) / "rows.jsonl", lines, mode=0o600)
+        record(directory, "eval", self.to_json(), config or {})
 
 
 def measure(

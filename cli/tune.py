@@ -1,0 +1,76 @@
+"""`sku tune`: choose the scale that does the least harm within limits on utility."""
+
+from typing import Any
+
+import click
+
+from sku_vllm.cli.options import log, named_files, print_json, sku_command
+from sku_vllm.errors import ConfigError, NegativeResult
+from sku_vllm.output import check_output
+
+
+@sku_command("tune")
+@click.option("--model", required=True, help="Model directory or hub id.")
+@click.option("--revision", help="Revision of a hub id.")
+@click.option("--adapter", required=True, type=click.Path(), help="Adapter directory.")
+@click.option("--forget", multiple=True, required=True, metavar="NAME=FILE", help="A forget set to choose on; may be given several times.")
+@click.option("--retain", required=True, type=click.Path(), help="The retain set to choose on.")
+@click.option("--judge", multiple=True, required=True, metavar="SPEC", help="lexicon:FILE, hf:MODEL, openai:URL#MODEL, all:A,B.")
+@click.option("--max-perplexity-ratio", default=1.01, help="Limit on perplexity over the base's.")
+@click.option("--max-qa-drop", default=0.01, help="Limit on the loss of QA accuracy.")
+@click.option("--max-over-refusal", default=0.01, help="Limit on refusals of retain prompts.")
+@click.option("--max-gibberish", default=0.05, help="Limit on gibberish in the worst forget set, greedy or sampled.")
+@click.option("--scales", multiple=True, metavar="S,S,…", help="Scales to measure.  [default: 0.25,0.5,0.75,1,1.25]")
+@click.option("--per-layer", is_flag=True, help="Then try each third of the layers weaker and stronger; writes the scaled adapter to OUTPUT/adapter.")
+@click.option("--test-forget", multiple=True, metavar="NAME=FILE", help="Measure the choice once more on this set (with --test-retain).")
+@click.option("--test-retain", type=click.Path(), help="Retain set of the test data.")
+@click.option("--output", type=click.Path(), help="Directory for sku_tune.json and curve.svg.")
+@click.option("--columns", multiple=True, metavar="FIELD=COLUMN", help="Column names of CSV or Parquet rows.")
+@click.option("--samples", default=4, help="Sampled answers per forget prompt, beside the greedy one.")
+@click.option("--temperature", default=1.0, help="Of the sampled answers.")
+@click.option("--max-new-tokens", default=128)
+@click.option("--seed", default=0)
+@click.option("--batch-size", default=256, help="Answers decoded together.")
+@click.option("--dtype", default="auto", help="auto, float32, bfloat16, float16.")
+@click.option("--template", help="Prompt template with {prompt}, instead of the tokenizer's own.")
+@click.option("--any-base", is_flag=True, help="Take an adapter that was made for another base.")
+@click.option("--as-is", is_flag=True, help="Take an adapter that is already negated.")
+def command(json_output: bool, **options: Any) -> None:
+    """Measure base − scale·delta over several scales and choose; exit code 1 when none stays within the limits.
+
+    Choose on validation data and give test data for the numbers to report.
+    """
+    if options["output"]:
+        check_output(options["output"])
+    if bool(options["test_forget"]) != bool(options["test_retain"]):
+        raise ConfigError("--test-forget and --test-retain belong together; give both or neither")
+    options["forget"] = named_files(options["forget"], "--forget")
+    options["test_forget"] = named_files(options["test_forget"], "--test-forget")
+    options["scales"] = _numbers(options["scales"])
+    from sku_vllm.evaluate.tune_command import run_tune
+
+    result = run_tune(options, log)
+    if json_output:
+        print_json(result)
+    else:
+        from sku_vllm.evaluate.curve import print_curve
+
+        print_curve(result["base"], result["curve"], result["scale"])
+    if not result["qualifies"]:
+        raise NegativeResult("no scale stays within the limits; " + _nearest_miss(result["curve"]))
+    if not json_output:
+        log(f"scale {result['scale']:g}" + (f"; {options['output']}: sku_tune.json, curve.svg" if options["output"] else ""))
+
+
+def _numbers(values: tuple[str, ...]) -> list[float] | None:
+    try:
+        return [float(text) for value in values for text in str(value).split(",") if text.strip()] or None
+    except ValueError as error:
+        raise ConfigError(f"--scales {','.join(map(str, values))}: {error}; write numbers, for instance --scales 0.5,1.0") from error
+
+
+def _nearest_miss(curve: list[dict[str, Any]]) -> str:
+    """The scale with the fewest limits broken, and which: what to loosen, or to retrain for."""
+    best = min(curve, key=lambda point: len(point["excess"]))
+    broken = ", ".join(f"{name.replace('_', ' ')} {found:.4g} > {limit:g}" for name, (found, limit) in best["excess"].items())
+    return f"nearest is {best['scale']:g} ({broken}); loosen --max-… or train with more preservation"
