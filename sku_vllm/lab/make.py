@@ -1,0 +1,84 @@
+"""The lab on disk: models and data of one world, copied from the package or made from nothing."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from sku_vllm.errors import ConfigError
+from sku_vllm.lab.architectures import ARCHITECTURES
+from sku_vllm.lab.corpus import Row, forget_sets, retain_sets
+from sku_vllm.lab.world import World, make_world
+from sku_vllm.output import check_output, output_directory, record, write_json, write_text
+
+SHIPPED_SEED = 0
+SHIPPED = ("llama",)
+
+
+def lab_data() -> Path:
+    """The package data: `models/llama/`, `models/opt/` and `rates.json`, what the shipped models measured when they were made."""
+    return Path(__file__).resolve().parent
+
+
+def make_lab(
+    output: str | Path, *, rebuild: bool = False, seed: int = SHIPPED_SEED, architectures: Sequence[str] = SHIPPED, progress: bool = True,
+) -> Path:
+    """Write models, forget and retain sets and the lexicon to `output`, in the layout of CONTRACTS.md; returns its path.
+
+    Without `rebuild` the shipped models are copied (seed 0, llama and opt), in well under a second. With it the tokenizer and the
+    models are made again: about four minutes a model on two cores. Any other seed is another world: other words, sentences and splits.
+
+    Raises:
+        ConfigError: `output` is in the way, an unknown architecture, or a world that is not shipped without `rebuild`.
+    """
+    _check(rebuild, seed, architectures)
+    check_output(output)
+    world = make_world(seed)
+    with output_directory(output) as directory:
+        rates = _rebuild(world, architectures, directory, progress) if rebuild else _copy(architectures, directory)
+        for name, rows in forget_sets(world).items():
+            write_rows(directory / "forget" / f"{name}.jsonl", rows)
+        for name, rows in retain_sets(world).items():
+            write_rows(directory / "retain" / f"{name}.jsonl", rows)
+        write_json(directory / "lexicon.json", world.lexicon)
+        config = {"rebuild": rebuild, "seed": seed, "architectures": list(architectures)}
+        record(directory, "lab", {"seed": seed, "unseen_topics": list(world.unseen_topics), "models": rates}, config)
+    return Path(output)
+
+
+def _check(rebuild: bool, seed: int, architectures: Sequence[str]) -> None:
+    unknown = [name for name in architectures if name not in ARCHITECTURES]
+    if unknown or not architectures:
+        raise ConfigError(f"--architecture {', '.join(unknown) or '(none)'}: choose from {', '.join(ARCHITECTURES)}")
+    if not rebuild and (seed != SHIPPED_SEED or not set(architectures) <= set(SHIPPED)):
+        raise ConfigError(f"--seed {seed}, --architecture {', '.join(architectures)}: only {' and '.join(SHIPPED)} of seed {SHIPPED_SEED} are shipped; add --rebuild to pretrain others")
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _copy(architectures: Sequence[str], directory: Path) -> dict[str, dict[str, float]]:
+    rates = json.loads((lab_data() / "rates.json").read_text(encoding="utf-8"))
+    for name in architectures:
+        # no copystat: files of an installed package may be read-only, those of a lab are the user's
+        shutil.copytree(lab_data() / "models" / name, directory / name, copy_function=shutil.copyfile)
+    return {name: rates[name] for name in architectures}
+
+
+def _rebuild(world: World, architectures: Sequence[str], directory: Path, progress: bool) -> dict[str, dict[str, float]]:
+    from sku_vllm.lab.measure import measure_base
+    from sku_vllm.lab.pretrain import pretrain
+    from sku_vllm.lab.progress import bar
+    from sku_vllm.lab.tokenizer import make_tokenizer, save_tokenizer
+
+    tokenizer = make_tokenizer(world)
+    rates = {}
+    for name in architectures:
+        with bar(f"pretraining {name}", progress) as report:
+            model = pretrain(world, tokenizer, name, progress=report)
+        model.save_pretrained(directory / name)
+        save_tokenizer(tokenizer, directory / name)
+        rates[name] = measure_base(model, tokenizer, world)
+    return rates
