@@ -114,7 +114,7 @@ def _train(base: Path, lab: Path, method: str, seed: int) -> Path:
     output = Path("adapters") / method
     output.parent.mkdir(exist_ok=True)
     forget, retain = load_dataset(lab / "forget/train.jsonl", "forget"), load_dataset(lab / "retain/train.jsonl", "retain")
-    train_adapter(base, forget, retain, output, TrainConfig(method=method, seed=seed))
+    train_adapter(base, forget, retain, output, TrainConfig.of(method, seed=seed))
     return output
 
 
