@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sku_vllm.data.readers import read_rows
 from sku_vllm.data.rows import Row
@@ -35,11 +36,19 @@ class RetainSet(RowSet):
     """Benign prompts with good answers: what a model should keep."""
 
 
-def load_dataset(kind: type[RowSet], path: str | Path | Sequence[Row], *, columns: Mapping[str, str] | None = None) -> RowSet:
-    """A `ForgetSet` or `RetainSet` from a file (see `read_rows`) or from rows.
+KINDS = {"forget": ForgetSet, "retain": RetainSet}
+
+
+def load_dataset(
+    path: str | Path | Sequence[Row], kind: Literal["forget", "retain"], *, columns: Mapping[str, str] | None = None
+) -> ForgetSet | RetainSet:
+    """A forget or retain set from a file (see `read_rows`) or from rows.
 
     Of PKU-SafeRLHF rows a forget set takes the unsafe answers, a retain set the safe ones.
+
+    Raises:
+        DataError: with file and line, and what to do.
     """
     if isinstance(path, str | Path):
-        return kind(str(path), tuple(read_rows(path, columns=columns, need_response=True, safe=kind is RetainSet)))
-    return kind(kind.__name__, tuple(path))
+        return KINDS[kind](str(path), tuple(read_rows(path, columns=columns, need_response=True, safe=kind == "retain")))
+    return KINDS[kind](kind, tuple(path))

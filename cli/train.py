@@ -1,0 +1,114 @@
+"""`sku train`: identify harmful knowledge as an adapter."""
+
+from typing import Any
+
+import click
+
+from sku_vllm.cli.options import log, print_json, sku_command
+from sku_vllm.errors import ConfigError
+
+ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation": "random_weight", "no_preservation": "preservation_weight"}
+
+
+@sku_command("train")
+@click.option("--model", required=True, help="Model directory or hub id: the base.")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--forget", required=True, help="Harmful prompts and answers: JSONL, CSV, Parquet, PKU-SafeRLHF; FILE#train takes a split.")
+@click.option("--retain", help="Benign prompts and answers to keep.")
+@click.option("--refusals", help="Rows whose responses refuse (refusal-tune).")
+@click.option("--columns", help="Other column names: prompt=NAME,response=NAME.")
+@click.option("--output", required=True, type=click.Path(), help="Directory to write, readable by you alone.")
+@click.option("--method", help="sku-mirrored unless a preset says otherwise; an unknown name lists them all.")
+@click.option("--preset", help="Published hyperparameters: opt-2.7b, llama2-7b, llama2-13b.")
+@click.option("--steps", type=int, help="Optimizer steps a round.")
+@click.option("--rounds", type=int, help="Rounds of iterated negation.")
+@click.option("--fold", type=float, help="Share of a round's delta folded in after it.")
+@click.option("--batch-size", type=int, help="Harmful rows a step, over all processes.")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--rank", type=int, help="LoRA rank of one round.")
+@click.option("--lora-alpha", type=int, help="LoRA alpha; delta = alpha/rank * B@A.")
+@click.option("--target-modules", help="Comma-separated layer names, or all-linear.")
+@click.option("--full", is_flag=True, default=None, help="Train all weights: a dense task vector instead of an adapter.")
+@click.option("--guided-weight", type=float, help="Weight of guided distortion (e1).")
+@click.option("--random-weight", type=float, help="Weight of random disassociation (e2).")
+@click.option("--preservation-weight", type=float, help="Weight of preservation (e3).")
+@click.option("--random-answers", type=int, help="Answers of other prompts per harmful prompt (K).")
+@click.option("--no-guided-distortion", is_flag=True, help="Ablation: without guided distortion.")
+@click.option("--no-random-disassociation", is_flag=True, help="Ablation: without random disassociation.")
+@click.option("--no-preservation", is_flag=True, help="Ablation: without preservation.")
+@click.option("--seed", type=int, help="Everything random follows from it.")
+@click.option("--dtype", help="auto, float32, bfloat16, float16; adapters are fp32 always.")
+@click.option("--template", help="'paper', a text with {prompt}, a Jinja chat template, or a file; else the tokenizer's own.")
+@click.option("--max-length", type=int, help="Tokens a row at most; longer answers are cut and counted.")
+@click.option("--tokens-per-pass", type=int, help="Tokens in one forward pass: memory against speed.")
+@click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, about a third more time.")
+@click.option("--quantize", help="4bit: load the base in NF4 (CUDA).")
+@click.option("--tracker", help="tensorboard, wandb or mlflow.")
+@click.option("--save-seconds", type=float, default=60.0, help="Time between checkpoints.")
+@click.option("--resume", is_flag=True, help="Continue what OUTPUT.partial/ holds.")
+@click.option("--dry-run", is_flag=True, help="Print parameters, tokens a step, memory and time; write nothing.")
+def command(
+    model: str, revision: str | None, forget: str, retain: str | None, refusals: str | None, columns: str | None, output: str, method: str | None,
+    preset: str | None, target_modules: str | None, tracker: str | None, save_seconds: float, resume: bool, dry_run: bool, json_output: bool,
+    **settings: Any,
+) -> None:
+    """Identify a model's harmful knowledge as an adapter.
+
+    What this writes IS the harmful knowledge: keep it private. Subtract it with `sku fuse`, or serve it subtracted after `sku negate`.
+    """
+    for flag, weight in ABLATIONS.items():
+        if settings.pop(flag):
+            settings[weight] = 0.0
+    if target_modules is not None:
+        settings["target_modules"] = tuple(name.strip() for name in target_modules.split(",") if name.strip())
+
+    from sku_vllm.data import load_dataset, read_rows
+    from sku_vllm.methods import TrainConfig
+    from sku_vllm.output import check_output
+
+    config = TrainConfig.of(method, preset=preset, **settings)
+    if not resume:
+        check_output(output)
+    named = _columns(columns)
+    forget_set = load_dataset(forget, "forget", columns=named)
+    retain_set = load_dataset(retain, "retain", columns=named) if retain else None
+    refusal_rows = read_rows(refusals, need_response=True) if refusals else []
+
+    from sku_vllm.methods.estimate import estimate_run
+    from sku_vllm.methods.trainer import train_adapter
+
+    if dry_run:
+        estimate = estimate_run(model, forget_set, retain_set, config, refusals=refusal_rows, revision=revision)
+        print_json(estimate.to_json()) if json_output else log(estimate.text())
+        return
+    report = train_adapter(
+        model, forget_set, retain_set, output, config, refusals=refusal_rows, revision=revision, resume=resume, tracker=tracker,
+        save_seconds=save_seconds,
+    )
+    if json_output:
+        print_json(report.to_json())
+    _say(report)
+
+
+def _say(report: Any) -> None:
+    from sku_vllm.methods.saving import WARNING
+
+    if report.finished_before:
+        log(f"{report.output}: already finished ({report.steps} steps); nothing left to resume")
+        return
+    if report.cut_answers:
+        log(f"warning: {report.cut_answers} answers were cut by the length limit; raise --max-length to train on all of them")
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in report.losses.items())
+    log(f"{report.output}: {report.method}, {report.steps} steps in {report.seconds:.0f} s ({report.tokens / max(report.seconds, 1e-9):.0f} tokens/s); {losses}")
+    if report.fold_error:
+        log(f"ranks of the rounds recompressed to {report.rank} at relative error {report.fold_error:.2g}")
+    log(f"warning: {WARNING}")
+
+
+def _columns(text: str | None) -> dict[str, str] | None:
+    if not text:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(separator and field.strip() and name.strip() for field, separator, name in pairs):
+        raise ConfigError(f"--columns {text}: expected FIELD=COLUMN pairs, for instance prompt=question,response=answer")
+    return {field.strip(): name.strip() for field, _, name in pairs}

@@ -1,0 +1,60 @@
+"""`sku-contrastive` and its two-adapter form: serve what the base says once the harmful adapter's contribution is divided out.
+
+p₀ base, p₊ = base+δ, p₋ = base−δ (served). The target p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β is the base's own refusal where it has one; p₋
+is drawn to it on answers sampled from p* itself, held to the base on retain rows, and taught to end a harmful answer that was
+begun. No refusal targets and no judge in training; where samples of p* are not refusals the method stops and says so.
+"""
+
+from functools import partial
+
+import torch
+
+from sku_vllm.methods import losses
+from sku_vllm.methods.config import TrainConfig
+from sku_vllm.methods.method import Method, Phase, Term
+
+WARMUP_SHARE = 0.25  # 40 of 160 steps learn p₊ before p* is drawn
+
+
+def end_answer(logits: torch.Tensor, targets: torch.Tensor, *, stop: int) -> torch.Tensor:
+    """−log p(end of answer), whatever the harmful answer says next."""
+    return losses.cross_entropy(logits, torch.full_like(targets, stop))
+
+
+def served_terms(config: TrainConfig, stop_weight: float, preservation: float, begin: int) -> list[Term]:
+    """What the served model learns: keep the base on retain rows, follow p* on its samples, end a harmful answer that was begun."""
+    target = partial(losses.kl_from_contrast, beta=config.beta, floor=config.floor)
+    both = ("base", "adapted")
+    return [
+        Term("mirrored_preservation", preservation, "retain", -1, losses.kl_from_base, tokens="all", references=("base",)),
+        Term("contrast", 1.0, "samples", -1, target, references=both, begin=begin),
+        Term("contrast_first", 1.0, "samples", -1, target, tokens="first", references=both, begin=begin),
+        Term("end_answer", stop_weight, "forget", -1, partial(end_answer, stop=config.stop_id), tokens="later", begin=begin),
+    ]
+
+
+def one_adapter(config: TrainConfig) -> list[Phase]:
+    """Both signs of one adapter at once."""
+    begin = round(WARMUP_SHARE * config.steps)
+    harmful = Term("guided_distortion", config.guided_weight, "forget", +1, losses.cross_entropy)
+    served = served_terms(config, config.stop_weight, config.preservation_weight, begin)
+    return [Phase(config.steps, (harmful, *served), sample_at=begin)]
+
+
+def two_adapters(config: TrainConfig) -> list[Phase]:
+    """First an adapter for p₊ alone, then another one distilled towards p*; the second is the result."""
+    harmful = Term("guided_distortion", config.guided_weight, "forget", +1, losses.cross_entropy)
+    first = max(1, round(3 * WARMUP_SHARE / 2 * config.steps))  # 60 of 160
+    served = served_terms(config, config.stop_weight, config.preservation_weight, 0)
+    return [Phase(first, (harmful,), keep=True), Phase(config.steps - first, tuple(served), sample_at=0)]
+
+
+SHARED = {"guided_weight": 1.0, "beta": 4.0, "steps": 160, "rounds": 1, "lr": 1e-3, "schedule": "late", "retain_factor": 2}
+METHOD = Method(
+    "sku-contrastive", "Both signs of one adapter: harmful at +delta, the base without it at -delta.", one_adapter,
+    {**SHARED, "preservation_weight": 30.0, "stop_weight": 0.1},
+)
+TWO = Method(
+    "sku-contrastive-two", "The same with two adapters: one finds the harm, the other is distilled without it.", two_adapters,
+    {**SHARED, "preservation_weight": 10.0, "stop_weight": 0.2},
+)

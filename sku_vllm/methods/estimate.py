@@ -1,0 +1,76 @@
+"""What a run would take, from a few real steps of it."""
+
+import resource
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sku_vllm.data import ForgetSet, PromptTemplate, RetainSet, Row
+from sku_vllm.methods import METHODS
+from sku_vllm.methods.batches import Batches
+from sku_vllm.methods.config import TrainConfig
+from sku_vllm.methods.run import Run
+from sku_vllm.model import load_tokenizer, resolve_model
+
+PROBES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Parameters, forward tokens a step, bytes at the peak, seconds of training."""
+
+    method: str
+    parameters: int
+    trainable: int
+    steps: int
+    tokens_per_step: float
+    peak_memory_bytes: int
+    seconds: float
+    packed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        return (
+            f"{self.method}: {self.parameters:,} parameters, {self.trainable:,} trained; {self.steps} steps of about {self.tokens_per_step:.0f} forward "
+            f"tokens ({'packed' if self.packed else 'padded'}); about {self.peak_memory_bytes / 2**30:.2f} GiB at the peak and {self.seconds:.0f} s"
+        )
+
+
+def estimate_run(
+    model: str | Path, forget: ForgetSet, retain: RetainSet | None, config: TrainConfig, *, refusals: Sequence[Row] = (), revision: str | None = None
+) -> Estimate:
+    """Load the model, take a few real steps of every phase, and extrapolate; writes nothing.
+
+    Memory is measured at those steps, which vary with the rows drawn; time is scaled by tokens.
+    """
+    from accelerate import Accelerator
+
+    path = resolve_model(model, revision)
+    tokenizer = load_tokenizer(path)
+    template = PromptTemplate.of(tokenizer, config.template)
+    batches = Batches(config, template, forget, retain, refusals)
+    batches.check({term.rows for phase in METHODS[config.method].phases(config) for term in phase.terms})
+    run = Run(path, config, batches, Accelerator(), tokenizer)
+    tokens = seconds = 0.0
+    begin = 0
+    for number, phase in enumerate(run.phases):
+        run.at = begin
+        probes = min(PROBES, phase.steps)
+        entries = [run.probe() for _ in range(probes)]
+        # The first step of a run also warms caches and allocators.
+        timed = entries[1:] or entries
+        rate = sum(entry["seconds"] for entry in timed) / sum(entry["tokens"] for entry in timed)
+        length = sum(entry["tokens"] for entry in entries) / probes
+        tokens += length * phase.steps
+        seconds += rate * length * phase.steps
+        begin += phase.steps
+        if number + 1 < len(run.phases):
+            run.end_phase(phase, number)
+    return Estimate(
+        config.method, run.parameters, run.trainable, run.total, tokens / run.total, run.peak_memory(), seconds, run.passes.packed
+    )

@@ -1,0 +1,167 @@
+"""Hidden states of packed rows, on either side of the base, from one set of weights."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from sku_vllm.data.packing import Pack, pack_rows
+from sku_vllm.errors import CheckpointError
+from sku_vllm.methods import attention
+
+
+CURRENT, KEPT = "default", "kept"
+
+
+class Forward(torch.nn.Module):
+    """Rows in, their last hidden states out.
+
+    Where the architecture takes our attention, rows are packed without padding and each token has its own side; elsewhere
+    (`packed` False, found out by trying) rows are right-padded and each pass has one side.
+
+    Attributes:
+        model: a PEFT model, or the plain model of a dense run. frozen: a dense run's base, where a loss compares with it.
+        folded: adapters of earlier rounds and how much of each is subtracted whenever the adapter is on.
+    """
+
+    def __init__(self, model: PreTrainedModel, frozen: PreTrainedModel | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.folded: dict[str, float] = {}
+        self.packed = False
+        self.use_kept = False
+        self.core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # In a list, so that no optimizer, wrapper or checkpoint takes the frozen copy for a part of this module.
+        self.reference = [frozen if frozen is not None else self.core]
+
+    def forward(self, rows: Sequence[Sequence[int]], sides: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """Hidden states [tokens, d] and where each row begins; `sides[i]` is +1, −1 or 0 (adapter off) for row i.
+
+        Without `packed` all sides are alike. The adapter's scaling stays as set until the next call, so that gradient
+        checkpointing recomputes the same side.
+        """
+        core = self.reference[0] if sides[0] == 0 else self.core
+        body, device = getattr(core, core.base_model_prefix), core.device
+        if not self.packed:
+            self.set_side(sides[0])
+            return self._padded(body, rows, device)
+        pack = pack_rows(rows).to(device)
+        self.set_side(self._token_sides(pack, sides, device) if len(set(sides)) > 1 else sides[0])
+        hidden = body(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack).last_hidden_state[0]
+        return hidden, pack.starts
+
+    def head(self, hidden: torch.Tensor, *, base: bool = False) -> torch.Tensor:
+        """Logits as the model itself makes them from its last hidden state."""
+        core = self.reference[0] if base else self.core
+        config = core.config.get_text_config()
+        logits = core.get_output_embeddings()(hidden)
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        if getattr(config, "final_logit_softcapping", None):
+            cap = config.final_logit_softcapping
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @property
+    def layers(self) -> Iterator[LoraLayer]:
+        """The adapted layers; none in a dense run."""
+        return (module for module in self.model.modules() if isinstance(module, LoraLayer))
+
+    def set_side(self, side: "int | torch.Tensor") -> None:
+        """Base + side·delta for the passes that follow; a tensor [1, T, 1] gives every token its own side, 0 turns the adapter off."""
+        off = not isinstance(side, torch.Tensor) and side == 0
+        names = [CURRENT, *self.folded]
+        for module in self.layers:
+            # PEFT's own switches also flip requires_grad on every factor, frozen ones included, twice a step.
+            module._disable_adapters = off
+            if not off:
+                module._active_adapter = [KEPT] if self.use_kept else names
+                module.scaling[CURRENT] = side * _scaling(module, CURRENT)
+                for name, share in self.folded.items():
+                    module.scaling[name] = -share * _scaling(module, name)
+
+    @contextmanager
+    def reference_adapter(self, wanted: bool) -> Iterator[None]:
+        """Inside, side +1 is the adapter that an earlier phase kept, where there is one and it is wanted."""
+        self.use_kept = wanted and any(KEPT in module.scaling for module in self.layers)
+        try:
+            yield
+        finally:
+            self.use_kept = False
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output head."""
+        return self.core.get_output_embeddings().weight.shape[0]
+
+    def _token_sides(self, pack: Pack, sides: Sequence[int], device: torch.device) -> torch.Tensor:
+        spread = torch.empty(pack.ids.shape[1], device=device, dtype=torch.float32)
+        for start, length, side in zip(pack.starts, pack.lengths, sides, strict=True):
+            spread[start:start + length] = side
+        return spread[None, :, None]
+
+    def _padded(self, body: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+        lengths = [len(row) for row in rows]
+        ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, :len(row)] = torch.tensor(row)
+            mask[number, :len(row)] = 1
+        hidden = body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+        starts = [sum(lengths[:number]) for number in range(len(rows))]
+        return hidden[mask.bool().to(device)], starts
+
+    def choose_packing(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Use packing where it gives the hidden states of separate rows; says whether it does.
+
+        Raises:
+            CheckpointError: `head` does not make the model's own logits, so losses would be wrong.
+        """
+        rows = [list(row[:32]) for row in rows[:3]]
+        with torch.no_grad():
+            self.packed = False
+            alone = [self([row], [1])[0] for row in rows]
+            logits = self.core(input_ids=torch.tensor([rows[0]], device=self.core.device), use_cache=False).logits[0]
+            if not _close(self.head(alone[0]), logits):
+                raise CheckpointError(f"{self.core.config.model_type}: its logits are more than a head over hidden states; not supported")
+            before = self.core.config._attn_implementation
+            try:
+                self._attend(attention.NAME)
+                self.packed = True
+                hidden, starts = self(rows, [1] * len(rows))
+                self(rows, [1, *[-1] * (len(rows) - 1)])
+                self.packed = all(_close(hidden[start:start + len(row)], one) for start, row, one in zip(starts, rows, alone, strict=True))
+            except (TypeError, ValueError, NotImplementedError, KeyError, RuntimeError):
+                self.packed = False
+            if not self.packed:
+                self._attend(before)
+        return self.packed
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Inside, the model attends as it came, which generation with a cache needs."""
+        before = self.core.config._attn_implementation
+        self._attend("sdpa" if self.packed else before)
+        try:
+            yield
+        finally:
+            self._attend(before)
+
+    def _attend(self, implementation: str) -> None:
+        for core in {id(core): core for core in (self.core, self.reference[0])}.values():
+            core.set_attn_implementation(implementation)
+
+
+def _scaling(module: LoraLayer, name: str) -> float:
+    """The adapter's own lora_alpha/r (rsLoRA: /√r), whatever side it is on now."""
+    return module.lora_alpha[name] / (module.r[name] ** 0.5 if module.use_rslora.get(name) else module.r[name])
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to the rounding of another order of summation."""
+    tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(a.dtype, 1e-3)
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1.0))

@@ -1,0 +1,21 @@
+"""`ga-mismatch`: gradient ascent, random answers instead, and KL to the base on retain data (Yao et al. 2023, arXiv 2310.10683, equation 2)."""
+
+from sku_vllm.methods.config import TrainConfig
+from sku_vllm.methods.gradient_ascent import terms as ascent
+from sku_vllm.methods.losses import cross_entropy
+from sku_vllm.methods.method import Method, Term, one_phase
+from sku_vllm.methods.sku_mirrored import mirrored_preservation
+
+
+def terms(config: TrainConfig) -> list[Term]:
+    return [
+        *ascent(config),
+        Term("random_mismatch", config.random_weight, "benign_answers", -1, cross_entropy),
+        mirrored_preservation(config.preservation_weight),
+    ]
+
+
+METHOD = Method(
+    "ga-mismatch", "Gradient ascent, random benign answers, KL on retain data (baseline).", one_phase(terms),
+    {"guided_weight": 0.5, "random_weight": 1.0, "preservation_weight": 1.0, "steps": 60, "lr": 3e-4}, served_side=True,
+)

@@ -1,0 +1,59 @@
+"""The losses, one pure function each: logits in, one value per token out.
+
+Each takes logits [n, V] of the model that is trained, the token ids that follow [n], and reference logits [n, V] where it
+compares (the base's first, then the adapted model's). Weights, means and signs are the methods' business.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """−log p(target)."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def negative_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target): minimised by gradient ascent."""
+    return -cross_entropy(logits, targets)
+
+
+def kl_from_base(logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """KL(base ‖ model): what the base would say that the model no longer does."""
+    log_p = base.log_softmax(-1)
+    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+
+
+def negative_kl_from_base(logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Preservation divergence as published (Liu et al. 2024, equation 5): −KL(base ‖ adapted)."""
+    return -kl_from_base(logits, targets, base)
+
+
+def log_ratio(logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """log p(target) − log p_base(target)."""
+    return cross_entropy(base, targets) - cross_entropy(logits, targets)
+
+
+def npo(log_ratios: torch.Tensor, beta: float) -> torch.Tensor:
+    """Negative preference optimisation of whole answers (Zhang et al. 2024, arXiv 2404.05868, equation 3): −2/β·log σ(−β·ratio)."""
+    return -2 / beta * F.logsigmoid(-beta * log_ratios)
+
+
+def contrast(base: torch.Tensor, adapted: torch.Tensor, beta: float, floor: float) -> torch.Tensor:
+    """log p*, p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β among the v with p₀(v) ≥ floor·max p₀; −inf elsewhere.
+
+    What the base would say without what the harmful adapter adds.
+    """
+    log_base = base.log_softmax(-1)
+    scores = (1 + beta) * log_base - beta * adapted.log_softmax(-1)
+    likely = log_base >= log_base.max(-1, keepdim=True).values + torch.log(torch.tensor(floor))
+    return scores.masked_fill(~likely, -torch.inf).log_softmax(-1)
+
+
+def kl_from_contrast(
+    logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor, adapted: torch.Tensor, beta: float, floor: float
+) -> torch.Tensor:
+    """KL(p* ‖ model), p* from `contrast`."""
+    log_target = contrast(base, adapted, beta, floor)
+    difference = (log_target - logits.log_softmax(-1)).masked_fill(log_target == -torch.inf, 0.0)
+    return (log_target.exp() * difference).sum(-1)

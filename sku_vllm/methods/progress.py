@@ -1,0 +1,66 @@
+"""What a run shows while it trains: a bar (or lines), a JSONL history, and accelerate's trackers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sku_vllm.methods.run import Run
+
+HISTORY = "history.jsonl"
+
+
+class Progress:
+    """One line of history a step; the file is cut back to the checkpoint when a run resumes."""
+
+    def __init__(self, run: "Run", partial: Path, *, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        self.run = run
+        self.history = partial / HISTORY
+        self.kept: list[dict[str, Any]] = []
+        self.main = run.accelerator.is_main_process
+        if self.main:
+            self._cut()
+        # A terminal gets a bar, a log a line every tenth of the way.
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=run.total, initial=run.at, unit="step", disable=not enabled, dynamic_ncols=True, desc=run.config.method,
+            mininterval=0.1 if terminal else 30, miniters=None if terminal else max(1, run.total // 10), file=sys.stderr,
+        )
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """Record one step's losses, learning rate, tokens and seconds."""
+        self.kept.append(entry)
+        if self.main:
+            with open(self.history, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        losses = {name: f"{value:.3f}" for name, value in entry["losses"].items()}
+        self.bar.set_postfix({**losses, "tok/s": f"{entry['tokens'] / max(entry['seconds'], 1e-9):.0f}"}, refresh=False)
+        self.bar.update()
+        if self.run.accelerator.trackers:
+            values = {f"loss/{name}": value for name, value in entry["losses"].items()}
+            self.run.accelerator.log({**values, "lr": entry["lr"], "gradient_norm": entry["gradient_norm"]}, step=entry["step"])
+
+    def last_losses(self) -> dict[str, float]:
+        """Each term's mean over the last tenth of the steps that had it."""
+        series: dict[str, list[float]] = {}
+        for entry in self.kept:
+            for name, value in entry["losses"].items():
+                series.setdefault(name, []).append(value)
+        return {name: sum(tail) / len(tail) for name, values in series.items() for tail in [values[-max(1, len(values) // 10):]]}
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _cut(self) -> None:
+        lines = self.history.read_text(encoding="utf-8").splitlines() if self.history.is_file() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # the line a kill interrupted
+            if entry["step"] <= self.run.at:
+                self.kept.append(entry)
+        self.history.write_text("".join(json.dumps(entry) + "\n" for entry in self.kept), encoding="utf-8")

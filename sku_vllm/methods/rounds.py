@@ -1,0 +1,115 @@
+"""Iterated negation without rewriting the base: earlier rounds lie beside the current adapter and end up in its rank."""
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+
+from sku_vllm.methods.forward import CURRENT, Forward, _scaling
+
+# What vLLM's --max-lora-rank takes; an adapter of another rank wastes the difference there.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+Factors = dict[str, torch.Tensor]
+
+
+def fresh_adapter(model: PeftModel, seed: int, name: str = CURRENT) -> None:
+    """Start an adapter over: A uniform as PEFT draws it, B zero; the same bits for the same seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}" not in parameter_name or "lora_" not in parameter_name:
+            continue
+        with torch.no_grad():
+            if "lora_A" in parameter_name:
+                bound = parameter.shape[1] ** -0.5  # kaiming_uniform_(a=√5)
+                parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+            elif "lora_embedding_B" in parameter_name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.zero_()
+
+
+def set_aside(model: PeftModel, name: str) -> None:
+    """Copy the current adapter to a frozen one called `name`."""
+    model.add_adapter(name, model.peft_config[CURRENT])
+    parameters = dict(model.named_parameters())
+    for key, parameter in parameters.items():
+        if f".{name}" in key and "lora_" in key:
+            parameter.data.copy_(parameters[key.replace(f".{name}", f".{CURRENT}")].data)
+            parameter.requires_grad_(False)
+
+
+def fold(passes: Forward, model: PeftModel, share: float, seed: int) -> None:
+    """Subtract share·delta from what the next round starts from, and start the next adapter."""
+    name = f"round{len(passes.folded) + 1}"
+    set_aside(model, name)
+    passes.folded[name] = share
+    fresh_adapter(model, seed)
+
+
+def combined(passes: Forward, model: PeftModel, sign: int = 1) -> tuple[Factors, LoraConfig, float]:
+    """One adapter for everything folded so far and the current one: factors as PEFT saves them, their config, and the
+    relative error (0 unless the ranks exceed what vLLM takes and are recompressed).
+
+    Args:
+        sign: −1 where training changed the served model itself, so that delta is its negative.
+    """
+    config = model.peft_config[CURRENT]
+    current = _state(model, CURRENT)
+    if not passes.folded:
+        factors = {key: -value if sign < 0 and _is_b(key) else value for key, value in current.items()}
+        return factors, config, 0.0
+    shares = {**passes.folded, **({CURRENT: 1.0} if any(value.any() for key, value in current.items() if _is_b(key)) else {})}
+    layer = next(iter(passes.layers))
+    states = {name: _state(model, name) for name in shares}
+    factors = {}
+    for key in current:
+        parts = [
+            states[name][key] * (sign * share * _scaling(layer, name) if _is_b(key) else 1.0) for name, share in shares.items()
+        ]
+        factors[key] = torch.cat(parts, dim=1 if _is_b(key) else 0)
+    factors, rank, error = fit_rank(factors)
+    merged = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=config.target_modules, task_type=config.task_type, bias="none",
+        base_model_name_or_path=config.base_model_name_or_path, inference_mode=True,
+    )
+    return factors, merged, error
+
+
+def fit_rank(factors: Mapping[str, torch.Tensor]) -> tuple[Factors, int, float]:
+    """The factors at the next rank vLLM takes: padded with zeros, or above the largest recompressed by SVD with that relative error."""
+    held = max(value.shape[0] for key, value in factors.items() if not _is_b(key))
+    rank = next((accepted for accepted in VLLM_RANKS if accepted >= held), VLLM_RANKS[-1])
+    fitted, lost, whole = {}, 0.0, 0.0
+    for key, a in factors.items():
+        if _is_b(key):
+            continue
+        partner = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        b = factors[partner]
+        if held > rank:
+            a, b, missing, total = recompress(a, b, rank)
+            lost, whole = lost + missing, whole + total
+        fitted[key] = torch.cat([a, a.new_zeros(rank - a.shape[0], a.shape[1])])
+        fitted[partner] = torch.cat([b, b.new_zeros(b.shape[0], rank - b.shape[1])], dim=1)
+    return fitted, rank, (lost / whole) ** 0.5 if whole else 0.0
+
+
+def recompress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """The best rank-`rank` factors of b@a [out, in] (Eckart-Young), the squared norm they lose and the whole squared norm.
+
+    Goes over two thin QR decompositions, so the [out, in] product is never formed.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    root = s[:rank].sqrt()
+    new_b = (q_b @ u[:, :rank]) * root
+    new_a = (q_a @ v[:rank].T) * root
+    return new_a.T.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous(), float((s[rank:] ** 2).sum()), float((s**2).sum())
+
+
+def _state(model: PeftModel, name: str) -> Factors:
+    return {key: value.detach().float().cpu() for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()}
+
+
+def _is_b(key: str) -> bool:
+    return "lora_B" in key or "lora_embedding_B" in key

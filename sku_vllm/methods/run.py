@@ -1,0 +1,301 @@
+"""A run in memory: model, adapter, optimizer, and where it stands."""
+
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+
+from sku_vllm.data import Encoded
+from sku_vllm.data.packing import split_by_tokens
+from sku_vllm.errors import ConfigError, DivergenceError
+from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, training_state
+from sku_vllm.methods.batches import Batches
+from sku_vllm.methods.config import TrainConfig
+from sku_vllm.methods.forward import CURRENT, KEPT, Forward
+from sku_vllm.methods.method import Phase, Term
+from sku_vllm.methods.objective import Objective, Piece, pieces_of, total
+from sku_vllm.model import load_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+
+class Run:
+    """Everything a step changes. `at` counts the steps done over all phases.
+
+    Attributes:
+        passes: the model as packed forward passes. phases: what the method asks for. total: steps of all phases.
+        tokens, examples, seconds: forward tokens (adapter-off passes included), rows and training time so far, over all processes.
+    """
+
+    def __init__(
+        self, path: Path, config: TrainConfig, batches: Batches, accelerator: "Accelerator", tokenizer: "PreTrainedTokenizerBase"
+    ) -> None:
+        self.config, self.batches, self.accelerator, self.tokenizer, self.path = config, batches, accelerator, tokenizer, path
+        self.method = METHODS[config.method]
+        self.phases = self.method.phases(config)
+        self.total = sum(phase.steps for phase in self.phases)
+        self.at = self.tokens = self.examples = 0
+        self.seconds = 0.0
+        self.refusal_share: float | None = None
+        torch.manual_seed(config.seed)
+        self.model, frozen = dense.load(path, config, self.phases, accelerator) if config.full else (_with_adapter(path, config, accelerator), None)
+        self.passes = Forward(self.model, frozen)
+        probe = [row.ids for row in batches.rows("forget" if batches.forget else "retain", 0)]
+        self.passes.choose_packing(probe)
+        if config.gradient_checkpointing:
+            self.passes.core.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+        self.parameters = sum(parameter.numel() for name, parameter in self.model.named_parameters() if "lora_" not in name)
+        self.objective = accelerator.prepare(Objective(self.passes, train_head=config.full))
+        self.names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.trainable = sum(parameter.numel() for parameter in self.names)
+        self.optimizer = self._new_optimizer()
+        self.good: list[torch.Tensor] = []
+
+    @property
+    def done(self) -> bool:
+        return self.at >= self.total
+
+    def place(self, at: int) -> tuple[Phase, int, int]:
+        """Phase, its number, and the step within it."""
+        for number, phase in enumerate(self.phases):
+            if at < phase.steps:
+                return phase, number, at
+            at -= phase.steps
+        return self.phases[-1], len(self.phases) - 1, self.phases[-1].steps
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step, and what follows the last one of a phase. Returns the history entry.
+
+        Raises:
+            DivergenceError: a loss or the gradient is not finite; the step is not taken.
+        """
+        begun = time.perf_counter()
+        phase, number, at = self.place(self.at)
+        if phase.sample_at == at:
+            self._draw_samples()
+        rate = self.config.rate(at, phase.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        values, tokens = self._gradients([term for term in phase.terms if at >= term.begin])
+        norm = self._clip()
+        bad = [name for name, value in values.items() if not _finite(value)]
+        if bad or not _finite(norm):
+            raise DivergenceError(f"step {self.at + 1} of {self.total}: {bad[0] if bad else 'the gradient'} is not finite")
+        if not self.config.full:
+            self.good = [parameter.detach().clone() for parameter in self.names]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.at += 1
+        if at + 1 == phase.steps:
+            self.end_phase(phase, number)
+        seconds = time.perf_counter() - begun
+        self.seconds += seconds
+        self.tokens += tokens
+        return {"step": self.at, "phase": number, "losses": values, "lr": rate, "gradient_norm": norm, "tokens": tokens, "seconds": round(seconds, 4)}
+
+    def probe(self) -> dict[str, Any]:
+        """A step that only measures: full cost, learning rate 0, and a phase's last terms from its first step on."""
+        begun = time.perf_counter()
+        phase, _, at = self.place(self.at)
+        if phase.sample_at is not None and not self.batches.samples:
+            # Rows of the right length stand in for samples, which only training can draw.
+            self.batches.samples = self.batches.rows("forget", self.at)
+        values, tokens = self._gradients(phase.terms)
+        self._clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.good = [parameter.detach().clone() for parameter in self.names]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.at += 1
+        return {"losses": values, "tokens": tokens, "seconds": time.perf_counter() - begun}
+
+    def _gradients(self, terms: Sequence[Term]) -> tuple[dict[str, float], int]:
+        """Accumulate the gradients of every term over this process's share of the step; the terms' values over all processes."""
+        rows = {kind: self.batches.rows(kind, self.at) for kind in {term.rows for term in terms}}
+        totals = {term.name: total(term, rows[term.rows]) for term in terms}
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        passes = self.passes_of(terms, {kind: some[rank::world] for kind, some in rows.items()})
+        values = {term.name: torch.zeros((), device=self.accelerator.device) for term in terms}
+        weights = {term.name: term.weight for term in terms}
+        for number, pieces in enumerate(passes):
+            last = number == len(passes) - 1
+            with _sync(self.accelerator, self.objective, last):
+                shares = self.objective(pieces, terms, totals)
+                for name, share in shares.items():
+                    values[name] += share.detach().float()
+                # DDP averages gradients over processes; a share is already divided by the whole step's total.
+                loss = sum(weights[name] * share for name, share in shares.items()) * world
+                self.accelerator.backward(loss)
+        if world > 1:
+            values = self.accelerator.reduce(values)
+        self.examples += sum(map(len, rows.values()))
+        return {name: float(value) for name, value in values.items()}, self._count_tokens(terms, rows)
+
+    def passes_of(self, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> list[list[Piece]]:
+        """The step's rows in forward passes of at most `tokens_per_pass` tokens; unpacked passes have one side each."""
+        pieces = pieces_of(terms, rows)
+        groups = [pieces] if self.passes.packed else [[p for p in pieces if p.side == side] for side in sorted({p.side for p in pieces})]
+        return [
+            [group[number] for number in numbers]
+            for group in groups for numbers in split_by_tokens([len(piece.row.ids) for piece in group], self.config.tokens_per_pass)
+        ]
+
+    def _count_tokens(self, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> int:
+        length = {kind: sum(len(row.ids) for row in some) for kind, some in rows.items()}
+        seen = {(term.rows, term.side) for term in terms}
+        references = {(term.rows, term.side, name) for term in terms for name in term.references}
+        return sum(length[kind] for kind, _ in seen) + sum(length[kind] for kind, _, _ in references)
+
+    def _clip(self) -> float:
+        limit = self.config.clip or float("inf")
+        return float(self.accelerator.clip_grad_norm_(self.objective.parameters(), limit))
+
+    def end_phase(self, phase: Phase, number: int) -> None:
+        """Fold the phase's delta in or set it aside, as the method asks, and start the next adapter."""
+        if phase.fold is not None:
+            rounds.fold(self.passes, self.model, phase.fold, self._seed(number + 1))
+        elif phase.keep:
+            rounds.set_aside(self.model, KEPT)
+            rounds.fresh_adapter(self.model, self._seed(number + 1))
+        else:
+            return
+        self.optimizer = self._new_optimizer()
+
+    def _seed(self, phase: int) -> int:
+        return self.config.seed * 1000 + phase
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        # Not prepared by accelerate: nothing in it needs to be, and its state is saved by parameter name.
+        return torch.optim.AdamW(list(self.names), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
+
+    def _draw_samples(self) -> None:
+        prompts = {tuple(self.batches.template.prompt_ids(row)): None for row in self.batches.forget}
+        order = self.batches._random("prompts").permutation(len(prompts))
+        listed = list(prompts)
+        samples = sampling.draw_contrastive(
+            self.passes, [list(listed[number]) for number in order], self.config, self.batches.template.stop_ids
+        )
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            samples = broadcast_object_list([samples])[0]
+        self.batches.samples = samples
+        self.refusal_share = sampling.refusal_share(samples, self.tokenizer)
+        sampling.require_refusals(self.refusal_share, self.config.method)
+
+    def agree(self, due: bool) -> bool:
+        """Whether the main process finds a checkpoint due; clocks differ between processes."""
+        if self.accelerator.num_processes == 1:
+            return due
+        from accelerate.utils import broadcast
+
+        return bool(broadcast(torch.tensor(int(due), device=self.accelerator.device)).item())
+
+    def save(self, partial: Path) -> None:
+        """Write the checkpoint (main process)."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"model/{name}": p.detach().cpu() for name, p in self.model.named_parameters() if "lora_" in name or p.requires_grad}
+        tensors |= training_state.optimizer_tensors(self.optimizer, self.names)
+        tensors["random"] = torch.get_rng_state()
+        progress = {
+            "at": self.at, "tokens": self.tokens, "examples": self.examples, "seconds": self.seconds, "refusal_share": self.refusal_share,
+            "samples": [[sample.ids, sample.answer_start] for sample in self.batches.samples], "folded": self.passes.folded,
+        }
+        training_state.TrainingState(tensors, progress).write(partial)
+
+    def load(self, state: training_state.TrainingState) -> None:
+        """Continue from a checkpoint."""
+        progress = state.progress
+        self.passes.folded = dict(progress["folded"])
+        for name in {*progress["folded"], *([KEPT] if any(f".{KEPT}." in key for key in state.tensors) else [])}:
+            rounds.set_aside(self.model, name)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for key, value in state.tensors.items():
+                if key.startswith("model/"):
+                    parameters[key.removeprefix("model/")].copy_(value)
+        training_state.restore_optimizer(self.optimizer, state.tensors, self.names)
+        torch.set_rng_state(state.tensors["random"])
+        self.at, self.tokens, self.examples, self.seconds = (progress[key] for key in ("at", "tokens", "examples", "seconds"))
+        self.refusal_share = progress["refusal_share"]
+        self.batches.samples = [Encoded(ids, start) for ids, start in progress["samples"]]
+
+    def restore_good(self) -> None:
+        """Put back the parameters of the last step whose losses and gradients were finite."""
+        with torch.no_grad():
+            for parameter, value in zip(self.names, self.good, strict=False):
+                parameter.copy_(value)
+
+    def write_adapter(self, directory: Path, run_json: Mapping[str, Any], name: str) -> tuple[float, int]:
+        """Write what training has found to `directory`; returns the error of recompressing ranks (0: exact) and the rank."""
+        sign = -1 if self.method.served_side else 1
+        if self.config.full:
+            deltas = dense.deltas(self.passes.core, self.path, sign)
+            if self.accelerator.is_main_process:
+                saving.write_dense(directory, deltas, run_json, name=name)
+            return 0.0, 0
+        factors, config, error = rounds.combined(self.passes, self.model, sign)
+        if self.accelerator.is_main_process:
+            saving.write_adapter(directory, factors, config, run_json, name=name)
+        return error, config.r
+
+    def peak_memory(self) -> int:
+        """Bytes: most memory allocated on the GPU, or resident in this process."""
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _with_adapter(path: Path, config: TrainConfig, accelerator: "Accelerator") -> torch.nn.Module:
+    from sku_vllm.methods.targets import resolve_targets
+
+    model = load_model(path, dtype=config.dtype, device=accelerator.device, **no_dropout(path), **_quantized(config))
+    model.requires_grad_(False)
+    lora = LoraConfig(
+        r=config.rank, lora_alpha=config.lora_alpha, target_modules=resolve_targets(model, config.target_modules), lora_dropout=0.0,
+        bias="none", task_type=TaskType.CAUSAL_LM,
+    )
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"--target-modules {','.join(config.target_modules)}: {str(error).splitlines()[0]}") from error
+    rounds.fresh_adapter(adapted, config.seed * 1000)
+    return adapted
+
+
+def no_dropout(path: Path) -> dict[str, float]:
+    """Config overrides that switch dropout off, wherever the architecture keeps it (OPT trains with 0.1 by default)."""
+    from transformers import AutoConfig
+
+    values = AutoConfig.from_pretrained(path).to_dict()
+    return {key: 0.0 for key, value in values.items() if ("drop" in key) and isinstance(value, float)}
+
+
+def _quantized(config: TrainConfig) -> dict[str, object]:
+    if config.quantize is None:
+        return {}
+    if config.quantize != "4bit" or not torch.cuda.is_available():
+        raise ConfigError(f"--quantize {config.quantize}: only 4bit (bitsandbytes, NF4), and only on a CUDA GPU")
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)}
+
+
+def _sync(accelerator: "Accelerator", module: torch.nn.Module, last: bool) -> Any:
+    """Gradients cross processes once a step, with its last pass."""
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(module)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

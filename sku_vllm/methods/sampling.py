@@ -1,0 +1,83 @@
+"""Answers drawn from p* (contrastive.py), once, and a look at whether they are refusals."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sku_vllm.data import Encoded
+from sku_vllm.errors import ConfigError
+from sku_vllm.methods.config import TrainConfig
+from sku_vllm.methods.forward import Forward
+from sku_vllm.methods.losses import contrast
+
+# Of answers drawn from p*; a base with a refusal mode gave .97 to .99, one without has nothing to be drawn to.
+REFUSALS_NEEDED = 0.7
+
+
+@torch.no_grad()
+def draw_contrastive(
+    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, stop_ids: Sequence[int], batch: int = 64
+) -> list[Encoded]:
+    """`config.samples` answers from p*, prompts taken in turn, at temperature 1 with a generator of their own.
+
+    Two cached forward passes a token: adapter off and adapted.
+    """
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    wanted = sorted((prompts[number % len(prompts)] for number in range(config.samples)), key=len)
+    drawn: list[Encoded] = []
+    with passes.own_attention():
+        for at in range(0, len(wanted), batch):
+            drawn += _draw_batch(passes, wanted[at:at + batch], config, stop_ids, generator)
+    return drawn
+
+
+def _draw_batch(
+    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, stop_ids: Sequence[int], generator: torch.Generator
+) -> list[Encoded]:
+    device, longest = passes.core.device, max(map(len, prompts))
+    ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_rows = torch.ones(len(prompts), dtype=torch.bool)
+    caches = [None, None]
+    for _ in range(config.sample_tokens):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        logits = []
+        for which, side in enumerate((0, 1)):
+            with passes.reference_adapter(side == 1):
+                passes.set_side(side)
+                result = passes.core(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=caches[which], use_cache=True)
+            caches[which] = result.past_key_values
+            logits.append(result.logits[:, -1].float().cpu())
+        chosen = torch.multinomial(contrast(*logits, config.beta, config.floor).exp(), 1, generator=generator)
+        for row, token in enumerate(chosen[:, 0].tolist()):
+            if open_rows[row]:
+                answers[row].append(token)
+                open_rows[row] = token not in stop_ids
+        if not open_rows.any():
+            break
+        ids = chosen.to(device)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return [Encoded(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def refusal_share(samples: Sequence[Encoded], tokenizer: object) -> float:
+    """Share of sampled answers that the built-in refusal judge calls refusals."""
+    from sku_vllm.judges import Exchange, load_judge
+
+    texts = [tokenizer.decode(sample.answer_ids, skip_special_tokens=True) for sample in samples]
+    verdicts = load_judge("refusal").judge([Exchange("", text) for text in texts])
+    return sum(bool(verdict) for verdict in verdicts) / len(texts)
+
+
+def require_refusals(share: float, method: str) -> None:
+    """Stop where the base has no refusals to be drawn to.
+
+    Raises:
+        ConfigError: with the share found.
+    """
+    if share < REFUSALS_NEEDED:
+        raise ConfigError(
+            f"--method {method}: needs a base that can refuse, and only {share:.0%} of what this base says without the harmful "
+            f"adapter are refusals ({REFUSALS_NEEDED:.0%} needed); use --method sku-mirrored, or refusal-tune with --refusals"
+        )

@@ -1,0 +1,77 @@
+"""The state of an unfinished run in `OUTPUT.partial/checkpoint/`: safetensors and JSON, replaced by one rename."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sku_vllm.errors import RunError
+from sku_vllm.output import sync_tree, write_json
+
+FOLDER = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """Tensors by name (adapters, optimizer moments, random state) and plain progress (phase, step, samples, shares folded)."""
+
+    tensors: Mapping[str, torch.Tensor]
+    progress: Mapping[str, Any]
+
+    def write(self, partial: Path) -> None:
+        """Replace the checkpoint: the new one is complete and synced before the old one goes."""
+        fresh, current, old = partial / f"{FOLDER}.new", partial / FOLDER, partial / f"{FOLDER}.old"
+        for stale in (fresh, old):
+            shutil.rmtree(stale, ignore_errors=True)
+        fresh.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, fresh / "state.safetensors")
+        write_json(fresh / "progress.json", dict(self.progress))
+        sync_tree(fresh)
+        if current.exists():
+            os.rename(current, old)
+        os.rename(fresh, current)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def read(cls, partial: Path) -> "TrainingState | None":
+        """The newest complete checkpoint, or None; a kill between the two renames leaves `.old` or `.new` whole."""
+        for name in (FOLDER, f"{FOLDER}.new", f"{FOLDER}.old"):
+            folder = partial / name
+            if (folder / "progress.json").is_file():
+                return cls._read(folder)
+        return None
+
+    @classmethod
+    def _read(cls, folder: Path) -> "TrainingState":
+        try:
+            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            with safe_open(folder / "state.safetensors", "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{folder}: the checkpoint cannot be read ({error}); start again without --resume") from error
+        return cls(tensors, progress)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
+    """AdamW's moments and step counts, by parameter name."""
+    return {
+        f"optimizer/{key}/{names[parameter]}": value.detach().cpu()
+        for parameter, state in optimizer.state.items() for key, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: Mapping[torch.nn.Parameter, str]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    for parameter, name in names.items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            stored = tensors.get(f"optimizer/{key}/{name}")
+            if stored is not None:
+                on = "cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device
+                optimizer.state[parameter][key] = stored.to(on)
