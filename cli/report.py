@@ -1,0 +1,64 @@
+"""`sku report DIR…`: one page from whatever the other commands left behind."""
+
+from pathlib import Path
+
+import click
+
+from sku_vllm.cli.options import log, print_json, sku_command
+from sku_vllm.errors import ConfigError
+
+
+@sku_command("report")
+@click.argument("directories", nargs=-1, required=True, type=click.Path(), metavar="DIR…")
+@click.option("--output", required=True, type=click.Path(dir_okay=False), help="File to write; an existing report is replaced.")
+@click.option("--format", "form", default=None, type=click.Choice(["html", "md", "json", "card"]), help="card: README.md of the fused checkpoint.  [default: by the file's name, else html]")
+@click.option("--title", default="Unlearning report", help="Heading.")
+@click.option("--serving-dtype", default=None, help="Dtype the checkpoint is served in, where that is not its own.")
+@click.option("--samples", default=3, type=int, help="Answers shown per set and label; 0 keeps all text out.")
+@click.option("--kl", "kl_rows", default=None, type=click.Path(dir_okay=False), help="Rows with responses: measure the LoRA arm against the fused weights on them.")
+@click.option("--require-verified", is_flag=True, help="Exit 1 unless the fused checkpoint is verified.")
+def command(
+    directories: tuple[str, ...], output: str, form: str | None, title: str, serving_dtype: str | None, samples: int, kl_rows: str | None,
+    require_verified: bool, json_output: bool,
+) -> None:
+    """Write one self-contained page from the records that train, tune, fuse, eval, attack and compare left in DIR…
+
+    A checkpoint is called verified only if eval ran on the fused file itself in its serving dtype.
+    """
+    from sku_vllm.errors import NegativeResult
+    from sku_vllm.output import write_text
+    from sku_vllm.report import build_report, render
+
+    form = form or {".md": "md", ".json": "json"}.get(Path(output).suffix.lower(), "html")
+    if not Path(output).absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: its directory does not exist; create it first")
+    measured = _kl(directories, kl_rows) if kl_rows else None
+    report = build_report(directories, title=title, serving_dtype=serving_dtype, sample_rows=samples, agreement=measured)
+    # Samples quote forget-set text: the page is for its reader's eyes.
+    write_text(output, render(report, form), mode=0o600 if report["samples"] else 0o644)
+    verdict = report["verdict"]
+    if json_output:
+        print_json({"output": output, "format": form, **verdict})
+    else:
+        log(f"{verdict['status']}: {verdict['headline']}".replace("\u00a0", " "))
+        for reason in verdict["reasons"]:
+            log(f"  not verified because {reason}")
+        log(f"written to {output}")
+    if require_verified and verdict["reasons"]:
+        raise NegativeResult(f"not verified: {'; '.join(verdict['reasons'])}")
+
+
+def _kl(directories: tuple[str, ...], rows: str) -> dict[str, object]:
+    from sku_vllm.data import read_rows
+    from sku_vllm.report.agreement import lora_against_fused
+    from sku_vllm.report.collect import collect
+
+    fuses = [document for document in collect(directories) if document.command == "fuse"]
+    if not fuses:
+        raise ConfigError("--kl: none of the directories is a fused checkpoint; add the one sku fuse wrote")
+    config = fuses[-1].config
+    adapters = config.get("adapters") or config.get("adapter") or []
+    if len(adapters) != 1:
+        raise ConfigError(f"--kl: compares one LoRA with the fused weights, and {len(adapters)} adapters were fused")
+    adapter, scale = adapters[0]
+    return lora_against_fused(config["model"], adapter, float(scale), fuses[-1].directory, read_rows(rows, need_response=True)[:64])

@@ -1,0 +1,90 @@
+"""Everything the report says, as one JSON-ready dict; HTML, Markdown and model cards are written from it."""
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.output import versions
+from sku_vllm.report.collect import Document, collect, read_json
+from sku_vllm.report.evaluations import Evaluation, Fused, checkpoint_identity, evaluations
+from sku_vllm.report.fidelity import fidelity
+from sku_vllm.report.samples import samples
+from sku_vllm.report.serving import latencies
+from sku_vllm.report.verdict import primary, reach_verdict
+
+
+def build_report(
+    directories: Sequence[str | Path], *, title: str = "Unlearning report", serving_dtype: str | None = None, sample_rows: int = 3,
+    agreement: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Read what commands left in `directories` and say what it amounts to.
+
+    Args:
+        serving_dtype: dtype the checkpoint is served in, where that is not its own.
+        sample_rows: answers shown per set and label; 0 keeps all text out of the report.
+        agreement: LoRA arm against fused weights (`sku_vllm.report.agreement`), measured by the caller.
+
+    Raises:
+        DataError: nothing to read, or a record is damaged.
+    """
+    documents = collect(directories)
+    fused = [_fused(document) for document in documents if document.command == "fuse"]
+    judged = evaluations(documents, fused)
+    tuned = [{"name": document.name, **_only(document, "scale", "qualifies", "curve"), "limits": _limits(document)} for document in documents
+             if document.command == "tune"]
+    attacks = [{"name": document.name, "config": document.config, **document.data} for document in documents if document.command == "attack"]
+    for attack in attacks:
+        attack.pop("versions", None)
+    verified = [document.data for document in documents if document.command == "verify"]
+    verdict = reach_verdict(judged, fused, tuned[-1]["limits"] if tuned else {}, attacks, verified, serving_dtype)
+    agreements = [agreement] if agreement else []
+    return {
+        "title": title,
+        "generated": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": versions(),
+        "verdict": asdict(verdict),
+        "evaluations": [_shown(evaluation) for evaluation in judged],
+        "primary": getattr(primary(judged), "name", None),
+        "tune": tuned,
+        "attacks": attacks,
+        "fidelity": [found for checkpoint in fused if (found := fidelity(checkpoint.document.name, checkpoint.manifest))],
+        "agreement": agreements,
+        "latency": [row for document in documents for row in latencies(document)],
+        "comparisons": [{"name": document.name, **_only(document, "a", "b", "sets", "unpaired")} for document in documents if document.command == "compare"],
+        "training": [{"name": document.name, "config": document.config, **_only(document, "method", "steps", "seconds")} for document in documents
+                     if document.command == "train"],
+        "lm_eval": [{"name": document.name, "tasks": document.data["lm_eval"]} for document in documents if document.data.get("lm_eval")],
+        "samples": samples(judged, sample_rows),
+        "provenance": [_origin(document, fused) for document in documents],
+    }
+
+
+def _fused(document: Document) -> Fused:
+    manifest = document.directory / "sku_manifest.json"
+    return Fused(document, checkpoint_identity(document.directory), read_json(manifest) if manifest.is_file() else {})
+
+
+def _shown(evaluation: Evaluation) -> dict[str, Any]:
+    return {**asdict(evaluation), "directory": evaluation.directory.name, "edited": evaluation.edited}
+
+
+def _only(document: Document, *keys: str) -> dict[str, Any]:
+    return {key: document.data[key] for key in keys if key in document.data}
+
+
+def _limits(document: Document) -> dict[str, float]:
+    return {key: float(document.config[key]) for key in ("max_perplexity_ratio", "max_qa_drop", "max_over_refusal", "max_gibberish")
+            if document.config.get(key) is not None}
+
+
+def _origin(document: Document, fused: Sequence[Fused]) -> dict[str, Any]:
+    """Where a record came from: its command, its seed and configuration, digests, versions."""
+    identity = next((checkpoint.identity for checkpoint in fused if checkpoint.document is document), document.config.get("model_identity"))
+    manifest = next((checkpoint.manifest for checkpoint in fused if checkpoint.document is document), {})
+    return {
+        "command": document.command, "name": document.name, "schema": document.data.get("schema"), "identity": identity,
+        "base_identity": manifest.get("base_identity") or document.data.get("base_identity"),
+        "adapters": manifest.get("adapters"), "config": document.config, "versions": document.data.get("versions") or {},
+    }

@@ -1,0 +1,241 @@
+"""`sku report`: what it says, what it refuses to say, and (slow) how it looks in a real browser."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sku_vllm.errors import DataError
+from sku_vllm.report import build_report, render
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
+from report_records import SECRET, evaluation, make_records, write, write_weights  # noqa: E402
+
+VOID = {"meta", "link", "br"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_records(tmp_path_factory.mktemp("run"))
+
+
+class Outline(HTMLParser):
+    """Checks nesting, collects references to anything outside the page, and the text inside closed <details>."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.outside: list[str] = []
+        self.hidden = 0
+        self.visible_text, self.hidden_text = [], []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.outside += [value for key, value in attributes if key in ("src", "href", "action", "xlink:href") and value and not value.startswith(("#", "data:"))]
+        assert not any(key.startswith("on") for key in values), f"event handler on {tag}"
+        if tag not in VOID:
+            self.open.append(tag)
+        self.hidden += tag == "details" and "open" not in values
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+        self.hidden -= tag == "details" and self.hidden > 0
+
+    def handle_data(self, data: str) -> None:
+        (self.hidden_text if self.hidden else self.visible_text).append(data)
+
+
+def read(html: str) -> Outline:
+    outline = Outline()
+    outline.feed(html)
+    assert outline.open == []
+    return outline
+
+
+def test_page_is_self_contained_well_formed_and_hides_forget_text(run: Path) -> None:
+    html = render(build_report([run]), "html")
+    outline = read(html)
+    assert outline.outside == [] and "<script" not in html and "@import" not in html and "url(" not in html
+    assert SECRET in "".join(outline.hidden_text) and SECRET not in "".join(outline.visible_text)
+    assert "What is 2 + 2?" in "".join(outline.visible_text) and "<brass>" not in html
+    text = " ".join(outline.visible_text).replace("\u00a0", " ")
+    assert text.index("Verified: what was judged is what is served") < text.index("Harmful answers fell from 60.2 % to 0.0 %.") < text.index("What holds")
+
+
+def test_numbers_are_those_of_the_records(run: Path) -> None:
+    report = build_report([run])
+    assert report["verdict"]["status"] == "verified" and report["primary"] == "eval/fused"
+    states = {check["name"]: check["state"] for check in report["verdict"]["checks"]}
+    assert states["Harm gone, greedy"] == states["Perplexity"] == states["Answers stay right (QA)"] == "pass"
+    assert states["Attack: relearn"] == "fail" and states["A second judge"] == "missing"
+    assert [e["role"] for e in report["evaluations"]] == ["base", "adapter", "fused"]
+    fidelity = report["fidelity"][0]
+    assert fidelity["worst"][0]["tensor"] == "model.layers.3.mlp.down_proj.weight" and len(fidelity["layers"]) == 16 and len(fidelity["modules"]) == 7
+    assert {row["arm"]: row["judged"] for row in report["latency"]} == {"original": 101, "negated": 99}
+    assert report["provenance"][0]["versions"]["torch"] == "2.13.0"
+
+
+def test_utility_that_breaks_a_limit_fails_the_check(tmp_path: Path) -> None:
+    run = make_records(tmp_path / "run")
+    record = json.loads((run / "eval/fused/sku_eval.json").read_text())
+    (run / "eval/fused/sku_eval.json").write_text(json.dumps({**record, **evaluation(0.2, 0.3, ratio=1.02, qa=0.9, over=0.2)}))
+    states = {check["name"]: check["state"] for check in build_report([run])["verdict"]["checks"]}
+    for name in ("Harm gone, greedy", "Harm gone, sampled", "Perplexity", "Answers stay right (QA)", "Over-refusal", "Gibberish on forget prompts, worst set"):
+        assert states[name] == "fail", name
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ("not judged", "fused file itself was not evaluated"),
+    ("another dtype", "judged in float32, but is served in"),
+    ("edited afterwards", "fused file itself was not evaluated"),
+    ("weights gone", "no longer where the record lies"),
+    ("no manifest", "no sku_manifest.json"),
+    ("not fused", "no fused checkpoint"),
+    ("identity not recorded", "did not record which weights"),
+])
+def test_refuses_to_call_it_verified(tmp_path: Path, change: str, reason: str) -> None:
+    run = make_records(tmp_path / "run", judged=change != "not judged", dtype="float32" if change == "another dtype" else "auto")
+    if change == "edited afterwards":
+        write_weights(run / "fused", 0.25)
+    elif change == "weights gone":
+        (run / "fused/model.safetensors").unlink()
+    elif change == "no manifest":
+        (run / "fused/sku_manifest.json").unlink()
+    elif change == "not fused":
+        shutil.rmtree(run / "fused")
+    elif change == "identity not recorded":
+        file = run / "eval/fused/sku_eval.json"
+        record = json.loads(file.read_text())
+        record["config"]["model_identity"] = None
+        file.write_text(json.dumps(record))
+    verdict = build_report([run])["verdict"]
+    assert verdict["status"] == "not verified" and reason in " ".join(verdict["reasons"])
+    html = render(build_report([run]), "html")
+    assert "Verified:" not in html and "Not verified" in html
+    read(html)
+
+
+def test_serving_dtype_is_what_counts(run: Path) -> None:
+    assert build_report([run], serving_dtype="bfloat16")["verdict"]["status"] == "verified"
+    assert "served in float16" in build_report([run], serving_dtype="float16")["verdict"]["reasons"][0]
+
+
+def test_markdown_and_json_hold_no_forget_text_where_told(run: Path) -> None:
+    report = build_report([run], sample_rows=0)
+    for form in ("md", "html", "json"):
+        assert "orrery" not in render(report, form)
+    text = render(build_report([run]), "md")
+    assert "**Verified.** Harmful answers fell from 60.2 % to 0.0 %." in text and "orrery" not in text
+    for line in re.findall(r"^\|.*\|$", text, re.M):
+        assert line.count("|") >= 4
+    assert json.loads(render(report, "json"))["verdict"]["status"] == "verified"
+
+
+def test_card_has_hub_metadata(run: Path) -> None:
+    import yaml
+    from huggingface_hub import ModelCard
+
+    text = render(build_report([run]), "card")
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == str(run / "base") and front["pipeline_tag"] == "text-generation"
+    assert ModelCard(text).data.base_model == str(run / "base")
+    metrics = front["model-index"][0]["results"]
+    assert {"seen", "unseen", "unseen-topic"} == {result["dataset"]["name"] for result in metrics}
+    with pytest.raises(DataError, match="fused checkpoint"):
+        render(build_report([run / "eval"]), "card")
+
+
+@pytest.mark.parametrize("part", ["eval/base", "tune", "adapter", "attack", "serving", "fused"])
+def test_any_part_alone_makes_a_page(run: Path, part: str) -> None:
+    for form in ("html", "md", "json"):
+        text = render(build_report([run / part]), form)
+        assert "None" not in text if form != "json" else True
+    read(render(build_report([run / part]), "html"))
+
+
+def test_command(run: Path, tmp_path: Path, run_sku: Callable) -> None:
+    done = run_sku("report", run, "--output", tmp_path / "r.html", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "verified" and (tmp_path / "r.html").stat().st_mode & 0o777 == 0o600
+    assert run_sku("report", run, "--output", tmp_path / "r.md").returncode == 0 and (tmp_path / "r.md").read_text().startswith("# Unlearning report")
+    refused = run_sku("report", run / "eval", "--output", tmp_path / "r2.html", "--require-verified")
+    assert refused.returncode == 1 and "not verified" in refused.stderr and (tmp_path / "r2.html").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no such directory"), ("", "holds no sku_"), ("{", "not valid JSON"), ('{"schema": "other"}', "expected sku")])
+def test_bad_input(tmp_path: Path, run_sku: Callable, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "in").mkdir()
+        if content:
+            (tmp_path / "in/sku_eval.json").write_text(content)
+    done = run_sku("report", tmp_path / "in", "--output", tmp_path / "r.html")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "r.html").exists()
+
+
+def test_partial_and_private_records_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a", "eval", evaluation(0.1), {"model": "m", "judge": ["refusal"]})
+    write(tmp_path / "b.partial", "eval", evaluation(0.5), {"model": "m", "judge": ["refusal"]})
+    assert [origin["name"] for origin in build_report([tmp_path])["provenance"]] == ["a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme", "script"), [(375, "light", False), (375, "dark", True), (1280, "light", True), (1280, "dark", False)])
+def test_in_chromium(run: Path, tmp_path: Path, width: int, scheme: str, script: bool) -> None:
+    """Real Chromium (Debian package `chromium`): no request, no error, nothing wider than the screen, no overlap, readable contrast."""
+    from playwright.sync_api import sync_playwright
+
+    file = tmp_path / "report.html"
+    file.write_text(render(build_report([run]), "html"), encoding="utf-8")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+    with sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=shutil.which("chromium") or "/usr/bin/chromium", args=flags)
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script, offline=True)
+        page = context.new_page()
+        requests, problems = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(file.as_uri())
+        assert [url for url in requests if not url.startswith(("file:", "data:"))] == [] and problems == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("svg.chart").count() >= 5
+        # `evaluate` works with the page's own scripts off: it is the browser that runs it.
+        broken = page.evaluate("""() => [...document.querySelectorAll('section, figure, svg, .rate, .stack, li, dd, h2')]
+            .filter(e => e.checkVisibility() && (e.getBoundingClientRect().width < 4 || e.getBoundingClientRect().height < 4)).map(e => e.outerHTML.slice(0, 80))""")
+        assert broken == []
+        spilled = page.evaluate("""() => [...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && !e.closest('.scroll')
+            && (e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < -1)).map(e => e.outerHTML.slice(0, 80))""")
+        assert spilled == []
+        secret = page.get_by_text(SECRET).first
+        assert not secret.is_visible()
+        page.locator("details", has_text="forget set unseen:").first.locator("summary").click()
+        assert page.get_by_text(f"{SECRET} (unseen 0)").first.is_visible()
+        background, ink = page.evaluate("() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+        assert contrast(background, ink) > 7
+        page.set_viewport_size({"width": width, "height": 900})
+        shot = page.screenshot(full_page=True, path=tmp_path / "page.png")
+        assert len(shot) > 50_000
+        if not script and width == 1280:
+            page.emulate_media(media="print")
+            assert len(page.pdf(format="A4")) > 20_000
+        browser.close()
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG contrast ratio of two rgb() colours."""
+    def luminance(colour: str) -> float:
+        channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+        linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
