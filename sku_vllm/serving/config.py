@@ -22,7 +22,7 @@ class ServeConfig:
     the server. run: the private directory of materialised adapters and, without `state`, of the routing table.
     """
 
-    model: str
+    model: str = ""
     arms: list[str] = field(default_factory=list)
     split: str | None = None
     judge: str | None = None
@@ -35,6 +35,7 @@ class ServeConfig:
     rollback_if: str | None = None
     drift: bool = False
     keep_judged: str | None = None
+    revision: str | None = None
     state: str | None = None
     reset_state: bool = False
     any_base: bool = False
@@ -119,7 +120,6 @@ def read_config(path: str | Path | None = None) -> ServeConfig:
     split = values.get("split")
     if isinstance(split, dict):
         values["split"] = ",".join(f"{name}={weight}" for name, weight in split.items())
-    values.setdefault("model", "")
     try:
         return ServeConfig(**values)
     except TypeError as error:

@@ -24,53 +24,48 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Route:
-    """Where one HTTP request goes. direct: keep what vLLM resolved itself (an adapter named by a trusted client)."""
+    """Where one HTTP request goes. lora: its arm's adapter in the engine, None for the engine's own weights."""
 
     arm: str
+    lora: Any
     prompts: list[str]
     arrived: float
-    direct: bool = False
     generations: int = 0
 
 
 ROUTE: ContextVar[Route | None] = ContextVar("sku_route", default=None)
 
 
-def wrap_generate(engine_client: Any, runtime: "Runtime") -> None:
-    """Replace `engine_client.generate` on the instance; a second call changes nothing."""
+def wrap_generate(engine_client: Any, runtime: "Runtime") -> Any:
+    """Replace `engine_client.generate` on the instance. Returns the original, for probes that belong to no request."""
     inner = engine_client.generate
-    if getattr(inner, "sku", False):
-        return
 
     async def generate(prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         route = ROUTE.get()
         if route is None:
             raise GracefulHTTPError("this endpoint is not routed by sku, and unrouted requests would reach the original model; use the alias on /v1/chat/completions or /v1/completions", HTTPStatus.FORBIDDEN)
         index, route.generations = route.generations, route.generations + 1
-        with runtime.serve(route) as lora_request:
-            if not route.direct:
-                kwargs["lora_request"] = lora_request
-            seen = Observation(route, index, sampling_params)
-            try:
-                async with aclosing(inner(prompt, sampling_params, request_id, *args, **kwargs)) as outputs:
-                    async for output in outputs:
-                        seen.add(output)
-                        yield output
-                seen.outcome = "ok"
-            except (asyncio.CancelledError, GeneratorExit):
-                seen.outcome = "cancelled"
-                raise
-            except (VLLMClientError, GracefulHTTPError, ValueError):
-                seen.outcome = "rejected"
-                raise
-            except Exception as error:
-                runtime.failed(route, error)
-                raise GracefulHTTPError(f"arm {route.arm!r} failed; try again later", HTTPStatus.SERVICE_UNAVAILABLE) from error
-            finally:
-                seen.finish(runtime)
+        seen = Observation(route, index, sampling_params)
+        try:
+            async with aclosing(inner(prompt, sampling_params, request_id, *args, **{**kwargs, "lora_request": route.lora})) as outputs:
+                async for output in outputs:
+                    seen.add(output)
+                    yield output
+            seen.outcome = "ok"
+        except (asyncio.CancelledError, GeneratorExit):
+            seen.outcome = "cancelled"
+            raise
+        except (VLLMClientError, GracefulHTTPError, ValueError):
+            seen.outcome = "rejected"
+            raise
+        except Exception as error:
+            runtime.log_failure(route.arm, error)
+            raise GracefulHTTPError(f"arm {route.arm!r} failed; try again later", HTTPStatus.SERVICE_UNAVAILABLE) from error
+        finally:
+            seen.finish(runtime)
 
-    generate.sku = True  # type: ignore[attr-defined]
     engine_client.generate = generate
+    return inner
 
 
 @dataclass(slots=True)

@@ -9,10 +9,13 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import NoReturn
 
 from sku_vllm.errors import ConfigError, SkuError
-from sku_vllm.serving.config import ServeConfig, read_config
+from sku_vllm.serving.config import VARIABLE, ServeConfig, read_config
+
+REFUSED = ".refused"
 
 
 def main(arguments: list[str]) -> None:
@@ -88,7 +91,9 @@ def die_with_parent() -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """Leave the reason beside the configuration, where `sku serve` reads it, so that it is said once."""
+    message = " ".join(message.split())
+    Path(os.environ.get(VARIABLE, "sku-serve") + REFUSED).write_text(message, encoding="utf-8")
     os._exit(code)  # a thread of a half-imported engine must not hold up a refusal
 
 

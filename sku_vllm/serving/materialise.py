@@ -21,7 +21,7 @@ class Negation:
     rank: int
 
 
-def materialise(arm: Arm, model: str, directory: Path, *, any_base: bool = False) -> Negation:
+def materialise(arm: Arm, model: str, directory: Path, *, revision: str | None = None, any_base: bool = False) -> Negation:
     """Write base − scale·delta of a `lora:` arm as an adapter to be added, unless it is there already.
 
     Raises:
@@ -30,7 +30,7 @@ def materialise(arm: Arm, model: str, directory: Path, *, any_base: bool = False
     adapter = load_adapter(arm.source)
     if adapter.dense:
         raise AdapterError(f"--arm {arm.name}: {arm.source} is a dense task vector, which vLLM cannot add per request; fuse it and serve the result, or swap to it")
-    reader = CheckpointReader(checkpoint_directory(model))
+    reader = CheckpointReader(checkpoint_directory(model, revision))
     adapter.check_base(reader, any_base=any_base)
     check_fit(adapter, reader, arm)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sku_vllm.serving.arms import ALIAS
 from sku_vllm.serving.engine import ROUTE, Route
-from sku_vllm.serving.runtime import Runtime, Unavailable
+from sku_vllm.serving.runtime import Runtime, Unavailable, lora_request
 
 # Endpoints that generate from a JSON body with a `model`. Any other endpoint that generates is refused at the engine.
 GENERATES = frozenset({
@@ -34,17 +34,18 @@ class SkuMiddleware:
         payload = parse_object(body)
         if payload is None:  # vLLM's own 400
             return await self.app(scope, receive, send)
+        await self.runtime.gate.wait()
         try:
             arm = self.decide(Headers(scope=scope), payload)
-            if arm is not None:
-                self.runtime.available(arm)
+            if arm is None:  # a model vLLM does not know either: its own 404
+                return await self.app(scope, receive, send)
+            with self.runtime.hold(arm) as served:
+                if payload.get("model") != ALIAS:
+                    scope, receive = replaced_body(scope, receive, json.dumps({**payload, "model": ALIAS}).encode())
+                lora = lora_request(served) if served.lora_id else None
+                await self.pass_on(scope, receive, send, Route(arm, lora, prompts_of(payload), arrived))
         except Unavailable as error:
-            return await respond(send, error.status, str(error))
-        if arm is None:  # a model vLLM does not know either: its own 404
-            return await self.app(scope, receive, send)
-        if payload.get("model") != ALIAS:
-            scope, receive = replaced_body(scope, receive, json.dumps({**payload, "model": ALIAS}).encode())
-        await self.pass_on(scope, receive, send, Route(arm, prompts_of(payload), arrived))
+            await respond(send, error.status, str(error))
 
     def decide(self, headers: Headers, payload: Mapping[str, Any]) -> str | None:
         """The arm's name; None when the request names something else than the alias or an arm it may choose.

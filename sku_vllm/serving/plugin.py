@@ -27,14 +27,16 @@ class SkuEndpointPlugin:
         self.runtime: Any = None
 
     def attach_router(self, app: Any) -> None:
+        from sku_vllm.serving.control import router
         from sku_vllm.serving.middleware import SkuMiddleware
         from sku_vllm.serving.runtime import Runtime
 
         self.runtime = Runtime(read_config())
         app.add_middleware(SkuMiddleware, runtime=self.runtime)
+        app.include_router(router(self.runtime))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        await self.runtime.start(engine_client, state.openai_serving_models)
+        await self.runtime.start(engine_client, state.openai_serving_models, args)
 
 
 class SkuStatLogger(StatLoggerBase):

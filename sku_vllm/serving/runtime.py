@@ -1,5 +1,6 @@
 """What one API-server process knows: the table, the engine, the judge. Made by the plugin, used by middleware, engine and control."""
 
+import asyncio
 import hmac
 import logging
 from collections import Counter
@@ -12,7 +13,7 @@ from sku_vllm.errors import ConfigError
 from sku_vllm.judges import load_labeller
 from sku_vllm.serving.arms import ALIAS, SWAPPED, Arm
 from sku_vllm.serving.config import ServeConfig
-from sku_vllm.serving.engine import Route, wrap_generate
+from sku_vllm.serving.engine import wrap_generate
 from sku_vllm.serving.experiment import Experiment
 from sku_vllm.serving.materialise import materialise
 from sku_vllm.serving.metrics import metrics
@@ -47,9 +48,13 @@ class Runtime:
             size=config.judge_queue, keep=config.keep_judged, found=self.experiment.judged,
         )
         self.failures: dict[str, str] = {}
-        self.in_flight: Counter[int] = Counter()
+        self.broken: str | None = None  # why the engine's own weights cannot be trusted
+        self.in_flight: Counter[int] = Counter()  # HTTP requests by lora_id; 0 is the engine without adapter
+        self.gate = asyncio.Event()  # closed while a whole-model swap drains and works: requests wait, none fails
+        self.gate.set()
         self.engine: Any = None
         self.models: Any = None
+        self.args: Any = None
         self.ready = False
         self._shown = 0
 
@@ -71,11 +76,11 @@ class Runtime:
 
     # ---- start --------------------------------------------------------------------------------------------------
 
-    async def start(self, engine: Any, models: Any) -> None:
+    async def start(self, engine: Any, models: Any, args: Any) -> None:
         """Load every arm into the engine and take over `generate`. Raises when an arm cannot be loaded: better no server than a wrong one."""
-        self.engine, self.models = engine, models
+        self.engine, self.models, self.args = engine, models, args
         prepare_state(self.config, self.state)
-        wrap_generate(engine, self)
+        self.generate = wrap_generate(engine, self)
         for served in self.table.arms.values():
             if served.lora_id:
                 await self.load(served)
@@ -94,6 +99,11 @@ class Runtime:
         names = [ALIAS, *(self.table.arms if self.config.expose_arms else ())]
         self.models.base_model_paths[:] = [BaseModelPath(name=name, model_path=ALIAS) for name in names]
 
+    @property
+    def several(self) -> bool:
+        """Whether other API-server processes share the engine: what is in flight there is not known here."""
+        return (getattr(self.args, "api_server_count", None) or 1) > 1
+
     # ---- one request --------------------------------------------------------------------------------------------
 
     def trusted(self, token: str | None) -> bool:
@@ -107,26 +117,19 @@ class Runtime:
         return choose_arm(effective_split(self.table), key)
 
     @contextmanager
-    def serve(self, route: Route) -> Iterator[Any]:
-        """The adapter of this route's arm, counted as in flight while it is used.
+    def hold(self, name: str) -> Iterator[Served]:
+        """The arm's version for one whole request: a swap meanwhile changes nothing for it, and waits before retiring it.
 
         Raises:
-            vllm's GracefulHTTPError: the arm cannot answer; never another arm instead.
+            Unavailable: the arm cannot answer; never another arm instead.
         """
-        from http import HTTPStatus
-
-        from vllm.exceptions import GracefulHTTPError
-
-        if route.direct:
-            yield None
+        served = self.available(name)
+        if not served.arm.on_engine:
+            yield served
             return
-        try:
-            served = self.available(route.arm)
-        except Unavailable as error:
-            raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from error
         self.in_flight[served.lora_id] += 1
         try:
-            yield lora_request(served) if served.lora_id else None
+            yield served
         finally:
             self.in_flight[served.lora_id] -= 1
 
@@ -137,15 +140,18 @@ class Runtime:
             return ENGINE_ITSELF
         served = table.arms.get(name)
         if served is None:
-            raise Unavailable(404, f"there is no arm {name!r}")
+            raise Unavailable(404, f"arm {name!r} is gone")
         if table.swap and served.arm.on_engine:
             raise Unavailable(409, f"arm {name!r} cannot answer while a whole-model swap is in force; restore first")
+        if self.broken and served.arm.on_engine:
+            raise Unavailable(503, "the engine's weights are in an unknown state after a failed swap; restart this server")
         if name in self.failures:
             raise Unavailable(503, f"arm {name!r} failed; try again later")
         return served
 
-    def failed(self, route: Route, error: BaseException) -> None:
-        logger.error("arm %s failed: %s", route.arm, type(error).__name__)
+    def log_failure(self, arm: str, error: BaseException) -> None:
+        """An arm's failure in the log: its kind only, since messages may quote prompts."""
+        logger.error("sku: arm %s failed with %s", arm, type(error).__name__)
 
 
 # The engine's own weights under another name, for as long as a whole-model swap is in force.
@@ -192,7 +198,7 @@ def prepare_state(config: ServeConfig, state: StateFile) -> Table:
     for name, arm in config.parsed_arms().items():
         path = ""
         if arm.kind == "lora":
-            path = str(materialise(arm, config.model, state.path.parent / "adapters", any_base=config.any_base).path)
+            path = str(materialise(arm, config.model, state.path.parent / "adapters", revision=config.revision, any_base=config.any_base).path)
         arms[name] = Served(arm, path, next_id if path else 0)
         next_id += bool(path)
     state.write(Table(arms, config.parsed_split(), started_with, next_id))

@@ -19,16 +19,17 @@ from typing import IO, Any
 from sku_vllm.errors import ConfigError, RunError
 from sku_vllm.serving.arms import ALIAS
 from sku_vllm.serving.config import VARIABLE, ServeConfig
+from sku_vllm.serving.launch import REFUSED
 from sku_vllm.serving.materialise import adapter_rank, served_rank
 
 GRACE = 20.0
 
 
 class Server:
-    """A running server. `url` ends in /v1, as OpenAI clients want it."""
+    """A running server. url: ends in /v1, as OpenAI clients want it. root: without /v1. run: its private directory."""
 
-    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int, log: Path | None, token: str | None) -> None:
-        self.process, self.port, self.log, self.token = process, port, log, token
+    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int, log: Path | None, run: Path, token: str | None) -> None:
+        self.process, self.port, self.log, self.run, self.token = process, port, log, run, token
         self.root = f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}"
         self.url = f"{self.root}/v1"
 
@@ -77,7 +78,10 @@ class Server:
         while not self.ready():
             code = self.process.poll()
             if code is not None:
-                raise (ConfigError if code == 2 else RunError)(f"the server ended with code {code}: {self.last_line()}")
+                refused = self.run / ("serve.yaml" + REFUSED)
+                if refused.is_file():
+                    raise ConfigError(refused.read_text(encoding="utf-8"))
+                raise RunError(f"the server ended with code {code}: {self.last_line()}")
             if time.monotonic() > deadline:
                 raise RunError(f"the server did not answer within {timeout:.0f} s: {self.last_line()}")
             time.sleep(0.2)
@@ -90,7 +94,14 @@ class Server:
         return (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")[-600:]
 
     def stop(self) -> None:
-        """SIGTERM, a grace period, then SIGKILL for whatever is left of the process group."""
+        """SIGTERM, a grace period, then SIGKILL for whatever is left of the process group. A second Ctrl-C waits until that is done."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self._stop()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _stop(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -119,14 +130,15 @@ def launch(config: ServeConfig, flags: Sequence[str] = (), *, host: str = "127.0
         config.dump(run / "serve.yaml")
         if config.state:
             config.dump(Path(config.state) / "serve.yaml")
-        command = [sys.executable, "-m", "sku_vllm.serving.launch", "--model", config.model, "--host", host, "--port", str(port),
+        revision = ["--revision", config.revision] if config.revision else []
+        command = [sys.executable, "-m", "sku_vllm.serving.launch", "--model", config.model, *revision, "--host", host, "--port", str(port),
                    "--served-model-name", ALIAS, "--worker-extension-cls", "sku_vllm.serving.swap.SkuWorkerExtension", *arm_flags, *flags]
         plugins = os.environ.get("VLLM_PLUGINS")
         names = [*plugins.split(","), "sku"] if plugins else ["sku"]
         environment = {**os.environ, **(env or {}), VARIABLE: str(run / "serve.yaml"), "VLLM_PLUGINS": ",".join(dict.fromkeys(names))}
         with open(log, "wb") if log else _inherited() as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
-            server = Server(process, host, port, log, config.token)
+            server = Server(process, host, port, log, run, config.token)
             try:
                 yield server
             finally:
@@ -171,6 +183,8 @@ def prepare(config: ServeConfig) -> list[str]:
     from sku_vllm.serving.runtime import prepare_state
     from sku_vllm.serving.state import StateFile
 
+    if Path(config.model).is_dir() and not (Path(config.model) / "config.json").is_file():
+        raise ConfigError(f"--model {config.model}: has no config.json; give a Hugging Face model directory")
     if not Path(config.model).is_dir() and ("/" not in config.model or config.model.startswith((".", "/"))):
         raise ConfigError(f"--model {config.model}: no such directory; give a Hugging Face model directory or a hub id such as org/name")
     if config.judge:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.errors import ConfigError
+from sku_vllm.errors import ConfigError, SkuError
 from sku_vllm.output import write_json
 from sku_vllm.serving.arms import Arm
 
@@ -57,6 +57,10 @@ class Table:
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
 
+class Busy(SkuError):
+    """A change was refused because another one is under way."""
+
+
 class StateFile:
     """`DIR/sku_state.json`. Reads cost one `stat` (about 2 µs) unless another process has written."""
 
@@ -93,9 +97,16 @@ class StateFile:
 
     @contextmanager
     def locked(self) -> Iterator[Table]:
-        """Hold the writers' lock over read-change-write, across processes."""
+        """Hold the writers' lock over read-change-write, across tasks and processes.
+
+        Raises:
+            Busy: somebody else is changing things; of two concurrent changes one wins and the other is told so.
+        """
         with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy("another change of this server is under way; try again when it is done") from None
             yield self.read()
 
 

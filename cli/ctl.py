@@ -1,0 +1,148 @@
+"""`sku ctl`: change a running server through its control API."""
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+import click
+
+from sku_vllm.cli.options import print_json, sku_command
+from sku_vllm.errors import ConfigError, RunError
+
+ACTIONS = {
+    "status": "status                        arms, weights, swap, requests in flight",
+    "arms": "arms                          arms and their weights",
+    "ready": "ready                         exit 0 once the server serves every arm, 1 before",
+    "weights": "weights NAME=W,NAME=W         change the split at once, in every process",
+    "add": "add NAME=SPEC                 a new arm with weight 0, SPEC as in sku serve --arm",
+    "replace": "replace NAME=SPEC             another adapter or scale under the same name, nothing fails",
+    "remove": "remove NAME                   an arm of weight 0",
+    "swap": "swap ADAPTER@SCALE | DIR      the engine's own weights: minus an adapter, or a fused checkpoint",
+    "restore": "restore                       the base's own weights again",
+    "experiment": "experiment                    rates, intervals, latencies, recommendation",
+}
+
+
+@sku_command("ctl")
+@click.option("--server", default="http://127.0.0.1:8000", help="Where the server listens.")
+@click.option("--token", envvar="SKU_TOKEN", help="Its control token.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="vLLM's own --api-key, where the server has one.")
+@click.option("--timeout", type=float, default=600.0, help="Seconds to wait for the answer.")
+@click.argument("action", metavar="ACTION")
+@click.argument("arguments", nargs=-1, metavar="[ARGUMENT]")
+def command(json_output: bool, server: str, token: str | None, api_key: str | None, timeout: float, action: str, arguments: tuple[str, ...]) -> None:
+    """Change a running server."""
+    from sku_vllm.cli.options import nearest
+
+    if action not in ACTIONS:
+        raise ConfigError(f"sku ctl {action}: unknown action{nearest(action, list(ACTIONS))}")
+    method, path, body = request_of(action, arguments)
+    headers = {"Content-Type": "application/json", **({"X-SKU-Token": token} if token else {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
+    answer = call(f"{server.rstrip('/').removesuffix('/v1')}/v1/sku/{path}", method, body, headers, timeout)
+    print_json(answer) if json_output else click.echo(describe(action, answer))
+
+
+command.help = "Change a running server. ACTION is one of\n\n\b\n" + "\n".join(ACTIONS.values())
+
+
+def request_of(action: str, arguments: tuple[str, ...]) -> tuple[str, str, Any]:
+    """(method, path below /v1/sku/, body) of an action.
+
+    Raises:
+        ConfigError: arguments that do not belong to it.
+    """
+    wanted = 0 if action in ("status", "arms", "ready", "restore", "experiment") else 1
+    if len(arguments) != wanted:
+        raise ConfigError(f"sku ctl {action}: expected {ACTIONS[action].split('  ')[0]}")
+    if not wanted:
+        return ("POST" if action == "restore" else "GET"), action, None
+    value = arguments[0]
+    name, separator, spec = value.partition("=")
+    if action == "weights":
+        return "PUT", "weights", {"weights": weights_of(value)}
+    if action == "remove":
+        return "DELETE", f"arms/{path_safe(value)}", None
+    if action == "swap":
+        return "POST", "swap", swap_of(value)
+    if not separator:
+        raise ConfigError(f"sku ctl {action} {value}: expected NAME=SPEC, for instance negated=lora:ADAPTER@1.0")
+    if action == "add":
+        return "POST", "arms", {"name": name, "spec": absolute(spec)}
+    return "PUT", f"arms/{path_safe(name)}", {"spec": absolute(spec)}
+
+
+def weights_of(text: str) -> dict[str, float]:
+    try:
+        return {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ConfigError(f"sku ctl weights {text}: expected NAME=WEIGHT,NAME=WEIGHT") from None
+
+
+def swap_of(value: str) -> dict[str, Any]:
+    """ADAPTER@SCALE or a checkpoint directory; relative paths are this shell's, not the server's."""
+    from pathlib import Path
+
+    from sku_vllm.cli.options import adapter_at_scale
+
+    path, scale = adapter_at_scale(value)
+    if scale is not None:
+        return {"adapter": str(Path(path).absolute()), "scale": scale}
+    return {"checkpoint": str(Path(value).absolute())}
+
+
+def absolute(spec: str) -> str:
+    from pathlib import Path
+
+    if not spec.startswith("lora:"):
+        return spec
+    return "lora:" + str(Path(spec.removeprefix("lora:")).absolute())
+
+
+def path_safe(name: str) -> str:
+    import urllib.parse
+
+    return urllib.parse.quote(name, safe="")
+
+
+def call(url: str, method: str, body: Any, headers: dict[str, str], timeout: float) -> Any:
+    """The server's JSON answer.
+
+    Raises:
+        ConfigError: the server refused what was asked (4xx). RunError: it could not be reached, or failed.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=data, headers=headers, method=method), timeout=timeout) as response:
+            return json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        try:
+            message = json.loads(text)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = text[:500]
+        hint = "; set --token or SKU_TOKEN" if error.code == 401 else ""
+        raise (RunError if error.code >= 500 else ConfigError)(f"{url}: {error.code}: {message}{hint}") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{url}: {error}; is the server up, and is --server right?") from error
+
+
+def describe(action: str, answer: Any) -> str:
+    """A few lines for people."""
+    if action == "experiment":
+        return "\n".join(experiment_lines(answer))
+    if "arms" in answer:
+        lines = [f"{name:16} {arm['weight']:6.1%}  {arm['spec']}" for name, arm in answer["arms"].items()]
+        swap = answer.get("swap")
+        return "\n".join([*lines, *([f"whole-model swap in force: {swap}"] if swap else []), *answer.get("notes", [])])
+    return json.dumps(answer, indent=2)
+
+
+def experiment_lines(answer: Any) -> list[str]:
+    lines = []
+    for name, row in answer["arms"].items():
+        rate = "not judged" if row["harmful_rate"] is None else f"harmful {row['harmful_rate']:.1%} [{row['harmful_low']:.1%}, {row['harmful_high']:.1%}] of {row['judged']}"
+        p50 = row["latency_s"]["p50"]
+        lines.append(f"{name:16} {rate}  refusals {row['refusal_rate'] or 0:.1%}  gibberish {row['gibberish_rate'] or 0:.1%}  p50 {'-' if p50 is None else f'{p50:.3f} s'}")
+    lines += [f"{name} against {answer['reference']}: {each['recommendation']}" for name, each in answer["comparisons"].items()]
+    return [*lines, *(f"note: {text}" for text in [*answer["caveats"], *answer["notes"]])]
