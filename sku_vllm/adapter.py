@@ -67,7 +67,8 @@ class LoraAdapter:
             yield (name, 1.0, [delta.tensor()]) if isinstance(delta, Dense) else (name, delta.scaling, [delta.a, delta.b])
         for name in sorted(self.stacks):
             for depth, delta in enumerate(self.stacks[name]):
-                yield f"{name}[{depth}]", delta.scaling, [delta.a, delta.b]
+                patterns = [self.config.get("rank_pattern"), self.config.get("alpha_pattern")]
+                yield json.dumps([name, depth, patterns], sort_keys=True), delta.scaling, [delta.a, delta.b]
 
     def check_base(self, reader: CheckpointReader, any_base: bool = False) -> None:
         """Refuse a base that is not the one this adapter was trained on; an adapter that names none passes.

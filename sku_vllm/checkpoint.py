@@ -107,6 +107,7 @@ class CheckpointReader:
         self.index: dict[str, Any] | None = None
         self.shards = tuple(read_shard(file) for file in self._find_files())
         self._infos: dict[str, TensorInfo] = {}
+        self._maps: dict[Path, Any] = {}
         for shard in self.shards:
             for info in shard.tensors:
                 if info.name in self._infos:
@@ -196,6 +197,21 @@ class CheckpointReader:
             with open(info.file, "rb", buffering=0) as stream:
                 read_into(stream.fileno(), memoryview(raw.numpy()), info.offset, info.file)
         return raw.view(getattr(torch, dtype)).reshape(info.shape)
+
+    def mapped(self, name: str) -> "torch.Tensor":
+        """One tensor as a read-only view of the file: pages come in when touched and are no memory of ours."""
+        import mmap
+
+        import torch
+
+        info = self.info(name)
+        dtype = getattr(torch, DTYPES.get(info.dtype, ("",))[0], None)
+        if dtype is None or not info.nbytes or info.offset % dtype.itemsize:
+            return self.tensor(name)
+        if info.file not in self._maps:
+            with open(info.file, "rb") as stream:  # private and writable, or torch warns; nobody writes
+                self._maps[info.file] = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return torch.frombuffer(self._maps[info.file], dtype=dtype, count=info.nbytes // dtype.itemsize, offset=info.offset).reshape(info.shape)
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:

@@ -40,3 +40,7 @@ class Dense:
 
     def tensor(self) -> "torch.Tensor":
         return self.reader.tensor(self.name)
+
+    def mapped(self) -> "torch.Tensor":
+        """The same without taking memory: a view of the file."""
+        return self.reader.mapped(self.name)

@@ -77,7 +77,7 @@ def read_factors(
         (key, embedding), (other, _) = sides["A"], sides["B"]
         plain = module.replace(".base_layer", "")
         rank, scaling = rank_and_scaling(config, plain)
-        factors = LowRank(reader.tensor(key), reader.tensor(other), scaling)
+        factors = LowRank(reader.mapped(key), reader.mapped(other), scaling)
         if parents and ("." + plain).endswith(parents):
             stacks.setdefault(plain, {})[module.count(".base_layer")] = factors
             continue

@@ -1,0 +1,19 @@
+"""`sku verify`: a fused checkpoint against its manifest."""
+
+import click
+
+from sku_vllm.cli.options import log, print_json, sku_command
+
+
+@sku_command("verify")
+@click.argument("directory")
+@click.option("--signing-key", type=click.Path(dir_okay=False), help="Key file given to sku fuse: also check the manifest's signature.")
+def command(directory: str, signing_key: str | None, json_output: bool) -> None:
+    """Check every file of a fused checkpoint against its manifest; exit 1 and the file's name on any mismatch."""
+    from sku_vllm.manifest import verify_checkpoint
+
+    result = verify_checkpoint(directory, signing_key)
+    if json_output:
+        print_json(result)
+    else:
+        log(f"{directory}: {result['files']} files, {result['bytes'] / 1e9:.2f} GB, all as the manifest says")

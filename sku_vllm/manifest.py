@@ -1,0 +1,111 @@
+"""`sku_manifest.json`: what a fused checkpoint was made from, what became of every edited tensor, and the digest of every file.
+
+A file's digest is sha256 over the sha256s of its 8 MiB chunks, so that chunks can be hashed side by side. No times and no
+paths: the same inputs and backend give the same bytes.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.errors import CheckpointError, ConfigError, NegativeResult
+from sku_vllm.output import write_json, write_text
+
+MANIFEST, SIGNATURE = "sku_manifest.json", "sku_manifest.sig"
+CHUNK = 8 << 20
+
+
+def file_digest(file: Path) -> str:
+    """Hex sha256 over the sha256s of the file's 8 MiB chunks."""
+    size = file.stat().st_size
+
+    def leaf(start: int) -> bytes:
+        with open(file, "rb") as stream:
+            stream.seek(start)
+            return hashlib.sha256(stream.read(CHUNK)).digest()
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return combine(list(pool.map(leaf, range(0, size, CHUNK))))
+
+
+def combine(leaves: list[bytes]) -> str:
+    """The digest of a file from its chunks' digests, in order."""
+    return hashlib.sha256(b"".join(leaves)).hexdigest()
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any], signing_key: Path | None = None) -> None:
+    """Write it, and with a key file `sku_manifest.sig`: HMAC-SHA256 of its bytes under the key file's bytes."""
+    write_json(directory / MANIFEST, manifest)
+    if signing_key is not None:
+        write_text(directory / SIGNATURE, _signature(directory, signing_key) + "\n")
+
+
+def read_key(file: str | Path) -> bytes:
+    """A signing key: any file of at least 16 bytes. Raises ConfigError."""
+    try:
+        key = Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--signing-key {file}: {error.strerror}; make one with: head -c 32 /dev/urandom > {file}") from error
+    if len(key) < 16:
+        raise ConfigError(f"--signing-key {file}: {len(key)} bytes are too few; make one with: head -c 32 /dev/urandom > {file}")
+    return key
+
+
+def _signature(directory: Path, key: str | Path) -> str:
+    return hmac.new(read_key(key), (directory / MANIFEST).read_bytes(), hashlib.sha256).hexdigest()
+
+
+def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = None) -> dict[str, Any]:
+    """Hold every file of a fused checkpoint against its manifest.
+
+    Returns:
+        {"verified": True, "files", "bytes", "signed"}.
+    Raises:
+        NegativeResult: naming every file that differs, is missing or was added. CheckpointError: there is nothing to verify.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    if signing_key is not None:
+        if not (directory / SIGNATURE).is_file():
+            raise NegativeResult(f"{directory / SIGNATURE}: is missing, so nothing shows that the manifest is yours")
+        if not hmac.compare_digest((directory / SIGNATURE).read_text().strip(), _signature(directory, signing_key)):
+            raise NegativeResult(f"{directory / MANIFEST}: its signature does not match the key; the manifest was changed or signed with another key")
+    files = manifest.get("files")
+    if not files:
+        raise CheckpointError(f"{directory / MANIFEST}: was written with --no-digests, so there is nothing to compare; fuse again without it")
+    wrong = []
+    for name, digest in files.items():
+        file = directory / name
+        if not file.is_file():
+            wrong.append(f"{name} is missing")
+        elif file_digest(file) != digest:
+            wrong.append(f"{name} differs")
+    present = {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()}
+    wrong += [f"{name} was added" for name in sorted(present - set(files)) if not _is_ours(name)]
+    if wrong:
+        raise NegativeResult(f"{directory}: {'; '.join(wrong)}")
+    size = sum((directory / name).stat().st_size for name in files)
+    return {"verified": True, "files": len(files), "bytes": size, "signed": signing_key is not None}
+
+
+def _is_ours(name: str) -> bool:
+    """Reports that sku commands leave beside a model; no loader reads them."""
+    return "/" not in name and name.startswith("sku_") and name.endswith((".json", ".sig"))
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give the one that sku fuse wrote")
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory / MANIFEST}: is missing; only what sku fuse wrote can be verified") from error
+    except (OSError, ValueError) as error:
+        raise NegativeResult(f"{directory / MANIFEST}: cannot be read as JSON; it was changed") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+        raise NegativeResult(f"{directory / MANIFEST}: is not a manifest; it was changed")
+    return manifest

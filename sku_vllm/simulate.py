@@ -1,0 +1,63 @@
+"""What of an edit would survive quantisation of base and merged weights: Q(W) − Q(W') held against the edit."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sku_vllm.errors import ConfigError
+from sku_vllm.kernels.delta_merge import MergeStats, Term
+from sku_vllm.kernels.delta_merge.reference import sum_terms
+
+GROUP = 128
+
+
+def int4(weight: Tensor) -> Tensor:
+    """Symmetric round-to-nearest to −7 … 7, one scale per 128 elements of a row (the last group may be shorter)."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % GROUP)).view(rows, -1, GROUP)
+    return _round(padded, padded.abs().amax(-1, keepdim=True) / 7).view(rows, -1)[:, :columns]
+
+
+def int8(weight: Tensor) -> Tensor:
+    """Symmetric round-to-nearest to −127 … 127, one scale per output row."""
+    return _round(weight, weight.abs().amax(1, keepdim=True) / 127)
+
+
+def fp8(weight: Tensor) -> Tensor:
+    """float8_e4m3fn, one scale per output row."""
+    scale = (weight.abs().amax(1, keepdim=True) / 448).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def _round(weight: Tensor, scale: Tensor) -> Tensor:
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight / scale).round() * scale
+
+
+QUANTISERS = {"int4": int4, "int8": int8, "fp8": fp8}
+
+
+def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Raises ConfigError naming the first kind that is not known."""
+    for kind in kinds:
+        if kind not in QUANTISERS:
+            raise ConfigError(f"--simulate {kind}: unknown; choose from {', '.join(QUANTISERS)}")
+    return tuple(dict.fromkeys(kinds))
+
+
+def simulate(before: Tensor, after: Tensor, terms: Sequence[Term], kinds: Sequence[str]) -> dict[str, MergeStats]:
+    """Sums from which `retained` and `noise` of each quantiser follow, for rows `before` → `after` [rows, cols] and their edit."""
+    if not kinds:
+        return {}
+    delta = torch.empty(before.shape, dtype=torch.float32)
+    sum_terms(terms, 0, delta)
+    result = {}
+    for kind in kinds:
+        kept = QUANTISERS[kind](before.float()) - QUANTISERS[kind](after.float())
+        lost = torch.nan_to_num(delta - kept, nan=0.0, posinf=0.0, neginf=0.0).double().reshape(-1)
+        edit = delta.double().reshape(-1)
+        result[kind] = MergeStats(
+            delta_sq=float(edit @ edit), error_sq=float(lost @ lost), error_dot=float(lost @ edit), elements=before.numel()
+        )
+    return result

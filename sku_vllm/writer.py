@@ -1,0 +1,310 @@
+"""Output shards written in 8 MiB chunks by a few threads, so that reading, merging, hashing and writing overlap.
+
+A chunk is the unit of everything: its bytes are the base's (copied inside the kernel when nobody needs to see them) or merged
+rows; its sha256 is one leaf of the file's digest. Memory is a few buffers per thread, however large the model.
+"""
+
+import bisect
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sku_vllm.checkpoint import DTYPES, read_into
+from sku_vllm.delta import Dense
+from sku_vllm.errors import CheckpointError
+from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_reference
+from sku_vllm.placement import Placed, matrix_shape
+from sku_vllm.shards import OutputShard, OutputTensor, data_ranges
+from sku_vllm.simulate import simulate
+
+CHUNK = 8 << 20
+# copy_file_range says these where source and target cannot be joined inside the kernel.
+NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+
+
+@dataclass(slots=True)
+class Written:
+    """What the threads found out: leaf digests per file and chunk, sums per tensor and first row."""
+
+    leaves: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    merged: dict[str, dict[int, MergeStats]] = field(default_factory=dict)
+    simulated: dict[str, dict[str, dict[int, MergeStats]]] = field(default_factory=dict)
+
+    def totals(self, parts: dict[int, MergeStats]) -> MergeStats:
+        """Added in row order, so that the sum does not depend on which thread was faster."""
+        total = MergeStats()
+        for row in sorted(parts):
+            total.add(parts[row])
+        return total
+
+
+class ShardWriter:
+    """Writes planned shards into a directory.
+
+    Args:
+        digests: hash every chunk. kinds: quantisers to simulate. seed: stochastic rounding, or None. progress: called with bytes done.
+    """
+
+    def __init__(
+        self, directory: Path, *, digests: bool = True, kinds: Sequence[str] = (), seed: int | None = None,
+        threads: int | None = None, progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.directory, self.digests, self.kinds, self.seed, self.progress = directory, digests, tuple(kinds), seed, progress
+        self.threads = threads or min(len(os.sched_getaffinity(0)), 16)
+        self.written = Written()
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._zeros = hashlib.sha256(bytes(CHUNK)).digest()
+
+    def write(self, shards: Sequence[OutputShard]) -> Written:
+        """Write them all. Any thread's error, or an interrupt, stops the others at their next chunk and is raised here."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        files = [_OpenShard(shard, self.directory) for shard in shards]
+        jobs = iter([(file, start) for file in files for start in range(0, file.shard.size, CHUNK)])
+        pool = ThreadPoolExecutor(self.threads + 1, thread_name_prefix="sku-fuse")
+        syncs: list = []
+        try:
+            workers = [pool.submit(self._work, jobs, pool, syncs) for _ in range(self.threads)]
+            wait(workers)
+            for future in [*workers, *syncs]:
+                future.result()
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            pool.shutdown()
+            for file in files:
+                file.close()
+            torch.set_num_threads(before)
+        return self.written
+
+    def _work(self, jobs: Iterator[tuple["_OpenShard", int]], pool: ThreadPoolExecutor, syncs: list) -> None:
+        torch.set_num_threads(1)
+        buffer = torch.empty(CHUNK, dtype=torch.uint8)
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                file, start = job
+                stop = min(start + CHUNK, file.shard.size)
+                self._write_chunk(file, start, stop, buffer[: stop - start])
+                with self._lock:
+                    file.remaining -= 1
+                    self.progress(stop - start)
+                    if not file.remaining:  # its pages go to the disk while other shards are being merged
+                        syncs.append(pool.submit(os.fsync, file.target))
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _write_chunk(self, file: "_OpenShard", start: int, stop: int, buffer: Tensor) -> None:
+        pieces = list(file.pieces(start, stop))
+        if all(tensor is None for tensor, _, _ in pieces) and not any(file.has_data(low, high) for _, low, high in pieces):
+            if self.digests:
+                self._leaf(file, start, self._zeros if stop - start == CHUNK else hashlib.sha256(bytes(stop - start)).digest())
+            return
+        view = memoryview(buffer.numpy())
+        for tensor, low, high in pieces:
+            part = buffer[low - start : high - start]
+            if tensor is not None:
+                self._render(file, tensor, low - tensor.start, high - tensor.start, part)
+            elif self.digests or not file.copy(low, high):
+                file.read(low, view[low - start : high - start])
+            else:
+                continue
+            if not self.digests:
+                write_all(file.target, view[low - start : high - start], low)
+        if self.digests:
+            self._leaf(file, start, hashlib.sha256(view).digest())
+            write_all(file.target, view, start)
+
+    def _leaf(self, file: "_OpenShard", start: int, digest: bytes) -> None:
+        with self._lock:
+            self.written.leaves.setdefault(file.shard.file, {})[start] = digest
+
+    def _render(self, file: "_OpenShard", tensor: OutputTensor, low: int, high: int, out: Tensor) -> None:
+        """Bytes [low, high) of a computed tensor. Whole rows are computed; rows that begin before `low` are counted elsewhere."""
+        rows, columns = matrix_shape(tensor.source.shape)
+        row_bytes = columns * DTYPES[tensor.dtype][1] // 8
+        first, counted, last = low // row_bytes, -(-low // row_bytes), -(-high // row_bytes)
+        for begin, end, count in ((first, min(counted, last), False), (counted, last, True)):
+            if begin >= end:
+                continue
+            merged = self._merge(file, tensor, begin, end, columns, count).reshape(-1).view(torch.uint8)
+            left = max(low - begin * row_bytes, 0)
+            right = min(high, end * row_bytes) - begin * row_bytes
+            where = max(begin * row_bytes, low) - low
+            out[where : where + right - left] = merged[left:right]
+
+    def _merge(self, file: "_OpenShard", tensor: OutputTensor, begin: int, end: int, columns: int, count: bool) -> Tensor:
+        dtype, target = (getattr(torch, DTYPES[name][0]) for name in (tensor.source.dtype, tensor.dtype))
+        width = columns * dtype.itemsize
+        raw = torch.empty((end - begin) * width, dtype=torch.uint8)
+        read_into(file.source_of(tensor), memoryview(raw.numpy()), tensor.source.offset + begin * width, tensor.source.file)
+        weight = raw.view(dtype).view(end - begin, columns)
+        if not tensor.edits:
+            return _cast(weight, target, tensor)
+        terms = [term for edit in tensor.edits for term in terms_of(edit, begin, end)]
+        out = weight if target == dtype and not (self.kinds and count) else torch.empty(weight.shape, dtype=target)
+        seed = None if self.seed is None else self.seed + tensor.source.offset
+        stats = delta_merge_reference(weight, terms, out=out, seed=seed, first_element=begin * columns)
+        if count:
+            simulated = simulate(weight, out, terms, self.kinds)
+            with self._lock:
+                self.written.merged.setdefault(tensor.name, {})[begin] = stats
+                for kind, sums in simulated.items():
+                    self.written.simulated.setdefault(kind, {}).setdefault(tensor.name, {})[begin] = sums
+        return out
+
+
+def terms_of(edit: Placed, begin: int, end: int) -> Iterator[Term]:
+    """The part of an edit on rows [begin, end) of the tensor, with rows counted from `begin`."""
+    delta = edit.delta
+    rows = matrix_shape(delta.shape)[0]
+    low, high = max(begin, edit.row), min(end, edit.row + rows)
+    if low >= high or edit.scale == 0:
+        return
+    inner = slice(low - edit.row, high - edit.row)
+    if isinstance(delta, Dense):
+        yield Term(delta.mapped().view(matrix_shape(delta.shape))[inner], None, edit.scale, low - begin)
+    elif delta.b.ndim == 2:
+        yield Term(delta.b[inner], delta.a, edit.scale * delta.scaling, low - begin)
+    else:
+        size = delta.b.shape[1]
+        for expert in range(inner.start // size, -(-inner.stop // size)):
+            start, stop = max(inner.start, expert * size), min(inner.stop, (expert + 1) * size)
+            b = delta.b[expert, start - expert * size : stop - expert * size]
+            yield Term(b, delta.a[expert], edit.scale * delta.scaling, edit.row + start - begin)
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, tensor: OutputTensor) -> Tensor:
+    cast = weight.to(dtype)
+    if bool((cast.isinf() & ~weight.isinf()).any()):
+        raise CheckpointError(f"{tensor.source.file}: {tensor.name!r} has values too large for {tensor.dtype}; use --dtype keep, bfloat16 or float32")
+    return cast
+
+
+class _OpenShard:
+    """An output file and the base files its bytes come from."""
+
+    def __init__(self, shard: OutputShard, directory: Path) -> None:
+        self.shard = shard
+        self.remaining = -(-shard.size // CHUNK)
+        self._starts = [tensor.start for tensor in shard.tensors]
+        self._sources: dict[Path, int] = {}
+        self.target = os.open(directory / shard.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.ftruncate(self.target, shard.size)
+        for tensor in shard.tensors:
+            if tensor.source.file not in self._sources:
+                self._sources[tensor.source.file] = os.open(tensor.source.file, os.O_RDONLY)
+        self._data = {file: data_ranges(source, os.fstat(source).st_size) for file, source in self._sources.items()}
+
+    def close(self) -> None:
+        for descriptor in (self.target, *self._sources.values()):
+            os.close(descriptor)
+
+    def source_of(self, tensor: OutputTensor) -> int:
+        return self._sources[tensor.source.file]
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[OutputTensor | None, int, int]]:
+        """Cut [start, stop) into computed pieces (with their tensor) and copied ones (None), as long as possible."""
+        position = start
+        for tensor in self._overlapping(start, stop):
+            if tensor.copied:
+                continue
+            if position < tensor.start:
+                yield None, position, tensor.start
+            low, high = max(tensor.start, start), min(tensor.stop, stop)
+            yield tensor, low, high
+            position = high
+        if position < stop:
+            yield None, position, stop
+
+    def _overlapping(self, start: int, stop: int) -> Iterator[OutputTensor]:
+        for tensor in self.shard.tensors[max(bisect.bisect_right(self._starts, start) - 1, 0) :]:
+            if tensor.start >= stop:
+                return
+            if tensor.stop > start:
+                yield tensor
+
+    def _runs(self, low: int, high: int) -> Iterator[tuple[Path | None, int, int, int]]:
+        """(base file, offset in it, low, high) of copied bytes; the header comes from no file."""
+        position = low
+        if position < len(self.shard.header):
+            stop = min(high, len(self.shard.header))
+            yield None, position, position, stop
+            position = stop
+        run: list | None = None
+        for tensor in self._overlapping(position, high) if position < high else ():
+            begin, end = max(tensor.start, position), min(tensor.stop, high)
+            offset = tensor.source.offset + begin - tensor.start
+            if run and run[0] == tensor.source.file and run[1] + run[3] - run[2] == offset:
+                run[3] = end
+            elif begin < end:
+                if run:
+                    yield tuple(run)
+                run = [tensor.source.file, offset, begin, end]
+        if run:
+            yield tuple(run)
+
+    def has_data(self, low: int, high: int) -> bool:
+        return any(file is None or list(self._extents(file, offset, stop - start)) for file, offset, start, stop in self._runs(low, high))
+
+    def _extents(self, file: Path, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        ranges = self._data[file]
+        for begin, end in ranges[max(bisect.bisect_right(ranges, (offset, 1 << 62)) - 1, 0) :]:
+            if begin >= offset + length:
+                return
+            if end > offset:
+                yield max(begin, offset), min(end, offset + length)
+
+    def read(self, low: int, view: memoryview) -> None:
+        """Copied bytes from `low` on, into memory."""
+        for file, offset, start, stop in self._runs(low, low + len(view)):
+            part = view[start - low : stop - low]
+            if file is None:
+                part[:] = self.shard.header[start:stop]
+            else:
+                read_into(self._sources[file], part, offset, file)
+
+    def copy(self, low: int, high: int) -> bool:
+        """Copied bytes inside the kernel, holes left as holes. False where it cannot."""
+        for file, offset, start, stop in self._runs(low, high):
+            if file is None:
+                write_all(self.target, memoryview(self.shard.header)[start:stop], start)
+                continue
+            for begin, end in self._extents(file, offset, stop - start):
+                if not self._copy_range(file, begin, start + begin - offset, end - begin):
+                    return False
+        return True
+
+    def _copy_range(self, file: Path, source: int, target: int, count: int) -> bool:
+        while count:
+            try:
+                copied = os.copy_file_range(self._sources[file], self.target, count, source, target)
+            except OSError as error:
+                if error.errno in NOT_HERE:
+                    return False
+                raise
+            if copied == 0:
+                if os.fstat(self._sources[file]).st_size < source + count:
+                    raise CheckpointError(f"{file}: ended at byte {source}; it changed while it was read, start again")
+                return False
+            source, target, count = source + copied, target + copied, count - copied
+        return True
+
+
+def write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
