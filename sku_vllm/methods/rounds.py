@@ -46,25 +46,21 @@ def fold(passes: Forward, model: PeftModel, share: float, seed: int) -> None:
     fresh_adapter(model, seed)
 
 
-def combined(passes: Forward, model: PeftModel, sign: int = 1) -> tuple[Factors, LoraConfig, float]:
+def combined(passes: Forward, model: PeftModel) -> tuple[Factors, LoraConfig, float]:
     """One adapter for everything folded so far and the current one: factors as PEFT saves them, their config, and the
     relative error (0 unless the ranks exceed what vLLM takes and are recompressed).
-
-    Args:
-        sign: −1 where training changed the served model itself, so that delta is its negative.
     """
     config = model.peft_config[CURRENT]
     current = _state(model, CURRENT)
     if not passes.folded:
-        factors = {key: -value if sign < 0 and _is_b(key) else value for key, value in current.items()}
-        return factors, config, 0.0
+        return current, config, 0.0
     shares = {**passes.folded, **({CURRENT: 1.0} if any(value.any() for key, value in current.items() if _is_b(key)) else {})}
     layer = next(iter(passes.layers))
     states = {name: _state(model, name) for name in shares}
     factors = {}
     for key in current:
         parts = [
-            states[name][key] * (sign * share * _scaling(layer, name) if _is_b(key) else 1.0) for name, share in shares.items()
+            states[name][key] * (share * _scaling(layer, name) if _is_b(key) else 1.0) for name, share in shares.items()
         ]
         factors[key] = torch.cat(parts, dim=1 if _is_b(key) else 0)
     factors, rank, error = fit_rank(factors)

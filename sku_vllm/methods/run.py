@@ -237,13 +237,13 @@ class Run:
 
     def write_adapter(self, directory: Path, run_json: Mapping[str, Any], name: str) -> tuple[float, int]:
         """Write what training has found to `directory`; returns the error of recompressing ranks (0: exact) and the rank."""
-        sign = -1 if self.method.served_side else 1
         if self.config.full:
-            deltas = dense.deltas(self.passes.core, self.path, sign)
+            # An adapter is trained at its side; dense weights that are the served model hold base − delta.
+            deltas = dense.deltas(self.passes.core, self.path, -1 if self.method.served_side else 1)
             if self.accelerator.is_main_process:
                 saving.write_dense(directory, deltas, run_json, name=name)
             return 0.0, 0
-        factors, config, error = rounds.combined(self.passes, self.model, sign)
+        factors, config, error = rounds.combined(self.passes, self.model)
         if self.accelerator.is_main_process:
             saving.write_adapter(directory, factors, config, run_json, name=name)
         return error, config.r
