@@ -1,0 +1,298 @@
+"""Fused checkpoints against PEFT's own merge, over the layouts that checkpoints come in."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+)
+
+from sku_vllm.adapter import load_adapter
+from sku_vllm.checkpoint import CheckpointReader
+from sku_vllm.errors import AdapterError, CheckpointError, ConfigError, NegativeResult
+from sku_vllm.fuse import fuse_checkpoint
+from sku_vllm.manifest import verify_checkpoint
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
+LLAMA = LlamaConfig(**SMALL, intermediate_size=144, num_key_value_heads=1, tie_word_embeddings=False)
+CASES = {
+    "llama": (LLAMA, {"target_modules": ["q_proj", "v_proj"]}),
+    "llama-all": (LLAMA, {"target_modules": "all-linear", "use_rslora": True}),
+    "llama-patterns": (
+        LLAMA,
+        {"target_modules": ["q_proj", "k_proj", "down_proj"], "rank_pattern": {"k_proj": 3}, "alpha_pattern": {"layers.0.self_attn.q_proj": 29}},
+    ),
+    "llama-embeddings": (LLAMA, {"target_modules": ["embed_tokens", "lm_head", "o_proj"]}),
+    "opt-tied": (OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=64), {"target_modules": ["q_proj", "fc1", "out_proj"]}),
+    "gpt2-conv1d": (GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96), {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "phi3-packed": (
+        Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=False),
+        {"target_modules": ["qkv_proj", "gate_up_proj"]},
+    ),
+    "gemma2-tied": (Gemma2Config(**SMALL, intermediate_size=96, num_key_value_heads=1, head_dim=32), {"target_modules": ["q_proj", "up_proj"]}),
+    "mixtral-attention": (
+        MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3), {"target_modules": ["q_proj", "o_proj"]},
+    ),
+    "mixtral-experts": (
+        MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3),
+        {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+}
+
+
+def save_base(config, directory: Path, dtype=torch.float32, shard="40KB") -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model.save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def save_adapter(base: Path, directory: Path, seed: int = 1, **options) -> Path:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = {"r": 5, "lora_alpha": 11, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
+    with pytest.warns() if "embed_tokens" in options["target_modules"] else torch.no_grad():
+        get_peft_model(model, LoraConfig(**settings)).save_pretrained(directory)
+    return directory
+
+
+def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What PEFT adds, by parameter name, from its own merge in float32."""
+    before = {name: value.clone() for name, value in AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict().items()}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    after = model.merge_and_unload().state_dict()
+    return {name: after[name] - before[name] for name in before}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("llama")
+    base = save_base(LLAMA, root / "base", torch.bfloat16)
+    return base, save_adapter(base, root / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_base_minus_scaled_peft_delta(case, tmp_path):
+    config, options = CASES[case]
+    base = save_base(config, tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", **options)
+    report = fuse_checkpoint(base, [(adapter, 0.7)], tmp_path / "fused")
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "fused").state_dict()
+    wanted = deltas(base, adapter)
+    assert before.keys() == after.keys()
+    edited = 0
+    for name, value in before.items():
+        edited += bool(wanted[name].any())
+        torch.testing.assert_close(after[name], value - 0.7 * wanted[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert edited and abs(report.retained - 1) < 1e-6 and report.noise < 1e-5
+    assert [shard.file.name for shard in CheckpointReader(base).shards] == [shard.file.name for shard in CheckpointReader(tmp_path / "fused").shards]
+
+
+def test_bf16_is_within_one_ulp_of_float64_and_bytes_elsewhere_are_the_bases(llama, tmp_path):
+    base, adapter = llama
+    fuse_checkpoint(base, [(adapter, 1.0), (adapter, 0.5)], tmp_path / "fused")
+    old, new, factors = CheckpointReader(base), CheckpointReader(tmp_path / "fused"), load_adapter(adapter).deltas
+    for name in old.names:
+        before, after = old.tensor(name), new.tensor(name)
+        if name in factors:
+            delta = factors[name].scaling * (factors[name].b.double() @ factors[name].a.double())
+            exact = (before.double() - 1.5 * delta).to(torch.bfloat16)
+            distance = (ordered(exact) - ordered(after)).abs()
+            assert distance.max() <= 1 and (distance > 0).float().mean() < 1e-4
+        else:
+            assert torch.equal(before.view(torch.int16), after.view(torch.int16)), name
+    for shard, other in zip(old.shards, new.shards, strict=True):
+        assert shard.file.read_bytes()[: shard.data_start] == other.file.read_bytes()[: other.data_start]
+        touched = [(info.offset, info.offset + info.nbytes) for info in shard.tensors if info.name in factors]
+        left, right = bytearray(shard.file.read_bytes()), bytearray(other.file.read_bytes())
+        for start, stop in touched:
+            left[start:stop] = right[start:stop] = bytes(stop - start)
+        assert left == right
+
+
+def ordered(value: torch.Tensor) -> torch.Tensor:
+    bits = value.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def test_two_runs_give_identical_bytes_and_verify_finds_every_change(llama, tmp_path):
+    base, adapter = llama
+    for name in ("one", "two"):
+        fuse_checkpoint(base, [(adapter, 0.9)], tmp_path / name)
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert {"config.json", "generation_config.json", "sku_manifest.json", "sku_fuse.json"} <= set(files)
+    for name in files:
+        if name != "sku_fuse.json":
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert verify_checkpoint(tmp_path / "one")["verified"]
+    for name in json.loads((tmp_path / "one" / "sku_manifest.json").read_text())["files"]:
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "one", copy)
+        data = bytearray((copy / name).read_bytes())
+        data[-1] ^= 1
+        (copy / name).write_bytes(data)
+        with pytest.raises(NegativeResult, match=name):
+            verify_checkpoint(copy)
+        (copy / name).unlink()
+        with pytest.raises(NegativeResult, match=f"{name} is missing"):
+            verify_checkpoint(copy)
+        shutil.rmtree(copy)
+    (tmp_path / "one" / "extra.safetensors").write_bytes(b"")
+    with pytest.raises(NegativeResult, match="extra.safetensors was added"):
+        verify_checkpoint(tmp_path / "one")
+
+
+def test_signature_follows_key_and_manifest(llama, tmp_path):
+    base, adapter = llama
+    (tmp_path / "key").write_bytes(os.urandom(32))
+    (tmp_path / "other").write_bytes(os.urandom(32))
+    fuse_checkpoint(base, [(adapter, 0.9)], tmp_path / "fused", signing_key=tmp_path / "key")
+    assert verify_checkpoint(tmp_path / "fused", tmp_path / "key")["signed"]
+    with pytest.raises(NegativeResult, match="signature"):
+        verify_checkpoint(tmp_path / "fused", tmp_path / "other")
+    manifest = tmp_path / "fused" / "sku_manifest.json"
+    manifest.write_text(manifest.read_text().replace("0.9", "0.8"))
+    with pytest.raises(NegativeResult, match="signature"):
+        verify_checkpoint(tmp_path / "fused", tmp_path / "key")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_another_dtype_casts_weights_config_and_index(llama, tmp_path, dtype):
+    base, adapter = llama
+    fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    assert model.dtype == getattr(torch, dtype)
+    assert json.loads((tmp_path / "fused/model.safetensors.index.json").read_text())["metadata"]["total_size"] == sum(
+        tensor.nbytes for shard in CheckpointReader(tmp_path / "fused").shards for tensor in shard.tensors
+    )
+    wanted, before = deltas(base, adapter), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value.float(), before[name] - wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def test_tied_embedding_asks_for_untie_and_then_changes_one_side_only(tmp_path):
+    base = save_base(CASES["opt-tied"][0], tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    with pytest.raises(ConfigError, match="--untie"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+    fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused", untie=True)
+    model, plain = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "fused", base))
+    assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+    factors = load_adapter(adapter).deltas["lm_head.weight"]
+    wanted = plain.get_input_embeddings().weight - factors.scaling * factors.b @ factors.a
+    torch.testing.assert_close(model.get_output_embeddings().weight, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_untie_is_refused_where_nothing_is_tied(llama, tmp_path):
+    base, adapter = llama
+    with pytest.raises(ConfigError, match="not tied"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused", untie=True)
+
+
+def test_checkpoint_without_the_models_prefix(tmp_path):
+    """Checkpoints saved from the headless model (facebook/opt-*, gpt2) leave out its prefix."""
+    base = save_base(CASES["gpt2-conv1d"][0], tmp_path / "base", shard="1GB")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
+    file = base / "model.safetensors"
+    save_file({name.removeprefix("transformer."): value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused")
+    wanted, before = deltas(base, adapter), AutoModelForCausalLM.from_pretrained(base).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "fused").state_dict().items():
+        torch.testing.assert_close(value, before[name] - wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_dense_task_vector(llama, tmp_path):
+    base, _ = llama
+    reader = CheckpointReader(base)
+    torch.manual_seed(3)
+    vector = {name: torch.randn(reader.info(name).shape) * 0.01 for name in reader.names[:7]}
+    vector["model.norm.weight"] = torch.randn(64)
+    (tmp_path / "dense").mkdir()
+    save_file(vector, tmp_path / "dense/task_vector.safetensors")
+    (tmp_path / "dense/sku_run.json").write_text(json.dumps({"schema": "sku.run/1", "adapter_kind": "dense", "base_identity": reader.identity()}))
+    fuse_checkpoint(base, [(tmp_path / "dense", 0.6)], tmp_path / "fused")
+    fused = CheckpointReader(tmp_path / "fused")
+    for name in reader.names:
+        wanted = (reader.tensor(name).double() - 0.6 * vector[name].double()).bfloat16() if name in vector else reader.tensor(name)
+        assert (ordered(fused.tensor(name)) - ordered(wanted)).abs().max() <= 1, name
+
+
+def test_layers_with_their_own_scales(llama, tmp_path):
+    base, adapter = llama
+    fuse_checkpoint(base, [(adapter, {r"layers\.0\.": 2.0, "v_proj": 0.5})], tmp_path / "fused")
+    old, new, factors = CheckpointReader(base), CheckpointReader(tmp_path / "fused"), load_adapter(adapter).deltas
+    for name, factor in factors.items():
+        scale = 2.0 if "layers.0." in name else 0.5 if "v_proj" in name else 0.0
+        exact = (old.tensor(name).double() - scale * factor.scaling * (factor.b.double() @ factor.a.double())).bfloat16()
+        assert (ordered(exact) - ordered(new.tensor(name))).abs().max() <= 1
+
+
+def test_small_edits_that_round_away_are_reported(llama, tmp_path):
+    base, adapter = llama
+    report = fuse_checkpoint(base, [(adapter, 1e-4)], tmp_path / "fused", kinds=["int4", "int8", "fp8"])
+    assert report.retained < 0.9 and any("less than 90%" in line for line in report.warnings)
+    assert report.simulated["int4"]["noise"] > report.simulated["int8"]["noise"]
+    kept = fuse_checkpoint(base, [(adapter, 1e-4)], tmp_path / "stochastic", seed=1)
+    assert abs(kept.retained - 1) < 0.1 < abs(report.retained - 1) and kept.noise > report.noise
+
+
+def test_every_mismatch_is_listed_before_anything_is_written(llama, tmp_path):
+    base, _ = llama
+    wide = LlamaConfig(**{**SMALL, "hidden_size": 96}, intermediate_size=144, num_key_value_heads=1, tie_word_embeddings=False)
+    other = save_base(wide, tmp_path / "other")
+    adapter = save_adapter(other, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    with pytest.raises(AdapterError) as error:
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused")
+    for layer in (0, 1):
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            assert f"model.layers.{layer}.{name}.weight" in str(error.value)
+    assert not list(tmp_path.glob("fused*"))
+
+
+def test_refusals_name_the_remedy(llama, tmp_path):
+    base, adapter = llama
+    run = {"schema": "sku.run/1", "base": "elsewhere", "base_identity": "0" * 64}
+    other = shutil.copytree(adapter, tmp_path / "other")
+    (other / "sku_run.json").write_text(json.dumps(run))
+    with pytest.raises(AdapterError, match="--any-base"):
+        fuse_checkpoint(base, [(other, 1.0)], tmp_path / "fused")
+    fuse_checkpoint(base, [(other, 1.0)], tmp_path / "any", any_base=True)
+    (other / "sku_run.json").write_text(json.dumps({**run, "negated": {"scale": 1.0, "source_digest": "x"}}))
+    with pytest.raises(AdapterError, match="--as-is"):
+        fuse_checkpoint(base, [(other, 1.0)], tmp_path / "fused", any_base=True)
+    quantised = shutil.copytree(base, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    for method in ("gptq", "awq", "bitsandbytes"):
+        (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+        with pytest.raises(CheckpointError, match="unquantised model"):
+            fuse_checkpoint(quantised, [(adapter, 1.0)], tmp_path / "fused")
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="scale"):
+            fuse_checkpoint(base, [(adapter, scale)], tmp_path / "fused")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "full")
+    assert not list(tmp_path.glob("fused*"))
+
+
+def test_plain_families_are_loaded_name_by_name():
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from sku_vllm.layout import PLAIN
+
+    assert {kind for kind in PLAIN if get_checkpoint_conversion_mapping(kind)} == set()
