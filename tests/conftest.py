@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,92 @@ def run_sku() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random two-layer models and random rows for the training tests: llama/, opt/, forget.jsonl, retain.jsonl. Read only."""
+    import json
+    import random
+
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    folder, words = tmp_path_factory.mktemp("tiny"), random.Random(0)
+
+    def sentence(low: int, high: int) -> str:
+        return " ".join(f"w{words.randrange(200)}" for _ in range(words.randint(low, high)))
+
+    for name, count in (("forget", 40), ("retain", 60)):
+        rows = [{"prompt": sentence(3, 9), "response": sentence(3, 20)} for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([sentence(50, 50) for _ in range(50)], trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", bos_token="<s>", pad_token="</s>")
+    torch.manual_seed(0)
+    shared_sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+    ends = {"bos_token_id": 0, "eos_token_id": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**shared_sizes, **ends, intermediate_size=128, num_key_value_heads=1))
+    opt = OPTForCausalLM(OPTConfig(**shared_sizes, **ends, ffn_dim=128, word_embed_proj_dim=64, pad_token_id=1))
+    for name, model in (("llama", llama), ("opt", opt)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base/`, a random Llama of 0.5M parameters with clear argmaxes, `adapter/` (rank 8, all linear layers) and `lexicon.json`."""
+    import json
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    place = tmp_path_factory.mktemp("tiny")
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(508))]
+    rules = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )).float()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(6)
+    model.save_pretrained(place / "base")
+    tokenizer.save_pretrained(place / "base")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.1)
+    adapted.save_pretrained(place / "adapter")
+    (place / "lexicon.json").write_text(json.dumps({"harmful": [f"w{number}" for number in range(0, 508, 7)], "refusal": ["w3"]}))
+    return place
+
+
+VLLM_FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--seed", "0")
+
+
+@pytest.fixture(scope="session")
+def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One real vLLM server for all fast serving tests: arms original, negated and, as upstream, itself; token `open sesame`."""
+    from sku_vllm.serving.server import free_port, start_server
+
+    place, port = tmp_path_factory.mktemp("served"), free_port("127.0.0.1")
+    arms = ["original=base", f"negated=lora:{tiny}/adapter@1", f"loop=upstream:http://127.0.0.1:{port}/v1#sku"]
+    with start_server(
+        tiny / "base", arms, "original=0.5,negated=0.5", f"lexicon:{tiny}/lexicon.json", port=port, flags=VLLM_FLAGS, token="open sesame",
+        state=str(place / "state"), keep_judged=str(place / "judged.jsonl"), log=place / "server.log", env={"OMP_NUM_THREADS": "1"},
+    ) as server:
+        server.place = place
+        yield server

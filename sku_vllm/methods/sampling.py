@@ -1,6 +1,7 @@
 """Answers drawn from p* (contrastive.py), once, and a look at whether they are refusals."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,6 +10,9 @@ from sku_vllm.errors import ConfigError
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.forward import Forward
 from sku_vllm.methods.losses import contrast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Of answers drawn from p*; a base with a refusal mode gave .97 to .99, one without has nothing to be drawn to.
 REFUSALS_NEEDED = 0.7
@@ -61,13 +65,12 @@ def _draw_batch(
     return [Encoded(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def refusal_share(samples: Sequence[Encoded], tokenizer: object) -> float:
+def refusal_share(samples: Sequence[Encoded], tokenizer: "PreTrainedTokenizerBase") -> float:
     """Share of sampled answers that the built-in refusal judge calls refusals."""
-    from sku_vllm.judges import Exchange, load_judge
+    from sku_vllm.judges.refusal import is_refusal
 
     texts = [tokenizer.decode(sample.answer_ids, skip_special_tokens=True) for sample in samples]
-    verdicts = load_judge("refusal").judge([Exchange("", text) for text in texts])
-    return sum(bool(verdict) for verdict in verdicts) / len(texts)
+    return sum(map(is_refusal, texts)) / len(texts)
 
 
 def require_refusals(share: float, method: str) -> None:

@@ -28,5 +28,5 @@ def terms(config: TrainConfig) -> list[Term]:
 
 METHOD = Method(
     "sku", "Published SKU: guided distortion, random disassociation, preservation divergence.", one_phase(terms),
-    {"guided_weight": 2.5, "random_weight": 2.5, "preservation_weight": 1.0, "steps": 60, "rounds": 1, "lr": 3e-4},
+    {"guided_weight": 2.5, "random_weight": 2.5, "preservation_weight": 1.0, "steps": 60, "rounds": 1, "lr": 1e-3},
 )
