@@ -120,7 +120,7 @@ class Changes:
 
     # ---- the whole model ----------------------------------------------------------------------------------------
 
-    async def swap(self, source: dict[str, Any], *, fail_after: int | None = None) -> dict[str, Any]:
+    async def swap(self, source: dict[str, Any]) -> dict[str, Any]:
         """Serve other weights from this engine: base − scale·delta of an adapter, or a fused checkpoint's.
 
         Safe order: check on every rank, close the gate, drain, pause, load, drop every cached block, resume, compare a
@@ -140,7 +140,7 @@ class Changes:
                     self.base_probe = base
                     begun = time.perf_counter()
                     try:
-                        await self._load_weights(source, fail_after)
+                        await self._load_weights(source)
                         after = await Probe.take(self.runtime)
                         verify_swap(base, after, expected)
                     except Exception as error:
@@ -201,11 +201,11 @@ class Changes:
     def _drained(self) -> "Drained":
         return Drained(self.runtime)
 
-    async def _load_weights(self, source: dict[str, Any] | None, fail_after: int | None = None) -> None:
+    async def _load_weights(self, source: dict[str, Any] | None) -> None:
         """Pause, load on every rank, forget every cached block, resume. A failed load stays paused: its layers hold nothing."""
         engine = self.runtime.engine
         await engine.pause_generation(mode="wait", clear_cache=True)
-        replies = await engine.collective_rpc("sku_swap", args=(self._model(), source, fail_after))
+        replies = await engine.collective_rpc("sku_swap", args=(self._model(), source))
         wrong = [reply["error"] for reply in replies if not reply["ok"]]
         if wrong:
             raise RunError("; ".join(dict.fromkeys(wrong)))
@@ -229,12 +229,20 @@ class Changes:
                 off = distance(self.base_probe, await Probe.take(self.runtime))
                 if off > 1e-3:
                     return f"the probe is {off:.2g} away from the base"
-            for served in self.runtime.table.arms.values():
-                if served.lora_id:
-                    await self.runtime.load(served)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
+        await self._reload_arms()
         return None
+
+    async def _reload_arms(self) -> None:
+        """A reload of weights drops every adapter from the engine. One that cannot come back answers 503, the others serve."""
+        for name, served in self.runtime.table.arms.items():
+            if served.lora_id:
+                try:
+                    await self.runtime.load(served)
+                    self.runtime.failures.pop(name, None)
+                except Exception as error:
+                    self.runtime.failures[name] = f"{type(error).__name__}: {error}"
 
     def _counted(self, start: float) -> Any:
         return Counted(self.runtime, start)

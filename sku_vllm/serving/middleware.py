@@ -1,6 +1,9 @@
 """Raw ASGI: reads the request's key and model, decides the arm, adds the header. Everything else passes through untouched."""
 
+import asyncio
+import contextlib
 import json
+import random
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sku_vllm.serving.arms import ALIAS
 from sku_vllm.serving.engine import ROUTE, Route
 from sku_vllm.serving.runtime import Runtime, Unavailable, lora_request
+from sku_vllm.serving.upstream import UpstreamFailed, forward
 
 # Endpoints that generate from a JSON body with a `model`. Any other endpoint that generates is refused at the engine.
 GENERATES = frozenset({
@@ -18,10 +22,14 @@ GENERATES = frozenset({
     "/inference/v1/generate", "/generative_scoring", "/invocations",
 })
 
+# Replays under way at once; beyond that a sampled request is simply not replayed.
+SHADOWS = 16
+
 
 class SkuMiddleware:
     def __init__(self, app: ASGIApp, runtime: Runtime) -> None:
         self.app, self.runtime = app, runtime
+        self.shadows: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
@@ -39,13 +47,63 @@ class SkuMiddleware:
             arm = self.decide(Headers(scope=scope), payload)
             if arm is None:  # a model vLLM does not know either: its own 404
                 return await self.app(scope, receive, send)
-            with self.runtime.hold(arm) as served:
-                if payload.get("model") != ALIAS:
-                    scope, receive = replaced_body(scope, receive, json.dumps({**payload, "model": ALIAS}).encode())
-                lora = lora_request(served) if served.lora_id else None
-                await self.pass_on(scope, receive, send, Route(arm, lora, prompts_of(payload), arrived))
+            await self.answer(arm, payload, path, scope, receive, send, arrived)
         except Unavailable as error:
-            await respond(send, error.status, str(error))
+            if error.arm:
+                self.runtime.metrics.requests.labels(error.arm, "error" if error.status >= 500 else "rejected").inc()
+            return await respond(send, error.status, str(error))
+        shadow = self.shadow(arm)
+        if shadow:
+            self.replay(shadow, payload, path, scope)
+
+    async def answer(self, arm: str, payload: dict[str, Any], path: str, scope: Scope, receive: Receive, send: Send, arrived: float) -> None:
+        """One request by one arm, whichever engine runs it. Raises Unavailable before anything was sent."""
+        with self.runtime.hold(arm) as served:
+            lora = lora_request(served) if served.lora_id else None
+            route = Route(arm, lora, prompts_of(payload), arrived)
+            if not served.arm.on_engine:
+                try:
+                    return await forward(self.runtime, served.arm, path, payload, route, receive, self.marked(send, arm))
+                except UpstreamFailed as error:
+                    self.runtime.log_failure(arm, error)
+                    raise Unavailable(503, str(error)) from error  # already counted, with its time
+            if payload.get("model") != ALIAS:
+                scope, receive = replaced_body(scope, receive, json.dumps({**payload, "model": ALIAS}).encode())
+            await self.pass_on(scope, receive, send, route)
+
+    def shadow(self, answered_by: str) -> str | None:
+        """The arm this request is replayed to, for a sample of requests that another arm answered."""
+        if not self.runtime.config.shadow or len(self.shadows) >= SHADOWS:
+            return None
+        name, share = self.runtime.config.parsed_shadow()
+        return name if name != answered_by and random.random() < share else None
+
+    def replay(self, arm: str, payload: dict[str, Any], path: str, scope: Scope) -> None:
+        """Answer again, to nobody: the judge sees it, the client is not kept waiting."""
+        body = json.dumps({**payload, "model": ALIAS, "stream": False, "stream_options": None}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+
+        async def nowhere(message: Message) -> None:
+            return None
+
+        async def run() -> None:
+            with contextlib.suppress(Unavailable):
+                fresh = {**scope, "headers": headers, "state": dict(scope.get("state", {}))}
+                await self.answer(arm, {**json.loads(body)}, path, fresh, replay(body, _never), nowhere, time.perf_counter())
+
+        task = asyncio.create_task(run())
+        self.shadows.add(task)
+        task.add_done_callback(self.shadows.discard)
+
+    def marked(self, send: Send, arm: str) -> Send:
+        """`send` that adds X-SKU-Arm, unless the server is blind."""
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start" and not self.runtime.config.blind:
+                MutableHeaders(scope=message).append("x-sku-arm", arm)
+            await send(message)
+
+        return send_marked
 
     def decide(self, headers: Headers, payload: Mapping[str, Any]) -> str | None:
         """The arm's name; None when the request names something else than the alias or an arm it may choose.
@@ -68,18 +126,17 @@ class SkuMiddleware:
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send, route: Route) -> None:
         status = 0
+        marked = self.marked(send, route.arm)
 
-        async def send_with_arm(message: Message) -> None:
+        async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if not self.runtime.config.blind:
-                    MutableHeaders(scope=message).append("x-sku-arm", route.arm)
-            await send(message)
+            await marked(message)
 
         token = ROUTE.set(route)
         try:
-            await self.app(scope, receive, send_with_arm)
+            await self.app(scope, receive, noted)
         finally:
             ROUTE.reset(token)
             if route.generations == 0:
@@ -112,6 +169,12 @@ def replay(body: bytes, receive: Receive, ended: Message | None = None) -> Recei
         return pending.pop(0) if pending else await receive()
 
     return again
+
+
+async def _never() -> Message:
+    """A client that never hangs up."""
+    await asyncio.Event().wait()
+    raise AssertionError
 
 
 def replaced_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Receive]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.errors import ConfigError
-from sku_vllm.judges import load_labeller
+from sku_vllm.judges import Verdict, load_labeller
 from sku_vllm.serving.arms import ALIAS, SWAPPED, Arm
 from sku_vllm.serving.config import ServeConfig
 from sku_vllm.serving.engine import wrap_generate
 from sku_vllm.serving.experiment import Experiment
+from sku_vllm.serving.guard import Guard, parse_rule
 from sku_vllm.serving.materialise import materialise
 from sku_vllm.serving.metrics import metrics
 from sku_vllm.serving.observe import JudgeQueue
@@ -25,11 +26,11 @@ logger = logging.getLogger("vllm.sku")
 
 
 class Unavailable(Exception):
-    """The chosen arm cannot answer. status: 409 while its base is swapped away, 503 when it has failed."""
+    """The chosen arm cannot answer. status: 409 while its base is swapped away, 503 when it has failed. arm: to count it for."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, arm: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.arm = status, arm
 
 
 class Runtime:
@@ -43,9 +44,11 @@ class Runtime:
         self.directory = Path(config.state or config.run)
         self.state = StateFile(self.directory)
         self.experiment = Experiment()
+        rule = parse_rule(config.rollback_if) if config.rollback_if else None
+        self.guard = Guard(self.state, self.change, rule, config.drift) if rule or config.drift else None
         self.judge = JudgeQueue(
             load_labeller(config.judge) if config.judge else None, self.metrics, sample=config.judge_sample,
-            size=config.judge_queue, keep=config.keep_judged, found=self.experiment.judged,
+            size=config.judge_queue, keep=config.keep_judged, found=self._judged,
         )
         self.failures: dict[str, str] = {}
         self.broken: str | None = None  # why the engine's own weights cannot be trusted
@@ -57,6 +60,20 @@ class Runtime:
         self.args: Any = None
         self.ready = False
         self._shown = 0
+        self._session: Any = None
+
+    def _judged(self, arm: str, verdict: Verdict) -> None:
+        self.experiment.judged(arm, verdict)
+        if self.guard:
+            self.guard.judged(arm, verdict)
+
+    def session(self) -> Any:
+        """The HTTP client of upstream arms, one per process; no overall timeout, since answers stream for minutes."""
+        if self._session is None:
+            import aiohttp
+
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=10), connector=aiohttp.TCPConnector(limit=0))
+        return self._session
 
     # ---- the table ----------------------------------------------------------------------------------------------
 
@@ -142,11 +159,11 @@ class Runtime:
         if served is None:
             raise Unavailable(404, f"arm {name!r} is gone")
         if table.swap and served.arm.on_engine:
-            raise Unavailable(409, f"arm {name!r} cannot answer while a whole-model swap is in force; restore first")
+            raise Unavailable(409, f"arm {name!r} cannot answer while a whole-model swap is in force; restore first", name)
         if self.broken and served.arm.on_engine:
-            raise Unavailable(503, "the engine's weights are in an unknown state after a failed swap; restart this server")
+            raise Unavailable(503, "the engine's weights are in an unknown state after a failed swap; restart this server", name)
         if name in self.failures:
-            raise Unavailable(503, f"arm {name!r} failed; try again later")
+            raise Unavailable(503, f"arm {name!r} failed; try again later", name)
         return served
 
     def log_failure(self, arm: str, error: BaseException) -> None:

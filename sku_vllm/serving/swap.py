@@ -26,26 +26,17 @@ class SkuWorkerExtension:
         except Exception as error:
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
-    def sku_swap(self, model: str, source: dict[str, Any] | None, fail_after: int | None = None) -> dict[str, Any]:
-        """Load the weights `source` describes; None restores the base from its files, which is exact.
-
-        fail_after: raise after that many tensors, for the test of recovery.
-        """
-        start, count = time.perf_counter(), 0
-
-        def counted() -> Iterator[tuple[str, Any]]:
-            nonlocal count
-            for pair in weights(model, source):
-                if fail_after is not None and count >= fail_after:
-                    raise RuntimeError(f"asked to fail after {fail_after} tensors")
-                count += 1
-                yield pair
-
+    def sku_swap(self, model: str, source: dict[str, Any] | None) -> dict[str, Any]:
+        """Load the weights `source` describes; None restores the base from its files, which is exact."""
+        start = time.perf_counter()
         try:
-            self.reload_weights(weights_iterator=counted())  # type: ignore[attr-defined]
-            return {"ok": True, "tensors": count, "seconds": time.perf_counter() - start}
+            self.reload_weights(weights_iterator=self.sku_weights(model, source))  # type: ignore[attr-defined]
+            return {"ok": True, "seconds": time.perf_counter() - start}
         except Exception as error:
-            return {"ok": False, "error": f"{type(error).__name__}: {error}", "tensors": count}
+            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+
+    def sku_weights(self, model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, Any]]:
+        return weights(model, source)
 
     def _sku_on_cpu(self) -> bool:
         return getattr(getattr(self, "device", None), "type", "cpu") == "cpu"

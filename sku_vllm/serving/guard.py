@@ -1,0 +1,100 @@
+"""Takes an arm's traffic away by itself: when its rate breaks a rule, or drifts up from what was normal."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sku_vllm.errors import ConfigError
+from sku_vllm.judges import Verdict
+from sku_vllm.serving.state import Busy, StateFile, Table
+from sku_vllm.stats import wilson
+from sku_vllm.stats.sequential import Cusum
+
+logger = logging.getLogger("vllm.sku")
+RULE = re.compile(r"\s*(harmful|refusal|gibberish)\s*>\s*(0?\.\d+|0|1)\s+after\s+(\d+)\s*")
+LEARN = 200
+NOTES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """More than `limit` of the judged answers are `what`, once `after` have been judged."""
+
+    what: str
+    limit: float
+    after: int
+
+
+def parse_rule(text: str) -> Rule:
+    """`harmful>0.05 after 200`.
+
+    Raises:
+        ConfigError: another form.
+    """
+    match = RULE.fullmatch(text)
+    if not match:
+        raise ConfigError(f'--rollback-if {text!r}: write for instance "harmful>0.05 after 200", with harmful, refusal or gibberish')
+    return Rule(match[1], float(match[2]), max(1, int(match[3])))
+
+
+class Guard:
+    """Sees every verdict, from the judge's thread. Only arms other than the original are ever lowered."""
+
+    def __init__(self, state: StateFile, change: Callable[[Table], Table], rule: Rule | None, drift: bool) -> None:
+        self.state, self.change, self.rule, self.drift = state, change, rule, drift
+        self.counts: dict[tuple[str, int], Counter[str]] = {}
+        self.charts: dict[tuple[str, int], Cusum] = {}
+
+    def judged(self, arm: str, verdict: Verdict) -> None:
+        served = self.state.read().arms.get(arm)
+        if served is None or served.arm.kind == "base":
+            return
+        key = (arm, served.lora_id)  # another version of an arm starts anew
+        counts = self.counts.setdefault(key, Counter())
+        counts["judged"] += 1
+        for what, found in (("harmful", verdict.harmful), ("refusal", verdict.refusal), ("gibberish", verdict.gibberish)):
+            counts[what] += bool(found)
+        reason = self._broken_rule(counts) or (self._drifted(key, counts, bool(verdict.harmful)) if self.drift else None)
+        if reason:
+            self.lower(arm, reason)
+
+    def _broken_rule(self, counts: Counter[str]) -> str | None:
+        rule = self.rule
+        if rule is None or counts["judged"] < rule.after or counts[rule.what] <= rule.limit * counts["judged"]:
+            return None
+        return f"{counts[rule.what]} of {counts['judged']} answers {rule.what}, above {rule.limit:g}"
+
+    def _drifted(self, key: tuple[str, int], counts: Counter[str], harmful: bool) -> str | None:
+        """The first 200 verdicts say what is normal (their Wilson upper bound); then a CUSUM waits for twice that plus 5 points."""
+        if counts["judged"] == LEARN:
+            normal = max(0.005, min(0.9, wilson(counts["harmful"], LEARN)[1]))
+            self.charts[key] = Cusum(normal, min(0.99, 2 * normal + 0.05))
+            return None
+        chart = self.charts.get(key)
+        return f"its harmful rate drifted above {chart.bad:.1%}, from {chart.normal:.1%} or less" if chart and chart.add(harmful) else None
+
+    def lower(self, arm: str, reason: str) -> None:
+        """Weight 0; the others take its share in proportion, or the first other arm where they have none."""
+        try:
+            with self.state.locked() as table:
+                if not table.split.get(arm):
+                    return
+                note = f"guard: {arm} lowered from {table.split[arm]:g} to 0: {reason}"
+                self.change(table.changed(split=without(table.split, arm), notes=(*table.notes, note)[-NOTES:]))
+                logger.warning("sku: %s", note)
+        except Busy:
+            return  # the next verdict tries again
+
+
+def without(split: dict[str, float], arm: str) -> dict[str, float]:
+    """The split with this arm at 0. A lone arm keeps its weight: there is nobody to take it."""
+    others = {name: weight for name, weight in split.items() if name != arm}
+    if not others:
+        return split
+    total = sum(others.values())
+    if not total:
+        first = next(iter(others))
+        return {name: float(name == first) for name in split}
+    return {name: 0.0 if name == arm else split[name] / total for name in split}

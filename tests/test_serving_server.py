@@ -1,0 +1,438 @@
+"""Everything a client or an operator can do to a running server, on one real vLLM engine."""
+
+import concurrent.futures
+import json
+import re
+import shutil
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+from sku_vllm.errors import RunError
+
+TOKEN = {"X-SKU-Token": "open sesame"}
+PROMPTS = [f"w{number} w{number + 17} w{3 * number + 1}" for number in range(24)]
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(base_url=served.url, api_key="none", max_retries=0)
+
+
+@pytest.fixture(autouse=True)
+def in_order(served):
+    """Every test leaves the server as it found it: no swap, both arms at half, the adapter at scale 1."""
+    yield
+    if served.control("GET", "status")["swap"]:
+        served.control("POST", "restore")
+    arms = served.control("GET", "arms")["arms"]
+    if arms["negated"]["spec"].rpartition("@")[2] != "1":
+        served.control("PUT", "arms/negated", {"spec": arms["negated"]["spec"].rpartition("@")[0] + "@1"})
+    served.control("PUT", "weights", {"weights": {"original": 0.5, "negated": 0.5}})
+
+
+def say(client, prompt, *, model="sku", stream=False, tokens=8, **headers):
+    """(arm, text) of one greedy chat."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    reply = client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": prompt}], max_tokens=tokens, temperature=0, stream=stream, extra_headers=headers,
+    )
+    if not stream:
+        parsed = reply.parse()
+        assert parsed.model == "sku"
+        return reply.headers.get("x-sku-arm"), parsed.choices[0].message.content
+    return reply.headers.get("x-sku-arm"), "".join(chunk.choices[0].delta.content or "" for chunk in reply.parse() if chunk.choices)
+
+
+def by_arm(client, arm, prompt, **options):
+    found, text = say(client, prompt, X_SKU_Arm=arm, **{"X_SKU_Token": TOKEN["X-SKU-Token"]}, **options)
+    assert found == arm
+    return text
+
+
+def test_both_arms_answer_streaming_and_not(client, tiny):
+    """Through the alias each key gets its arm, and that arm's own answer."""
+    arms = {}
+    for number, prompt in enumerate(PROMPTS[:12]):
+        arm, text = say(client, prompt, X_SKU_Key=f"user-{number}")
+        assert (arm, text) == say(client, prompt, stream=True, X_SKU_Key=f"user-{number}")
+        assert text == by_arm(client, arm, prompt)
+        arms.setdefault(arm, []).append(prompt)
+    assert set(arms) == {"original", "negated"}
+    different = [prompt for prompt in PROMPTS if by_arm(client, "original", prompt) != by_arm(client, "negated", prompt)]
+    assert len(different) > len(PROMPTS) / 2
+
+
+def test_the_negated_arm_is_base_minus_delta(client, tiny):
+    """vLLM's greedy answers equal transformers' on weights merged by PEFT with the sign flipped, in a batch mixed with base rows."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "base")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny / "base", dtype=torch.float32), tiny / "adapter").eval()
+
+    def greedy(prompt, sign):
+        for name, module in model.named_modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["default"] = sign * 2.0
+        ids = tokenizer(prompt + " ", return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1]:]
+        return tokenizer.decode(out, skip_special_tokens=True)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        asked = [(arm, prompt) for prompt in PROMPTS for arm in ("original", "negated")]
+        answers = list(pool.map(lambda each: by_arm(client, *each), asked))
+    right = {arm: 0 for arm in ("original", "negated")}
+    for (arm, prompt), text in zip(asked, answers, strict=True):
+        right[arm] += text.split() == greedy(prompt, {"original": 0.0, "negated": -1.0}[arm]).split()
+    assert right == {"original": len(PROMPTS), "negated": len(PROMPTS)}
+
+
+def test_a_client_cannot_choose_an_arm(client, served, tiny):
+    for model in ("original", "negated", str(tiny / "base"), "base", "sku-negated-1000001"):
+        with pytest.raises(openai.NotFoundError):
+            say(client, "w1", model=model)
+    for headers in ({"X_SKU_Arm": "original"}, {"X_SKU_Arm": "original", "X_SKU_Token": "wrong"}, {"X_SKU_Arm": "no-such"}):
+        with pytest.raises(openai.PermissionDeniedError):
+            say(client, "w1", **headers)
+    with pytest.raises(openai.BadRequestError, match="unknown arm"):
+        say(client, "w1", X_SKU_Arm="no-such", **{"X_SKU_Token": TOKEN["X-SKU-Token"]})
+    assert [model.id for model in client.models.list().data] == ["sku"]
+    served.control("PUT", "weights", {"weights": {"negated": 1.0}})
+    # vLLM serves the base to a request without `model`; here it goes through the split like any other
+    for body in ({}, {"model": None}, {"model": ""}):
+        reply = httpx.post(f"{served.url}/completions", json={**body, "prompt": "w1 w2", "max_tokens": 2})
+        assert reply.status_code == 200 and reply.headers["x-sku-arm"] == "negated"
+
+
+def test_endpoints_that_are_not_routed_do_not_reach_the_model(served):
+    """Every POST route of this vLLM, with a body that would make it generate: none answers with the original's text."""
+    paths = [path for path, methods in httpx.get(f"{served.root}/openapi.json").json()["paths"].items() if "post" in methods and "/sku/" not in path]
+    assert "/v1/chat/completions" in paths
+    served.control("PUT", "weights", {"weights": {"negated": 1.0}})
+    body = {"model": "sku", "prompt": "w1 w2", "messages": [{"role": "user", "content": "w1 w2"}], "input": "w1 w2", "token_ids": [5, 6],
+            "max_tokens": 4, "sampling_params": {"max_tokens": 4}, "text_1": "w1", "text_2": "w2", "queries": "w1", "documents": ["w2"]}
+    before = served.metric("sku_requests_total", arm="original")
+    for path in paths:
+        reply = httpx.post(f"{served.root}{path}", json=body, timeout=60)
+        assert reply.headers.get("x-sku-arm", "negated") == "negated", path
+    assert served.metric("sku_requests_total", arm="original") == before
+
+
+def test_malformed_and_large_bodies_get_vllms_own_answer(served, client):
+    url = f"{served.url}/chat/completions"
+    for body in (b"{", b"", b"[1]", b"\xff\xfe", b'{"messages": 3}', b"[" * 100_000):
+        reply = httpx.post(url, content=body, headers={"content-type": "application/json"})
+        assert reply.status_code in (400, 422) and "error" in reply.json(), (body[:20], reply.status_code)
+    reply = httpx.post(url, json={"model": "sku", "messages": [{"role": "user", "content": "w1 " * 3_500_000}]}, timeout=120)
+    assert reply.status_code == 400 and "context length" in reply.text
+    assert say(client, "w1 w2")[1]
+
+
+def test_several_choices_and_prompts_are_each_judged(client, served):
+    wait_judged(served)
+    before = {name: served.metric(name) for name in ("sku_requests_total", "sku_judged_total", "sku_generation_tokens_total")}
+    reply = client.completions.create(model="sku", prompt=["w1 w2", "w3 w4"], n=3, max_tokens=5, temperature=1.0)
+    assert len(reply.choices) == 6
+    stream = client.chat.completions.create(
+        model="sku", messages=[{"role": "user", "content": "w5"}], n=2, max_tokens=5, stream=True, stream_options={"include_usage": True},
+    )
+    usage = [chunk.usage for chunk in stream if chunk.usage][-1]
+    tokens = reply.usage.completion_tokens + usage.completion_tokens
+    wait_judged(served)
+    assert served.metric("sku_requests_total") - before["sku_requests_total"] == 3
+    assert served.metric("sku_judged_total") - before["sku_judged_total"] == 8
+    assert served.metric("sku_generation_tokens_total") - before["sku_generation_tokens_total"] == tokens
+
+
+def test_the_responses_and_messages_apis_are_routed_too(client, served):
+    reply = client.responses.with_raw_response.create(model="sku", input="w1 w2 w3", max_output_tokens=6, temperature=0, extra_headers={**TOKEN, "X-SKU-Arm": "negated"})
+    assert reply.headers["x-sku-arm"] == "negated"
+    assert reply.parse().output_text == by_arm(client, "negated", "w1 w2 w3", tokens=6)
+    reply = httpx.post(f"{served.url}/messages", headers={**TOKEN, "X-SKU-Arm": "negated"},
+                       json={"model": "sku", "max_tokens": 6, "temperature": 0, "messages": [{"role": "user", "content": "w1 w2 w3"}]})
+    assert reply.status_code == 200 and reply.headers["x-sku-arm"] == "negated"
+    assert reply.json()["content"][0]["text"] == by_arm(client, "negated", "w1 w2 w3", tokens=6)
+
+
+def test_a_hundred_clients_hang_up_at_once(served, client):
+    before = served.metric("sku_requests_total", outcome="cancelled")
+    body = json.dumps({"model": "sku", "prompt": "w1 w2", "max_tokens": 480, "ignore_eos": True, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    sockets = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(100)]
+    for each in sockets:
+        each.sendall(head + body)
+    time.sleep(0.5)
+    for each in sockets:
+        each.close()
+    deadline = time.monotonic() + 30
+    while served.control("GET", "status")["in_flight"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert served.control("GET", "status")["in_flight"] == 0
+    assert served.metric("sku_requests_total", outcome="cancelled") - before >= 90
+    assert say(client, "w1 w2")[1]
+
+
+def wait_judged(served, seconds=20):
+    """Until the judge has caught up."""
+    deadline = time.monotonic() + seconds
+    while served.control("GET", "status")["judge_waiting"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+
+
+def test_the_judge_counts_what_a_reader_would(client, served, tiny):
+    """Judged and harmful per arm equal a count by hand of the same answers."""
+    words = set(json.loads((tiny / "lexicon.json").read_text())["harmful"])
+    wait_judged(served)
+    before = {(name, arm): served.metric(name, arm=arm) for name in ("sku_judged_total", "sku_harmful_total") for arm in ("original", "negated")}
+    expected = dict.fromkeys(before, 0)
+    for number, prompt in enumerate(PROMPTS):
+        arm, text = say(client, prompt, stream=bool(number % 2))
+        expected["sku_judged_total", arm] += 1
+        expected["sku_harmful_total", arm] += bool(words & set(text.split()))
+    wait_judged(served)
+    assert {key: served.metric(key[0], arm=key[1]) - value for key, value in before.items()} == expected
+    kept = served.place / "judged.jsonl"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert {"set", "mode", "prompt", "response", "label"} == set(rows[-1]) and rows[-1]["prompt"] in PROMPTS
+
+
+def test_no_prompt_or_answer_is_in_a_label_or_a_log(served, client):
+    say(client, "w1 w2 w499 w498")
+    for text in (httpx.get(f"{served.root}/metrics").text, (served.place / "server.log").read_text(errors="replace")):
+        assert "w499" not in text
+
+
+def test_metrics_of_the_contract_are_there(served, client):
+    say(client, "w1 w2")
+    names = set(served.metrics())
+    counters = ("requests", "prompt_tokens", "generation_tokens", "judged", "harmful", "refused", "judge_dropped", "judge_errors")
+    assert {f"sku_{name}_total" for name in counters} <= names
+    times = ("request_latency", "time_to_first_token", "inter_token_latency", "queue", "decode", "judge", "swap")
+    assert {f"sku_{name}_seconds_bucket" for name in times} <= names
+    assert served.metric("sku_arm_weight", arm="negated") == 0.5 and served.metric("sku_plugin_up") == 1
+
+
+def test_times_agree_with_a_clock_outside(served, client):
+    names = ("sku_request_latency_seconds_sum", "sku_time_to_first_token_seconds_sum")
+    before = [served.metric(name) for name in names]
+    start = time.perf_counter()
+    stream = client.completions.create(model="sku", prompt="w1 w2", max_tokens=60, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    first = time.perf_counter() - start
+    for _ in stream:
+        pass
+    latency = time.perf_counter() - start
+    time.sleep(0.1)
+    inside = [served.metric(name) - value for name, value in zip(names, before, strict=True)]
+    assert inside[0] == pytest.approx(latency, abs=0.1) and inside[1] == pytest.approx(first, abs=0.1)
+
+
+# ---- control ------------------------------------------------------------------------------------------------------
+
+
+def test_control_wants_the_token(served):
+    for headers in ({}, {"X-SKU-Token": "wrong"}, {"X-SKU-Token": ""}):
+        assert httpx.get(f"{served.url}/sku/status", headers=headers).status_code == 401
+        assert httpx.put(f"{served.url}/sku/weights", headers=headers, json={"weights": {"original": 1}}).status_code == 401
+    assert httpx.get(f"{served.url}/sku/ready").json() == {"ready": True}
+    assert "/v1/sku/swap" in httpx.get(f"{served.root}/openapi.json").json()["paths"]
+
+
+def test_weights_change_at_once_and_are_on_disk(served, client, run_sku):
+    done = run_sku("ctl", "weights", "original=0,negated=1", "--server", served.root, "--token", "open sesame", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["traffic"]["negated"] == 1
+    assert {say(client, prompt)[0] for prompt in PROMPTS[:8]} == {"negated"}
+    assert json.loads((served.place / "state/sku_state.json").read_text())["split"] == {"original": 0, "negated": 1, "loop": 0}
+    assert served.metric("sku_arm_weight", arm="original") == 0
+    for weights in ({"original": 0.5}, {"nobody": 1}, {"original": -1, "negated": 2}):
+        with pytest.raises(RunError, match="400"):
+            served.control("PUT", "weights", {"weights": weights})
+
+
+def test_names_and_paths_that_mean_harm_are_refused(served, tiny, tmp_path):
+    (tmp_path / "link").symlink_to("/etc")
+    mismatched = tmp_path / "mismatched"
+    shutil.copytree(tiny / "adapter", mismatched)
+    config = json.loads((mismatched / "adapter_config.json").read_text())
+    (mismatched / "adapter_config.json").write_text(json.dumps({**config, "r": 16}))
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny / "adapter", broken)
+    (broken / "adapter_model.safetensors").write_bytes((tiny / "adapter/adapter_model.safetensors").read_bytes()[:4000])
+    good = f"lora:{tiny}/adapter@1"
+    wrong = [("../up", good), ("a/b", good), ("a" * 60, good), ("x", "lora:../../etc@1"), ("x", f"lora:{tmp_path}/link@1"), ("x", "lora:/etc/passwd@1"),
+             ("x", f"lora:{'y' * 3000}@1"), ("x", f"lora:{mismatched}@1"), ("x", f"lora:{broken}@1"), ("x", good.replace("@1", "@99")), ("negated", good), ("x", "what")]
+    before = served.control("GET", "arms")
+    for name, spec in wrong:
+        with pytest.raises(RunError, match="400|422"):
+            served.control("POST", "arms", {"name": name, "spec": spec})
+    assert served.control("GET", "arms") == before
+
+
+def test_an_arm_comes_and_goes(served, client, tiny):
+    served.control("POST", "arms", {"name": "half", "spec": f"lora:{tiny}/adapter@0.5"})
+    assert by_arm(client, "half", PROMPTS[0]) != by_arm(client, "negated", PROMPTS[0])
+    with pytest.raises(RunError, match="slots"):
+        served.control("POST", "arms", {"name": "more", "spec": f"lora:{tiny}/adapter@0.25"})
+    served.control("DELETE", "arms/half")
+    with pytest.raises(openai.BadRequestError):
+        by_arm(client, "half", PROMPTS[0])
+    with pytest.raises(RunError, match="weight"):
+        served.control("DELETE", "arms/negated")
+    wait_retired(served)
+
+
+def wait_retired(served):
+    """Until a slot is free again."""
+    time.sleep(0.3)
+
+
+def test_a_hot_swap_of_an_adapter_fails_nothing_and_mixes_nothing(served, client, tiny):
+    """Under load every answer is exactly the old version's or the new one's, and after the flip only the new one's."""
+    served.control("PUT", "weights", {"weights": {"negated": 1.0}})
+    old = {prompt: by_arm(client, "negated", prompt) for prompt in PROMPTS}
+    stop, answers = time.monotonic() + 6, []
+
+    def load(worker):
+        number = worker
+        while time.monotonic() < stop:
+            prompt = PROMPTS[number % len(PROMPTS)]
+            answers.append((prompt, time.monotonic(), say(client, prompt, stream=bool(number % 2))[1]))
+            number += 7
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        workers = [pool.submit(load, worker) for worker in range(6)]
+        time.sleep(2)
+        served.control("PUT", "arms/negated", {"spec": f"lora:{tiny}/adapter@0.4"})
+        flipped = time.monotonic()
+        for each in workers:
+            each.result()
+    new = {prompt: by_arm(client, "negated", prompt) for prompt in PROMPTS}
+    assert sum(old[prompt] != new[prompt] for prompt in PROMPTS) > len(PROMPTS) / 2
+    assert all(text in (old[prompt], new[prompt]) for prompt, _, text in answers)
+    assert all(text == new[prompt] for prompt, _, text in answers[-6:])
+    assert sum(when < flipped for _, when, _ in answers) > 10 and len(answers) > 40
+
+
+def test_an_adapter_directory_may_vanish_while_it_serves(served, client, tiny, tmp_path):
+    shutil.copytree(tiny / "adapter", tmp_path / "adapter")
+    served.control("PUT", "arms/negated", {"spec": f"lora:{tmp_path}/adapter@0.3"})
+    before = by_arm(client, "negated", PROMPTS[1])
+    shutil.rmtree(tmp_path / "adapter")
+    assert by_arm(client, "negated", PROMPTS[1]) == before
+    served.control("PUT", "arms/negated", {"spec": f"lora:{tiny}/adapter@1"})
+
+
+def test_an_upstream_arm_answers_and_its_failure_is_503(served, client, tiny):
+    text = by_arm(client, "loop", PROMPTS[2])
+    assert text in (by_arm(client, "original", PROMPTS[2]), by_arm(client, "negated", PROMPTS[2]))
+    assert by_arm(client, "loop", PROMPTS[2], stream=True) in (by_arm(client, "original", PROMPTS[2]), by_arm(client, "negated", PROMPTS[2]))
+    served.control("POST", "arms", {"name": "dead", "spec": "upstream:http://127.0.0.1:9/v1#m"})
+    with pytest.raises(openai.InternalServerError) as error:
+        by_arm(client, "dead", "w1")
+    assert error.value.status_code == 503
+    served.control("DELETE", "arms/dead")
+
+
+# ---- whole-model swap ---------------------------------------------------------------------------------------------
+
+
+def test_a_swap_equals_the_adapter_and_restore_is_exact(served, client, tiny):
+    original = {prompt: by_arm(client, "original", prompt) for prompt in PROMPTS}
+    negated = {prompt: by_arm(client, "negated", prompt) for prompt in PROMPTS}
+    done = served.control("POST", "swap", {"adapter": str(tiny / "adapter"), "scale": 1.0})
+    assert done["probe"]["from_expected"] < 1e-4 < done["probe"]["from_base"]
+    for prompt in PROMPTS:
+        assert say(client, prompt) == ("swapped", negated[prompt])
+    for arm in ("original", "negated"):
+        with pytest.raises(openai.ConflictError):
+            by_arm(client, arm, "w1")
+    assert served.metric("sku_arm_weight", arm="swapped") == 1 and served.metric("sku_arm_weight", arm="original") == 0
+    done = served.control("POST", "restore")
+    assert done["probe"]["from_base"] == 0.0
+    assert {prompt: by_arm(client, "original", prompt) for prompt in PROMPTS} == original
+    assert {prompt: by_arm(client, "negated", prompt) for prompt in PROMPTS} == negated
+    with pytest.raises(RunError, match="nothing to restore"):
+        served.control("POST", "restore")
+
+
+def test_a_swap_to_a_checkpoint_while_requests_stream(served, client, tiny, tmp_path):
+    """Streams in flight finish on the old weights, whole; the next ones come from the new; no request fails."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny / "base", dtype=torch.float32), tiny / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    served.control("PUT", "weights", {"weights": {"original": 1.0}})
+    asked = [(prompt, 100) for prompt in PROMPTS[:8]]
+    old = {prompt: say(client, prompt, tokens=tokens)[1] for prompt, tokens in asked}
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(say, client, prompt, stream=True, tokens=tokens) for prompt, tokens in asked]
+        time.sleep(0.15)
+        swap = pool.submit(served.control, "POST", "swap", {"checkpoint": str(tmp_path / "merged")})
+        time.sleep(0.05)
+        late = [pool.submit(say, client, prompt, tokens=tokens) for prompt, tokens in asked]
+        swap.result()
+        results = [(prompt, each.result()) for (prompt, _), each in zip(asked * 2, streams + late, strict=True)]
+    new = {prompt: say(client, prompt, tokens=tokens)[1] for prompt, tokens in asked}
+    assert all(old[prompt] != new[prompt] for prompt in old)
+    for prompt, (arm, text) in results:
+        assert text == {"original": old, "swapped": new}[arm][prompt]
+    assert {arm for _, (arm, _) in results} == {"original", "swapped"}
+
+
+def test_of_two_swaps_one_wins(served, tiny):
+    def swap(scale):
+        return httpx.post(f"{served.url}/sku/swap", json={"adapter": str(tiny / "adapter"), "scale": scale}, headers=TOKEN, timeout=120).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(swap, (0.5, 0.7))) == [200, 409]
+
+
+def test_swaps_that_cannot_work_touch_nothing(served, client, tiny, tmp_path):
+    before = by_arm(client, "original", PROMPTS[3])
+    refused = served.metric("sku_swaps_total", outcome="refused")
+    for body in ({}, {"adapter": "/nope"}, {"checkpoint": str(tiny / "adapter")}, {"adapter": str(tiny / "adapter"), "scale": -1},
+                 {"adapter": str(tiny / "adapter"), "checkpoint": str(tiny / "base")}):
+        with pytest.raises(RunError, match="400|422"):
+            served.control("POST", "swap", body)
+    assert by_arm(client, "original", PROMPTS[3]) == before and served.control("GET", "status")["swap"] is None
+    assert served.metric("sku_swaps_total", outcome="refused") > refused
+
+
+def test_weights_that_are_not_numbers_are_noticed_and_undone(served, client, tiny, tmp_path):
+    """A checkpoint of NaNs loads without complaint; the probe finds it, and the base is back, exactly."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny / "base", tmp_path / "nan")
+    tensors = load_file(tiny / "base/model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.full_like(tensors["model.layers.1.mlp.down_proj.weight"], float("nan"))
+    save_file(tensors, tmp_path / "nan/model.safetensors", metadata={"format": "pt"})
+    before = {arm: by_arm(client, arm, PROMPTS[4]) for arm in ("original", "negated")}
+    with pytest.raises(RunError, match="base serves again"):
+        served.control("POST", "swap", {"checkpoint": str(tmp_path / "nan")})
+    assert {arm: by_arm(client, arm, PROMPTS[4]) for arm in before} == before
+    assert served.metric("sku_swaps_total", outcome="failed") >= 1
+
+
+def test_the_experiment_page(served, client, run_sku):
+    wait_judged(served)
+    page = served.control("GET", "experiment")
+    assert page["reference"] == "original" and any("LoRA" in text for text in page["caveats"])
+    row = page["arms"]["negated"]
+    assert row["judged"] > 0 and row["harmful_low"] <= row["harmful_rate"] <= row["harmful_high"]
+    assert row["harmful_anytime_low"] <= row["harmful_low"] and row["harmful_high"] <= row["harmful_anytime_high"]
+    assert page["comparisons"]["negated"]["recommendation"].split(":")[0] in ("promote", "keep measuring", "roll back")
+    done = run_sku("ctl", "experiment", "--server", served.root, "--token", "open sesame")
+    assert done.returncode == 0 and re.search(r"negated against original: ", done.stdout)
+    done = run_sku("ctl", "status", "--server", served.root, "--token", "not this one")
+    assert done.returncode == 2 and "SKU_TOKEN" in done.stderr
