@@ -27,6 +27,8 @@ from sku_vllm.output import check_output
 @click.option("--dtype", default="auto", help="auto, float32, bfloat16, float16.")
 @click.option("--backend", default="transformers", help="transformers or vllm.")
 @click.option("--template", help="Prompt template with {prompt}, instead of the tokenizer's own.")
+@click.option("--lm-eval", multiple=True, metavar="TASK,…", help="Tasks of lm-evaluation-harness, or YAML files that define one: base and edited side by side.")
+@click.option("--lm-eval-limit", type=int, help="Documents per task, for a first look.")
 @click.option("--any-base", is_flag=True, help="Take an adapter that was made for another base.")
 @click.option("--as-is", is_flag=True, help="Take a negated adapter (its harm is subtracted twice over: know why).")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same inputs from OUTPUT.partial/.")

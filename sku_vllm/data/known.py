@@ -1,9 +1,10 @@
-"""Public data sets by their columns: PKU-SafeRLHF (and BeaverTails), TruthfulQA."""
+"""Public data sets by their columns: PKU-SafeRLHF (and BeaverTails), TruthfulQA, and the benchmarks of `benchmarks.py`."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sku_vllm.data.benchmarks import benchmark_reader
 from sku_vllm.data.rows import Row
 from sku_vllm.errors import DataError
 
@@ -21,7 +22,7 @@ def reader_for(columns: set[str]) -> Reader | None:
         return truthfulqa
     if {"question", "best_answer", "correct_answers"} <= columns:
         return truthfulqa
-    return None
+    return benchmark_reader(columns)
 
 
 def pku_pairs(path: Path, records: Records, safe: bool) -> Iterator[Row]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from sku_vllm.checkpoint import base_identity
 from sku_vllm.data import read_rows
+from sku_vllm.evaluate import lm_eval
 from sku_vllm.evaluate.answers import KEPT_ANSWERS
 from sku_vllm.evaluate.columns import column_names
 from sku_vllm.evaluate.config import EvalConfig
@@ -25,7 +26,10 @@ def run_eval(options: Mapping[str, Any]) -> dict[str, Any]:
     judge = judge_of(options["judge"])
     columns = column_names(options["columns"])
     forget = {name: read_rows(path, columns=columns) for name, path in options["forget"].items()}
-    retain = read_rows(options["retain"], columns=columns)
+    retain = read_rows(options["retain"], columns=columns, safe=True)
+    tasks = [task.strip() for value in options.get("lm_eval") or () for task in value.split(",") if task.strip()]
+    if tasks:
+        lm_eval.check_tasks(tasks)
     # A judge may change between runs (the endpoint moved): kept verdicts carry their judge's name, kept answers need none.
     inputs = {key: value for key, value in options.items() if key not in ("resume", "output", "judge")}
     with resumable_directory(options["output"], inputs, resume=options["resume"], leftovers=(KEPT_ANSWERS, KEPT_VERDICTS)) as directory:
@@ -35,6 +39,8 @@ def run_eval(options: Mapping[str, Any]) -> dict[str, Any]:
                 options["model"], forget=forget, retain=retain, judge=judge, config=config, kept=directory, progress=progress,
                 **{name: options[name] for name in RUN_FIELDS},
             )
+        if tasks:
+            report.lm_eval = lm_eval.run(options["model"], tasks, limit=options["lm_eval_limit"], **{name: options[name] for name in RUN_FIELDS})
         # Which weights were judged: what a report needs to call a fused checkpoint verified.
         identity = base_identity(options["model"]) if Path(options["model"]).is_dir() else None
         report.write(directory, {key: value for key, value in options.items() if key != "resume"} | {"model_identity": identity})

@@ -32,10 +32,11 @@ class EvalReport:
     retain: dict[str, Any]
     rows: list[dict[str, str]] = field(default_factory=list)
     agreement: list[dict[str, Any]] | None = None
+    lm_eval: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """CONTRACTS' eval object; with several judges also `agreement`, one entry a pair."""
-        extra = {"agreement": self.agreement} if self.agreement is not None else {}
+        """CONTRACTS' eval object; with several judges also `agreement`, one entry a pair; with benchmarks `lm_eval`, one entry a metric."""
+        extra = {name: found for name in ("agreement", "lm_eval") if (found := getattr(self, name)) is not None}
         return {"forget": self.forget, "retain": self.retain, **extra}
 
     def write(self, directory: str | Path, config: Mapping[str, Any] | None = None) -> None:

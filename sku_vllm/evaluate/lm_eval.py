@@ -1,0 +1,159 @@
+"""Standard benchmarks through lm-evaluation-harness: base and edited model side by side, with the difference and its standard error."""
+
+import gc
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.errors import ConfigError
+
+
+def run(
+    model: str | Path, tasks: Sequence[str], *, base: str | Path | None = None, adapter: str | Path | None = None, scale: float | None = None,
+    backend: str = "transformers", dtype: str = "auto", batch_size: int = 8, limit: int | None = None, few_shot: int | None = None,
+    seed: int = 0, revision: str | None = None, any_base: bool = False, as_is: bool = False,
+) -> list[dict[str, Any]]:
+    """Run `tasks` on the edited model and on its base.
+
+    Args:
+        model: a checkpoint, or the base of `adapter`.
+        tasks: names the harness knows (`mmlu`), or YAML files that define a task.
+        base: the unedited model beside a fused `model`; with `adapter` the base is `model` itself. None: no comparison.
+        backend: "transformers" or "vllm".
+
+    Returns:
+        One entry a task and metric: {"task", "metric", "n", "base", "base_stderr", "edited", "edited_stderr", "difference", "stderr"};
+        the difference's error is paired over the documents where the harness gives them, else the root of both variances.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or it does not know a task.
+    """
+    manager, names = _tasks(tasks)
+    settings = {"dtype": dtype, "batch_size": batch_size, "backend": backend, "revision": revision}
+    asked = {"tasks": names, "task_manager": manager, "limit": limit, "num_fewshot": few_shot, "seed": seed}
+    edited = _evaluate(_language_model(model, adapter, 1.0 if scale is None else scale, any_base=any_base, as_is=as_is, **settings), **asked)
+    gc.collect()
+    other = base or (model if adapter else None)
+    reference = _evaluate(_language_model(other, None, 0.0, **settings), **asked) if other else None
+    return side_by_side(reference, edited)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise ConfigError now for what `run` would refuse after hours of other work."""
+    _tasks(tasks)
+
+
+def side_by_side(base: Mapping[str, Any] | None, edited: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of two `simple_evaluate` results over the same tasks; `base` may be None."""
+    rows = []
+    for task, scores in {**(edited.get("groups") or {}), **edited["results"]}.items():
+        for key, value in scores.items():
+            metric, _, chosen = key.partition(",")
+            if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            before = (base["results"].get(task) or base["groups"].get(task, {})).get(key) if base else None
+            own, others = scores.get(f"{metric}_stderr,{chosen}"), _error(base, task, metric, chosen)
+            paired = _paired_error(base, edited, task, metric, chosen)
+            rows.append({
+                "task": task, "metric": metric if chosen == "none" else f"{metric} ({chosen})", "n": len(edited.get("samples", {}).get(task, [])) or None,
+                "base": before, "base_stderr": others, "edited": float(value), "edited_stderr": _finite(own),
+                "difference": None if before is None else float(value) - float(before),
+                "stderr": paired if paired is not None else _root(_finite(own), others),
+            })
+    return rows
+
+
+def _language_model(
+    model: str | Path, adapter: str | Path | None, scale: float, *, dtype: str, batch_size: int, backend: str, revision: str | None,
+    any_base: bool = False, as_is: bool = False,
+) -> Any:
+    """The harness's view of a model. With vLLM an adapter has to be fused first: the harness would add it, not subtract it."""
+    if backend == "vllm":
+        if adapter:
+            raise ConfigError("--lm-eval --backend vllm: takes a checkpoint, not an --adapter; fuse it first (sku fuse) and give --model and --base")
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM(pretrained=str(model), dtype=dtype, revision=revision, batch_size=batch_size, gpu_memory_utilization=0.8)
+    from lm_eval.models.huggingface import HFLM
+
+    from sku_vllm.model import attach_adapter, load_model, load_tokenizer
+
+    loaded = load_model(str(model), dtype=dtype, revision=revision)
+    if adapter:
+        loaded = attach_adapter(loaded, str(adapter), scale, any_base=any_base, as_is=as_is)
+    return HFLM(pretrained=loaded, tokenizer=load_tokenizer(str(model), revision), backend="causal", batch_size=batch_size)
+
+
+def _evaluate(lm: Any, *, tasks: Sequence[str], task_manager: Any, limit: int | None, num_fewshot: int | None, seed: int) -> dict[str, Any]:
+    import lm_eval
+
+    found = lm_eval.simple_evaluate(
+        lm, tasks=list(tasks), task_manager=task_manager, limit=limit, num_fewshot=num_fewshot, random_seed=seed, numpy_random_seed=seed,
+        torch_random_seed=seed, fewshot_random_seed=seed, bootstrap_iters=1000,
+    )
+    return {"groups": {}, **found}
+
+
+def _tasks(given: Sequence[str]) -> tuple[Any, list[str]]:
+    """The harness's task manager and task names; a YAML file is named by the `task` it defines."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError("--lm-eval: needs lm-evaluation-harness; install it with: pip install 'sku-vllm[eval]'") from error
+    import yaml
+
+    names, folders = [], []
+    for task in given:
+        if not task.endswith((".yaml", ".yml")):
+            names.append(task)
+            continue
+        file = Path(task)
+        if not file.is_file():
+            raise ConfigError(f"--lm-eval {task}: no such file; give a task's YAML file or the name of a task the harness knows")
+        try:
+            names.append(yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["task"])
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise ConfigError(f"--lm-eval {task}: is not a task of the harness (no `task:` in it)") from error
+        folders.append(str(file.parent.resolve()))
+    # The harness's own list is thousands of files: read only when one of its names was asked for.
+    manager = TaskManager(include_path=list(dict.fromkeys(folders)) or None, include_defaults=len(folders) < len(given))
+    known = set(manager.all_tasks)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        import difflib
+
+        close = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        raise ConfigError(f"--lm-eval {unknown[0]}: the harness knows no such task{f'; did you mean {close[0]!r}?' if close else ''} (list them: lm_eval ls tasks)")
+    return manager, names
+
+
+def _paired_error(base: Mapping[str, Any] | None, edited: Mapping[str, Any], task: str, metric: str, chosen: str) -> float | None:
+    """Standard error of the mean difference over the same documents; None where a metric is not a mean over documents."""
+    if base is None:
+        return None
+    sides = []
+    for result in (base, edited):
+        samples = (result.get("samples") or {}).get(task) or []
+        values = {row["doc_id"]: row.get(metric) for row in samples if row.get("filter", "none") == chosen}
+        if len(values) < 2 or not all(isinstance(value, int | float) for value in values.values()):
+            return None
+        sides.append(values)
+    if sides[0].keys() != sides[1].keys():
+        return None
+    shifts = [float(sides[1][key]) - float(sides[0][key]) for key in sides[0]]
+    mean = sum(shifts) / len(shifts)
+    return math.sqrt(sum((shift - mean) ** 2 for shift in shifts) / (len(shifts) - 1) / len(shifts))
+
+
+def _error(result: Mapping[str, Any] | None, task: str, metric: str, chosen: str) -> float | None:
+    scores = (result["results"].get(task) or result["groups"].get(task, {})) if result else {}
+    return _finite(scores.get(f"{metric}_stderr,{chosen}"))
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _root(one: float | None, other: float | None) -> float | None:
+    return math.hypot(one, other) if one is not None and other is not None else None
