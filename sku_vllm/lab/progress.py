@@ -1,34 +1,34 @@
-"""A progress bar on a terminal, a plain line now and then in a log."""
+"""A progress bar a model on a terminal, a plain line now and then in a log."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-Report = Callable[[int, int, float], None]
+Report = Callable[[str, int, int, float], None]
 
 
 @contextmanager
-def bar(title: str, show: bool) -> Iterator[Report | None]:
-    """Yield `report(step, steps, loss)`, or None where nothing is to be shown."""
+def progress_of(names: Sequence[str], show: bool) -> Iterator[Report]:
+    """Yield `report(name, step, steps, loss)`."""
     if not show:
-        yield None
+        yield lambda name, step, steps, loss: None
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress
 
         with Progress(*Progress.get_default_columns(), "{task.fields[loss]}", console=Console(stderr=True)) as progress:
-            task = progress.add_task(title, loss="")
-            yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=f"loss {loss:.3f}")
+            tasks = {name: progress.add_task(f"pretraining {name}", total=None, loss="") for name in names}
+            yield lambda name, step, steps, loss: progress.update(tasks[name], completed=step, total=steps, loss=f"loss {loss:.3f}")
     else:
-        yield _lines(title)
+        yield _lines()
 
 
-def _lines(title: str) -> Report:
+def _lines() -> Report:
     start = time.monotonic()
 
-    def report(step: int, steps: int, loss: float) -> None:
-        if step % max(1, steps // 10) == 0:
-            print(f"{title}: step {step} of {steps}, loss {loss:.3f}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    def report(name: str, step: int, steps: int, loss: float) -> None:
+        if step * 10 % steps == 0:
+            print(f"pretraining {name}: step {step} of {steps}, loss {loss:.3f}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
     return report

@@ -1,0 +1,78 @@
+"""Pretrain several models at once, each in a process of its own with one thread.
+
+One thread a model because sums are then split alike everywhere, so the same seed gives the same model, and because two
+processes of one thread finish sooner than two threads that wait for each other at every operation of so small a model.
+Run as `python -m sku_vllm.lab.rebuild ARCHITECTURE SEED DIRECTORY` it is that process, and reports in JSON lines.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sku_vllm.errors import RunError
+from sku_vllm.lab.progress import Report, progress_of
+
+
+def rebuild_models(seed: int, architectures: Sequence[str], directory: Path, *, show: bool = True) -> dict[str, dict[str, float]]:
+    """Write `directory/ARCHITECTURE/` for each and return what each measures; see `measure_base`.
+
+    Raises:
+        RunError: a pretraining process failed; its last words are in the message.
+    """
+    running: list[subprocess.Popen[str]] = []
+    pool = ThreadPoolExecutor(min(len(architectures), os.cpu_count() or 1))
+    try:
+        with progress_of(architectures, show) as report:
+            return dict(zip(architectures, pool.map(lambda name: _follow(name, seed, directory, report, running), architectures), strict=True))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.kill()
+
+
+def _follow(name: str, seed: int, directory: Path, report: Report, running: list[subprocess.Popen[str]]) -> dict[str, float]:
+    command = [sys.executable, "-m", "sku_vllm.lab.rebuild", name, str(seed), str(directory / name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        running.append(process)
+        rates: dict[str, float] = {}
+        for line in process.stdout or ():
+            told = json.loads(line)
+            if "rates" in told:
+                rates = told["rates"]
+            else:
+                report(name, told["step"], told["steps"], told["loss"])
+        words = (process.stderr.read() if process.stderr else "").strip().splitlines()
+    if process.returncode or not rates:
+        raise RunError(f"pretraining {name} failed: {words[-1] if words else f'exit code {process.returncode}'}; start again, with more free memory if it was killed")
+    return rates
+
+
+def _work(name: str, seed: int, directory: Path) -> None:
+    from transformers.utils import logging
+
+    from sku_vllm.lab.measure import measure_base
+    from sku_vllm.lab.pretrain import pretrain
+    from sku_vllm.lab.tokenizer import make_tokenizer, save_tokenizer
+    from sku_vllm.lab.world import make_world
+
+    logging.disable_progress_bar()
+    world = make_world(seed)
+    tokenizer = make_tokenizer(world)
+
+    def tell(step: int, steps: int, loss: float) -> None:
+        if step % 10 == 0:
+            print(json.dumps({"step": step, "steps": steps, "loss": loss}), flush=True)
+
+    model = pretrain(world, tokenizer, name, progress=tell)
+    model.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
+    print(json.dumps({"rates": measure_base(model, tokenizer, world)}), flush=True)
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
