@@ -40,7 +40,7 @@ def run_sku() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trainable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random two-layer models and random rows for the training tests: llama/, opt/, forget.jsonl, retain.jsonl. Read only."""
     import json
     import random
@@ -49,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-    folder, words = tmp_path_factory.mktemp("tiny"), random.Random(0)
+    folder, words = tmp_path_factory.mktemp("trainable"), random.Random(0)
 
     def sentence(low: int, high: int) -> str:
         return " ".join(f"w{words.randrange(200)}" for _ in range(words.randint(low, high)))
