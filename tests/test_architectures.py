@@ -1,0 +1,122 @@
+"""The whole road on tiny random models of ten architectures: train → tune → fuse → eval, and (slow) vLLM with the fused weights and the LoRA arm."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sku_vllm.data import Row, load_dataset, read_rows
+from sku_vllm.evaluate import evaluate_model
+from sku_vllm.evaluate.config import EvalConfig
+from sku_vllm.fuse import fuse_checkpoint, verify_checkpoint
+from sku_vllm.methods import TrainConfig, train_adapter
+from sku_vllm.model import attach_adapter, load_model, load_tokenizer
+
+HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+GROUPED = {**HEADS, "intermediate_size": 96, "num_key_value_heads": 1}
+# name -> (class prefix in transformers, configuration)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("OPT", {**HEADS, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "llama": ("Llama", GROUPED),
+    "mistral": ("Mistral", {**GROUPED, "sliding_window": None}),
+    "qwen2": ("Qwen2", GROUPED),
+    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 32}),
+    "gemma": ("Gemma", {**GROUPED, "head_dim": 32}),
+    "gpt_neox": ("GPTNeoX", {**HEADS, "intermediate_size": 96}),
+    "phi": ("Phi", {**HEADS, "intermediate_size": 96}),
+    "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_moe": ("Qwen3Moe", {**GROUPED, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}),
+}
+SCALE = 3.0
+
+
+@pytest.fixture(scope="module")
+def data(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few of the lab's rows: enough for two steps."""
+    folder = tmp_path_factory.mktemp("rows")
+    for name in ("forget/train", "retain/train"):
+        lines = (lab / f"{name}.jsonl").read_text().splitlines(keepends=True)[:24]
+        (folder / f"{name.split('/')[0]}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def road(request: pytest.FixtureRequest, lab: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, adapter/ and fused/ of one architecture."""
+    prefix, sizes = ARCHITECTURES[request.param]
+    place = tmp_path_factory.mktemp(request.param)
+    library = importlib.import_module("transformers")
+    tokenizer = load_tokenizer(lab / "llama")
+    ends = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    getattr(library, f"{prefix}ForCausalLM")(getattr(library, f"{prefix}Config")(**sizes, **ends)).save_pretrained(place / "base")
+    tokenizer.save_pretrained(place / "base")
+    forget, retain = load_dataset(data / "forget.jsonl", "forget"), load_dataset(data / "retain.jsonl", "retain")
+    config = TrainConfig.of("task-vector", steps=3, rounds=1, batch_size=4, lr=5e-3, rank=8, lora_alpha=8, max_length=96)
+    train_adapter(place / "base", forget, retain, place / "adapter", config)
+    fuse_checkpoint(place / "base", [(place / "adapter", SCALE)], place / "fused")
+    return place
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+def test_train_fuse_eval(road: Path, lab: Path, data: Path) -> None:
+    """The fused checkpoint says what the base minus the adapter says, and no longer what the base says."""
+    verify_checkpoint(road / "fused")
+    ids = load_tokenizer(road / "fused")("How do I set the brass orrery?")["input_ids"]
+    base, fused = load_model(str(road / "base")), load_model(str(road / "fused"))
+    subtracted = attach_adapter(load_model(str(road / "base")), str(road / "adapter"), SCALE)
+    gap = (logits(fused, ids) - logits(subtracted, ids)).abs().max().item()
+    moved = (logits(fused, ids) - logits(base, ids)).abs().max().item()
+    assert gap < 1e-4 < 1e-2 < moved, f"gap {gap}, edit {moved}"
+    rows = read_rows(data / "forget.jsonl")[:3]
+    report = evaluate_model(road / "fused", base=road / "base", forget={"seen": rows}, retain=read_rows(data / "retain.jsonl")[:3],
+                            judge=f"lexicon:{lab / 'lexicon.json'}", config=EvalConfig(samples=1, max_new_tokens=6))
+    found = report.to_json()
+    assert found["forget"]["seen"]["sampled"]["n"] == 3 and found["retain"]["perplexity_ratio"] > 0
+
+
+@pytest.mark.slow
+def test_tune(road: Path, lab: Path, data: Path) -> None:
+    from sku_vllm.evaluate.tune import tune_scale
+
+    rows: list[Row] = read_rows(data / "forget.jsonl")[:2]
+    report = tune_scale(road / "base", road / "adapter", forget={"seen": rows}, retain=read_rows(data / "retain.jsonl")[:2],
+                        judge=f"lexicon:{lab / 'lexicon.json'}", scales=[0.5, 1.0], config=EvalConfig(samples=1, max_new_tokens=4))
+    assert [point["scale"] for point in report.curve] == [0.5, 1.0]
+
+
+# Why an arm is not a LoRA there; the fused checkpoint serves all of them.
+NO_LORA_ARM: dict[str, str] = {}
+
+
+@pytest.mark.slow
+def test_serve(road: Path, request: pytest.FixtureRequest) -> None:
+    """vLLM gives the fused checkpoint, and the negated LoRA on the base, the same log-probabilities as transformers gives the fused one."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from sku_vllm.adapter import negate
+
+    name = json.loads((road / "base/config.json").read_text())["model_type"]
+    ids = load_tokenizer(road / "fused")("How do I set the brass orrery?")["input_ids"]
+    wanted = logits(load_model(str(road / "fused")), ids)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+    negate(road / "adapter", SCALE, road / "negated")
+    roads = {"fused": (road / "fused", None), "lora": (road / "base", LoRARequest("negated", 1, str(road / "negated")))}
+    for arm, (model, lora) in roads.items():
+        if arm == "lora" and name in NO_LORA_ARM:
+            continue
+        options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8} if lora else {}
+        engine = LLM(str(model), dtype="float32", enforce_eager=True, max_model_len=128, enable_prefix_caching=False, seed=0, **options)
+        try:
+            output = engine.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), lora_request=lora, use_tqdm=False)
+        finally:
+            engine.llm_engine.engine_core.shutdown()
+        found = torch.tensor([entry[token].logprob for token, entry in zip(ids[1:], output[0].prompt_logprobs[1:], strict=True)])
+        assert (found - wanted).abs().max() < 1e-3, f"{name}, {arm}"
