@@ -15,6 +15,7 @@ from sku_vllm.serving.state import Busy, Served, Table
 
 DRAIN = 120.0
 RETIRE = 3600.0
+WAIT_FOR_SLOT = 60.0
 
 
 class Changes:
@@ -77,7 +78,7 @@ class Changes:
         arm = parse_arm(name, spec)
         if arm.kind != "lora":
             return Served(arm), table.next_id
-        self._adapters_allowed(table)
+        await self._adapters_allowed(table)
         directory = self.runtime.directory / "adapters"
         negation = await asyncio.to_thread(materialise, arm, config.model, directory, revision=config.revision, any_base=config.any_base)
         limit = self.runtime.args.max_lora_rank
@@ -90,7 +91,8 @@ class Changes:
             raise ConfigError(f"arm {name}: vLLM cannot load {arm.source}: {error}") from error
         return served, table.next_id + 1
 
-    def _adapters_allowed(self, table: Table) -> None:
+    async def _adapters_allowed(self, table: Table) -> None:
+        """Refuse what has no slot; versions about to be retired are waited for, since swaps may follow each other closely."""
         args = self.runtime.args
         if self.runtime.several:
             raise ConfigError("adapters cannot change at run time with several API servers, which do not know each other's requests in flight; restart with other arms")
@@ -98,7 +100,11 @@ class Changes:
             raise ConfigError("adapters cannot change while a whole-model swap is in force; restore first")
         if not getattr(args, "enable_lora", False):
             raise ConfigError("this server was started without adapters; restart it with --enable-lora --max-loras 4 --max-lora-rank 64")
-        loaded = sum(served.lora_id > 0 for served in table.arms.values()) + len(self.retiring)
+        arms = sum(served.lora_id > 0 for served in table.arms.values())
+        deadline = time.monotonic() + WAIT_FOR_SLOT
+        while arms + 2 <= args.max_loras < arms + 2 + len(self.retiring) and time.monotonic() < deadline:
+            await asyncio.wait(self.retiring, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+        loaded = arms + len(self.retiring)
         if loaded + 2 > args.max_loras:
             raise ConfigError(f"all but one of the {args.max_loras} adapter slots are taken, and one stays free; remove an arm, or restart with --max-loras {loaded + 2}")
 

@@ -27,7 +27,10 @@ def materialise(arm: Arm, model: str, directory: Path, *, revision: str | None =
     Raises:
         AdapterError: not a LoRA adapter, made for another base, already negated, or of shapes this base does not have.
     """
-    adapter = load_adapter(arm.source)
+    try:
+        adapter = load_adapter(arm.source)
+    except OSError as error:
+        raise AdapterError(f"--arm {arm.name}: {arm.source[:200]}: {error.strerror}; give an adapter directory") from error
     if adapter.dense:
         raise AdapterError(f"--arm {arm.name}: {arm.source} is a dense task vector, which vLLM cannot add per request; fuse it and serve the result, or swap to it")
     reader = CheckpointReader(checkpoint_directory(model, revision))

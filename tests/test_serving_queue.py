@@ -1,0 +1,85 @@
+"""The judge's queue in process: a judge that stalls or dies costs nobody a request, and every lost answer is counted."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from sku_vllm.judges import Exchange, Verdict
+from sku_vllm.serving import observe
+from sku_vllm.serving.metrics import metrics
+from sku_vllm.serving.observe import JudgeQueue
+
+
+def harmful(exchanges):
+    return [Verdict.of("bad" in exchange.response, False, False) for exchange in exchanges]
+
+
+def value(counter, arm):
+    return counter.labels(arm)._value.get()
+
+
+def settle(queue):
+    deadline = time.monotonic() + 5
+    while (not queue.pending.empty()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+
+
+def test_a_stalled_judge_never_blocks_and_drops_are_counted():
+    release, found = threading.Event(), metrics()
+
+    def stalled(exchanges):
+        release.wait()
+        return harmful(exchanges)
+
+    queue = JudgeQueue(stalled, found, size=10)
+    start = time.perf_counter()
+    for _ in range(10_000):
+        queue.offer("stalled-arm", Exchange("q", "bad"))
+    assert time.perf_counter() - start < 2
+    dropped = value(found.dropped, "stalled-arm")
+    assert dropped >= 10_000 - 10 - observe.BATCH
+    release.set()
+    settle(queue)
+    assert value(found.judged, "stalled-arm") + dropped == 10_000
+
+
+def test_a_judge_that_raises_costs_its_batch_and_no_more():
+    found, calls = metrics(), []
+
+    def flaky(exchanges):
+        calls.append(len(exchanges))
+        if len(calls) == 1:
+            raise ConnectionError("gone")
+        return harmful(exchanges)
+
+    queue = JudgeQueue(flaky, found)
+    queue.offer("flaky-arm", Exchange("q", "bad"))
+    settle(queue)
+    assert value(found.judge_errors, "flaky-arm") == 1 and value(found.judged, "flaky-arm") == 0
+    queue.offer("flaky-arm", Exchange("q", "bad"))
+    settle(queue)
+    assert value(found.judged, "flaky-arm") == value(found.harmful, "flaky-arm") == 1
+
+
+def test_the_sampled_share_is_the_one_asked_for():
+    queue = JudgeQueue(harmful, metrics(), sample=0.25, size=100_000)
+    for _ in range(8000):
+        queue.offer("sampled-arm", Exchange("q", "fine"))
+    settle(queue)
+    assert value(metrics().judged, "sampled-arm") == pytest.approx(2000, abs=200)
+
+
+def test_kept_text_is_private_and_rotates(tmp_path, monkeypatch):
+    monkeypatch.setattr(observe, "KEEP_BYTES", 2000)
+    file = tmp_path / "kept.jsonl"
+    queue = JudgeQueue(harmful, metrics(), keep=str(file))
+    for number in range(40):
+        queue.offer("kept-arm", Exchange(f"question {number}", "bad"))
+    settle(queue)
+    older = tmp_path / "kept.jsonl.1"
+    assert file.stat().st_mode & 0o777 == older.stat().st_mode & 0o777 == 0o600
+    assert older.stat().st_size < 2500
+    assert json.loads(older.read_text().splitlines()[-1])["label"] == "harmful"
