@@ -134,28 +134,38 @@ class ShardWriter:
 
     def _render(self, file: "_OpenShard", tensor: OutputTensor, low: int, high: int, out: Tensor) -> None:
         """Bytes [low, high) of a computed tensor. Whole rows are computed; rows that begin before `low` are counted elsewhere."""
-        rows, columns = matrix_shape(tensor.source.shape)
+        columns = matrix_shape(tensor.source.shape)[1]
         row_bytes = columns * DTYPES[tensor.dtype][1] // 8
-        first, counted, last = low // row_bytes, -(-low // row_bytes), -(-high // row_bytes)
-        for begin, end, count in ((first, min(counted, last), False), (counted, last, True)):
-            if begin >= end:
-                continue
-            merged = self._merge(file, tensor, begin, end, columns, count).reshape(-1).view(torch.uint8)
-            left = max(low - begin * row_bytes, 0)
-            right = min(high, end * row_bytes) - begin * row_bytes
-            where = max(begin * row_bytes, low) - low
-            out[where : where + right - left] = merged[left:right]
+        counted, whole, last = -(-low // row_bytes), high // row_bytes, -(-high // row_bytes)
+        if low % row_bytes:  # the end of a row that began in the chunk before
+            self._part(file, tensor, counted - 1, counted, low, high, out, count=False)
+        aligned = (out.storage_offset() + counted * row_bytes - low) % 8 == 0
+        if counted < whole and aligned:
+            self._merge(file, tensor, counted, whole, True, out[counted * row_bytes - low : whole * row_bytes - low])
+            counted = whole
+        if counted < last:  # rows that go on in the next chunk
+            self._part(file, tensor, counted, last, low, high, out, count=True)
 
-    def _merge(self, file: "_OpenShard", tensor: OutputTensor, begin: int, end: int, columns: int, count: bool) -> Tensor:
+    def _part(self, file: "_OpenShard", tensor: OutputTensor, begin: int, end: int, low: int, high: int, out: Tensor, count: bool) -> None:
+        """The bytes of rows [begin, end) that lie in [low, high), through a buffer of their own."""
+        row_bytes = matrix_shape(tensor.source.shape)[1] * DTYPES[tensor.dtype][1] // 8
+        merged = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
+        self._merge(file, tensor, begin, end, count, merged)
+        left, right = max(low, begin * row_bytes), min(high, end * row_bytes)
+        out[left - low : right - low] = merged[left - begin * row_bytes : right - begin * row_bytes]
+
+    def _merge(self, file: "_OpenShard", tensor: OutputTensor, begin: int, end: int, count: bool, into: Tensor) -> None:
+        """Rows [begin, end) of a computed tensor, as bytes into `into`."""
+        columns = matrix_shape(tensor.source.shape)[1]
         dtype, target = (getattr(torch, DTYPES[name][0]) for name in (tensor.source.dtype, tensor.dtype))
         width = columns * dtype.itemsize
-        raw = torch.empty((end - begin) * width, dtype=torch.uint8)
+        in_place = target == dtype and not self.kinds
+        raw = into if in_place else torch.empty((end - begin) * width, dtype=torch.uint8)
         read_into(file.source_of(tensor), memoryview(raw.numpy()), tensor.source.offset + begin * width, tensor.source.file)
-        weight = raw.view(dtype).view(end - begin, columns)
+        weight, out = raw.view(dtype).view(end - begin, columns), into.view(target).view(end - begin, columns)
         if not tensor.edits:
-            return _cast(weight, target, tensor)
+            return _cast(weight, out, tensor)
         terms = [term for edit in tensor.edits for term in terms_of(edit, begin, end)]
-        out = weight if target == dtype and not (self.kinds and count) else torch.empty(weight.shape, dtype=target)
         seed = None if self.seed is None else self.seed + tensor.source.offset
         stats = delta_merge_reference(weight, terms, out=out, seed=seed, first_element=begin * columns)
         if count:
@@ -164,7 +174,6 @@ class ShardWriter:
                 self.written.merged.setdefault(tensor.name, {})[begin] = stats
                 for kind, sums in simulated.items():
                     self.written.simulated.setdefault(kind, {}).setdefault(tensor.name, {})[begin] = sums
-        return out
 
 
 def terms_of(edit: Placed, begin: int, end: int) -> Iterator[Term]:
@@ -187,11 +196,10 @@ def terms_of(edit: Placed, begin: int, end: int) -> Iterator[Term]:
             yield Term(b, delta.a[expert], edit.scale * delta.scaling, edit.row + start - begin)
 
 
-def _cast(weight: Tensor, dtype: torch.dtype, tensor: OutputTensor) -> Tensor:
-    cast = weight.to(dtype)
-    if bool((cast.isinf() & ~weight.isinf()).any()):
+def _cast(weight: Tensor, out: Tensor, tensor: OutputTensor) -> None:
+    out.copy_(weight)
+    if bool((out.isinf() & ~weight.isinf()).any()):
         raise CheckpointError(f"{tensor.source.file}: {tensor.name!r} has values too large for {tensor.dtype}; use --dtype keep, bfloat16 or float32")
-    return cast
 
 
 class _OpenShard:
