@@ -75,7 +75,7 @@ def measure(
     if reference:
         with reference() as base:
             base_perplexity = perplexity(base, template, retain)
-            strange = unlikely_answers(base, template, [answer.row for answer in answers])
+            strange = unlikely_answers(base, template, [answer.row for answer in answers], config.max_new_tokens)
     exchanges = [answer.exchange for answer in answers]
     judged = judge_all(judge, exchanges, kept / KEPT_VERDICTS if kept else None)
     verdicts = decide(judge, exchanges, judged.harmful, strange)
