@@ -1,0 +1,131 @@
+"""Packed single passes with chunked heads against the plain computation: separate, padded, whole logits; fp64, ≤ 1e-9."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
+
+from sku_vllm.data import Encoded, PromptTemplate, load_dataset, read_rows
+from sku_vllm.methods import METHODS, TrainConfig, chunked, losses
+from sku_vllm.methods.batches import Batches
+from sku_vllm.methods.method import Term
+from sku_vllm.methods.run import Run
+from sku_vllm.model import load_tokenizer
+
+TOLERANCE = 1e-9  # fp64; sums run in another order
+
+
+def make_run(trainable: Path, arch: str, method: str, **settings: object) -> Run:
+    config = TrainConfig.of(method, **{"dtype": "float64", "batch_size": 3, "rank": 4, "random_answers": 2, "stop_id": 1, **settings})
+    tokenizer = load_tokenizer(trainable / arch)
+    rows = read_rows(trainable / "retain.jsonl")
+    sets = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")
+    batches = Batches(config, PromptTemplate.of(tokenizer), *sets, rows)
+    batches.samples = [batches._encode("forget", number) for number in range(5)]
+    run = Run(trainable / arch, config, batches, Accelerator(cpu=True), tokenizer)
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(run.model.named_parameters()):
+            if "lora_B" in name:  # away from 0, where a KL and its gradient vanish
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
+    return run
+
+
+def plain_logits(run: Run, rows: list[Encoded], side: int) -> torch.Tensor:
+    """A padded batch through the whole model, [rows, longest, V]."""
+    for module in run.model.modules():
+        if isinstance(module, LoraLayer):
+            module._disable_adapters, module._active_adapter = side == 0, ["default"]
+            module.scaling["default"] = side * run.config.lora_alpha / run.config.rank
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
+    mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
+    run.passes.core.set_attn_implementation("sdpa")  # eager softmax rounds to fp32
+    return run.passes.core(input_ids=ids, attention_mask=mask).logits
+
+
+def plain_term(run: Run, term: Term, rows: list[Encoded]) -> torch.Tensor:
+    """One term as its formula reads."""
+    logits = plain_logits(run, rows, term.side)
+    with torch.no_grad():
+        references = [plain_logits(run, rows, {"base": 0, "adapted": 1}[name]) for name in term.references]
+    per_row = []
+    for number, row in enumerate(rows):
+        begin = {"answer": row.answer_start, "all": 1, "first": row.answer_start, "later": row.answer_start + 1}[term.tokens]
+        end = row.answer_start + 1 if term.tokens == "first" else len(row.ids)
+        span = slice(begin - 1, end - 1)
+        values = term.loss(logits[number, span], torch.tensor(row.ids[begin:end]), *(r[number, span] for r in references))
+        per_row.append(values)
+    if term.sequence:
+        return term.sequence(torch.stack([values.sum() for values in per_row])).mean()
+    if term.mean == "rows":
+        return torch.stack([values.mean() for values in per_row]).mean()
+    return torch.cat(per_row).mean()
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "sku-contrastive-two"])
+def test_losses_and_gradients_equal_the_plain_computation(trainable: Path, arch: str, method: str) -> None:
+    run = make_run(trainable, arch, method, tokens_per_pass=150)  # several passes a step
+    assert run.passes.packed
+    terms = run.phases[0].terms
+    values, _ = run._gradients(terms)
+    ours = [parameter.grad.clone() for parameter in run.names]
+    run.optimizer.zero_grad()
+    rows = {term.rows: run.batches.rows(term.rows, 0) for term in terms}
+    plain = {term.name: plain_term(run, term, rows[term.rows]) for term in terms}
+    sum(term.weight * plain[term.name] for term in terms).backward()
+    for name, value in plain.items():
+        assert values[name] == pytest.approx(value.item(), rel=1e-6), name  # the report is fp32
+    assert max(float(gradient.abs().max()) for gradient in ours) > 1e-4
+    for gradient, parameter in zip(ours, run.names, strict=True):
+        assert (gradient - parameter.grad).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_padded_fallback_and_gradient_checkpointing_give_the_same_gradients(trainable: Path, arch: str) -> None:
+    gradients = []
+    for variant in ("packed", "padded", "checkpointed"):
+        run = make_run(trainable, arch, "sku-mirrored", gradient_checkpointing=variant == "checkpointed")
+        if variant == "padded":
+            run.passes.packed = False
+            run.passes.core.set_attn_implementation("sdpa")
+        run._gradients(run.phases[0].terms)
+        gradients.append([parameter.grad.clone() for parameter in run.names])
+    for other in gradients[1:]:
+        assert all((a - b).abs().max() <= TOLERANCE for a, b in zip(gradients[0], other, strict=True))
+
+
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.kl_from_base])
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_chunked_head_never_sees_more_than_a_chunk(loss: object, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(count, 8, generator=generator, dtype=torch.float64)
+    targets = torch.randint(50, (count,), generator=generator)
+    seen = []
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        seen.append(states.shape[0])
+        return states @ weight.T
+
+    references = [(head, reference)] if loss is losses.kl_from_base else []
+    upstream = torch.rand(count, generator=generator, dtype=torch.float64)
+    values = chunked.per_token(loss, head, hidden, targets, references, vocabulary=50, chunk=5)
+    (ours,) = torch.autograd.grad((values * upstream).sum(), hidden)
+    plain = loss(hidden @ weight.T, targets, *(reference @ weight.T for _ in references))
+    (theirs,) = torch.autograd.grad((plain * upstream).sum(), hidden)
+    assert max(seen) <= 5
+    assert torch.allclose(values, plain, rtol=0, atol=TOLERANCE) and torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_contrast_divides_the_adapted_model_out() -> None:
+    """Hand-computed: p₀ = (.5, .4, .1, 1e-4), p₊ = (.8, .1, .05, .05), β = 1: p* ∝ (.3125, 1.6, .2), the last below the floor."""
+    base = torch.tensor([[0.5, 0.4, 0.1, 1e-4]]).log()
+    adapted = torch.tensor([[0.8, 0.1, 0.05, 0.05]]).log()
+    expected = torch.tensor([[0.25 / 0.8, 0.16 / 0.1, 0.01 / 0.05, 0.0]])
+    found = losses.contrast(base, adapted, beta=1.0, floor=0.003).exp()
+    assert torch.allclose(found, expected / expected.sum(), atol=1e-5)
+    assert losses.kl_from_contrast(found.log(), torch.tensor([0]), base, adapted, 1.0, 0.003).abs().max() < 1e-5
