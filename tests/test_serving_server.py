@@ -384,10 +384,13 @@ def test_a_swap_to_a_checkpoint_while_requests_stream(served, client, tiny, tmp_
     assert {arm for _, (arm, _) in results} == {"original", "swapped"}
 
 
-def test_of_two_swaps_one_wins(served, tiny):
+def test_of_two_swaps_one_wins(served, client, tiny):
+    """A long stream keeps the first one waiting at the drain, so the second surely comes in between."""
     def swap(scale):
         return httpx.post(f"{served.url}/sku/swap", json={"adapter": str(tiny / "adapter"), "scale": scale}, headers=TOKEN, timeout=120).status_code
 
+    stream = client.completions.create(model="sku", prompt="w1", max_tokens=400, stream=True, extra_body={"ignore_eos": True}, extra_headers={**TOKEN, "X-SKU-Arm": "original"})
+    next(iter(stream))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         assert sorted(pool.map(swap, (0.5, 0.7))) == [200, 409]
 

@@ -1,7 +1,6 @@
 """Changes of a running server: each under the writers' lock, each either whole or undone."""
 
 import asyncio
-import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -115,14 +114,12 @@ class Changes:
             task.add_done_callback(self.retiring.discard)
 
     async def _unload(self, old: Served) -> None:
-        """Free the slot once nobody uses it, then the directory unless another version shares it."""
+        """Free the slot once nobody uses it."""
         deadline = time.monotonic() + RETIRE
         while self.runtime.in_flight[old.lora_id] and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         await self.runtime.engine.remove_lora(old.lora_id)
         del self.runtime.in_flight[old.lora_id]
-        if old.path not in {served.path for served in self.runtime.table.arms.values()}:
-            await asyncio.to_thread(shutil.rmtree, old.path, ignore_errors=True)
 
     # ---- the whole model ----------------------------------------------------------------------------------------
 
@@ -177,6 +174,8 @@ class Changes:
     def _swap_allowed(self) -> None:
         if self.runtime.several:
             raise ConfigError("a whole-model swap needs one API server, which knows every request in flight; restart without --api-server-count")
+        if not getattr(self.runtime.args, "worker_extension_cls", None):
+            raise ConfigError("this server's workers cannot swap; restart it with --worker-extension-cls sku_vllm.serving.swap.SkuWorkerExtension")
         if self.runtime.broken:
             raise ConfigError(f"the engine's weights are in an unknown state ({self.runtime.broken}); restore, or restart this server")
 

@@ -46,6 +46,8 @@ def wrap_generate(engine_client: Any, runtime: "Runtime") -> Any:
             raise GracefulHTTPError("this endpoint is not routed by sku, and unrouted requests would reach the original model; use the alias on /v1/chat/completions or /v1/completions", HTTPStatus.FORBIDDEN)
         index, route.generations = route.generations, route.generations + 1
         seen = Observation(route, index, sampling_params)
+        version = route.lora.lora_int_id if route.lora else 0
+        runtime.in_flight[version] += 1  # beside the HTTP request's own count: a background response outlives its request
         try:
             async with aclosing(inner(prompt, sampling_params, request_id, *args, **{**kwargs, "lora_request": route.lora})) as outputs:
                 async for output in outputs:
@@ -62,6 +64,7 @@ def wrap_generate(engine_client: Any, runtime: "Runtime") -> Any:
             runtime.log_failure(route.arm, error)
             raise GracefulHTTPError(f"arm {route.arm!r} failed; try again later", HTTPStatus.SERVICE_UNAVAILABLE) from error
         finally:
+            runtime.in_flight[version] -= 1
             seen.finish(runtime)
 
     engine_client.generate = generate

@@ -1,8 +1,11 @@
 """What one API-server process knows: the table, the engine, the judge. Made by the plugin, used by middleware, engine and control."""
 
 import asyncio
+import atexit
 import hmac
 import logging
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from sku_vllm.serving.config import ServeConfig
 from sku_vllm.serving.engine import wrap_generate
 from sku_vllm.serving.experiment import Experiment
 from sku_vllm.serving.guard import Guard, parse_rule
+from sku_vllm.serving.launch import check_flags
 from sku_vllm.serving.materialise import materialise
 from sku_vllm.serving.metrics import metrics
 from sku_vllm.serving.observe import JudgeQueue
@@ -37,11 +41,9 @@ class Runtime:
     """One process's view. `table` is the shared truth; what failed and what is in flight is this process's own."""
 
     def __init__(self, config: ServeConfig) -> None:
-        if not config.run:
-            raise ConfigError("run: this server has no private directory; name one in the configuration, or start with `sku serve`")
         self.config = config
         self.metrics = metrics()
-        self.directory = Path(config.state or config.run)
+        self.directory = Path(config.state or config.run or private_directory())
         self.state = StateFile(self.directory)
         self.experiment = Experiment()
         rule = parse_rule(config.rollback_if) if config.rollback_if else None
@@ -96,6 +98,8 @@ class Runtime:
     async def start(self, engine: Any, models: Any, args: Any) -> None:
         """Load every arm into the engine and take over `generate`. Raises when an arm cannot be loaded: better no server than a wrong one."""
         self.engine, self.models, self.args = engine, models, args
+        self.config.model = self.config.model or args.model
+        check_flags(args, self.config)
         prepare_state(self.config, self.state)
         self.generate = wrap_generate(engine, self)
         for served in self.table.arms.values():
@@ -171,6 +175,13 @@ class Runtime:
         logger.error("sku: arm %s failed with %s", arm, type(error).__name__)
 
 
+def private_directory() -> str:
+    """A directory of this process alone, for a server that was started by hand without `state`."""
+    path = tempfile.mkdtemp(prefix="sku-serve-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
 # The engine's own weights under another name, for as long as a whole-model swap is in force.
 ENGINE_ITSELF = Served(Arm(SWAPPED, "base"))
 
@@ -190,12 +201,23 @@ def lora_request(served: Served) -> Any:
 
 
 def prepare_state(config: ServeConfig, state: StateFile) -> Table:
-    """The table to start with: the state's where there is one, else the flags'. Materialises adapters.
+    """The table to start with: the state's where there is one, else the flags'. Materialises adapters, and removes those no arm uses:
+    only here, since vLLM may reread a retired version's directory, and dies where it is gone.
 
     Raises:
         ConfigError: the state was begun with other flags and --reset-state was not given.
         AdapterError: an adapter does not fit.
     """
+    with state.lock(wait=True):
+        table = _begin(config, state)
+        used = {Path(served.path).name for served in table.arms.values()}
+        for directory in (state.path.parent / "adapters").glob("*"):
+            if directory.name not in used:
+                shutil.rmtree(directory, ignore_errors=True)
+    return table
+
+
+def _begin(config: ServeConfig, state: StateFile) -> Table:
     started_with = {"arms": dict(each.split("=", 1) for each in config.arms), "split": config.parsed_split()}
     if state.exists() and not config.reset_state:
         table = state.read()

@@ -102,12 +102,19 @@ class StateFile:
         Raises:
             Busy: somebody else is changing things; of two concurrent changes one wins and the other is told so.
         """
+        with self.lock(wait=False):
+            yield self.read()
+
+    @contextmanager
+    def lock(self, *, wait: bool) -> Iterator[None]:
+        """The writers' lock itself. Raises Busy when it is taken and `wait` is off."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(self.path.with_suffix(".lock"), "w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise Busy("another change of this server is under way; try again when it is done") from None
-            yield self.read()
+            yield
 
 
 def _parse(path: Path) -> Table:
