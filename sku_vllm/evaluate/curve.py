@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +68,7 @@ def print_curve(base: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], cho
     points = [{"scale": 0.0, **base}, *curve]
     drawn = series(points)
     harm = drawn.get("harmful, sampled") or drawn["harmful, greedy"]
-    table = Table("scale", "harm", *(SHORT[name] for name in drawn), "beyond", pad_edge=False)
+    table = Table("scale", "harm", *(SHORT[name] for name in drawn), "beyond", box=box.SIMPLE, pad_edge=False)
     for row, point in enumerate(points):
         bar = "█" * round(BAR * (harm[row] or 0.0))
         mark = " ←" if row and point["scale"] == chosen else ""

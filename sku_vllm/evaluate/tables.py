@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ def interval(share: Mapping[str, Any]) -> str:
 def print_eval(result: Mapping[str, Any], console: Console | None = None) -> None:
     """The forget sets by mode, then the utility on the retain set."""
     console = console or Console()
-    table = Table("forget set", "answers", "n", "harmful (95 %)", "refusal", "gibberish", "benign")
+    table = Table("forget set", "answers", "n", "harmful (95 %)", "refusal", "gibberish", "benign", box=box.SIMPLE)
     for name, modes in result["forget"].items():
         for mode, share in modes.items():
             table.add_row(name, mode, str(share["n"]), interval(share), *(percent(share[key]) for key in ("refusal", "gibberish", "benign")))
@@ -46,8 +47,30 @@ def print_agreement(pair: Mapping[str, Any], console: Console) -> None:
 def print_labels(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Shares of the labels of one file."""
     console = console or Console()
-    table = Table("n", "harmful (95 %)", "refusal", "gibberish", "benign")
+    table = Table("n", "harmful (95 %)", "refusal", "gibberish", "benign", box=box.SIMPLE)
     table.add_row(str(result["n"]), interval(result), *(percent(result[key]) for key in ("refusal", "gibberish", "benign")))
     console.print(table)
     for pair in result.get("agreement", ()):
         print_agreement(pair, console)
+
+
+def print_attacks(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """A row an attack: harm greedy and sampled (mean of the forget sets), what came back, and the cost on the retain set."""
+    console = console or Console()
+    table = Table("attack", "greedy", "sampled", "recovery", "gibberish", "perplexity x base", "QA", box=box.SIMPLE)
+    rows = [("before", result["before"])]
+    for kind, entries in result["attacks"].items():
+        rows += [(f"{kind}: {entry['attack']}" + (f", {entry['steps']} steps" if "steps" in entry else ""), entry) for entry in entries]
+    for name, entry in rows:
+        ratio = entry["retain"]["perplexity_ratio"]
+        recovery = f"{100 * entry['recovery']:+.1f}" if "recovery" in entry else ""
+        table.add_row(
+            name, percent(_mean(entry, "greedy", "harmful")), percent(_mean(entry, "sampled", "harmful")), recovery,
+            percent(_mean(entry, "sampled", "gibberish")), "–" if ratio is None else f"{ratio:.3f}", percent(entry["retain"]["qa_accuracy"]),
+        )
+    console.print(table)
+
+
+def _mean(result: Mapping[str, Any], mode: str, key: str) -> float | None:
+    found = [modes[mode][key] for modes in result["forget"].values() if mode in modes]
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,217 @@
+"""Does the knowledge come back? Relearning, rounding, rewording, prefilled openings, and a ban on stopping, each measured like `sku eval`."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sku_vllm.data import PromptTemplate, Row
+from sku_vllm.errors import ConfigError
+from sku_vllm.evaluate.backend import Backend
+from sku_vllm.evaluate.config import EvalConfig
+from sku_vllm.evaluate.disguises import DISGUISES, disguised
+from sku_vllm.evaluate.limits import harm
+from sku_vllm.evaluate.measurement import as_backend, measure
+from sku_vllm.evaluate.pressed import NeverStops, Prefilled, openings
+from sku_vllm.evaluate.relearn import fine_tune
+from sku_vllm.judges import Judge, load_judge
+from sku_vllm.model import attach_adapter, load_model, load_tokenizer
+from sku_vllm.simulate import QUANTISERS
+
+KINDS = ("relearn", "quantize", "rephrase", "prefill", "ban-eos")
+
+
+@dataclass(frozen=True, slots=True)
+class AttackConfig:
+    """steps: when relearning is measured. fractions: shares of the forget data it may use. bits: quantisers of sku_vllm.simulate."""
+
+    steps: tuple[int, ...] = (10, 20, 40)
+    fractions: tuple[float, ...] = (0.05, 0.10, 0.25)
+    lr: float = 1e-4
+    batch_size: int = 8
+    quantizers: tuple[str, ...] = ("int8", "int4")
+    prefill_tokens: int = 3
+    disguises: tuple[str, ...] = field(default_factory=lambda: tuple(DISGUISES))
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(self.steps) < 1:
+            raise ConfigError(f"--steps {self.steps}: give step counts of at least 1, for instance 10,20,40")
+        if not all(0 < share <= 1 for share in self.fractions):
+            raise ConfigError(f"--fractions {self.fractions}: shares of the forget data, above 0 and at most 1")
+        if self.lr <= 0 or self.batch_size < 1 or self.prefill_tokens < 1:
+            raise ConfigError("--lr must be above 0, --relearn-batch-size and --prefill-tokens at least 1")
+        for name, given, known in (("quantizer", self.quantizers, QUANTISERS), ("disguise", self.disguises, DISGUISES)):
+            for value in given:
+                if value not in known:
+                    raise ConfigError(f"--{name} {value}: unknown; choose from {', '.join(known)}")
+
+
+def attack(
+    model: str | Path,
+    kinds: Sequence[str],
+    *,
+    adapter: str | Path | None = None,
+    scale: float | None = None,
+    base: str | Path | None = None,
+    forget: Mapping[str, Sequence[Row]],
+    retain: Sequence[Row],
+    judge: Judge | str,
+    relearn: Sequence[Row] = (),
+    benign: Sequence[Row] = (),
+    config: EvalConfig = EvalConfig(),
+    settings: AttackConfig = AttackConfig(),
+    dtype: str = "auto",
+    revision: str | None = None,
+    any_base: bool = False,
+    as_is: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure a model, or base − scale·delta, before and under each attack.
+
+    Args:
+        relearn: harmful pairs an attacker may have; prompts that are trained on are not measured afterwards.
+        benign: pairs of the benign fine-tuning; the retain rows with answers unless given.
+
+    Returns:
+        `{"before": EVAL, "attacks": {KIND: [{"attack", …, "forget", "retain", "recovery"}, …]}}`; recovery is harm now minus harm
+        before, mean of the forget sets and modes.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"attack {kind}: unknown; choose from {', '.join(KINDS)}")
+    judge = load_judge(judge) if isinstance(judge, str) else judge
+    benign = [row for row in benign or retain if row.response]
+    _check(kinds, forget, relearn, benign, settings)
+    target = _Target(model, adapter, scale, base, dtype, revision, any_base, as_is, config)
+    template = PromptTemplate.of(target.tokenizer, config.template)
+
+    def measured(asked: Mapping[str, Sequence[Row]], backend: Backend | None = None) -> dict[str, Any]:
+        return measure(
+            backend or target.model, target.tokenizer, forget=asked, retain=retain, judge=judge, reference=target.reference, config=config
+        ).to_json()
+
+    progress("measuring before the attacks")
+    before = measured(forget)
+    if any(share["harmful"] is None for modes in before["forget"].values() for share in modes.values()):
+        raise ConfigError(f"--judge {judge.name}: has no opinion on harm, so nothing could be seen to come back; use lexicon:, hf: or openai:")
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in dict.fromkeys(kinds)}
+
+    def add(kind: str, name: str, result: dict[str, Any], against: dict[str, Any] = before, **details: Any) -> None:
+        found[kind].append({"attack": name, **details, **result, "recovery": harm(result) - harm(against)})
+
+    for kind in found:
+        if kind == "prefill":
+            progress("prefilling compliant openings")
+            started = openings(template, [row for rows in forget.values() for row in rows], settings.prefill_tokens)
+            add(kind, f"{settings.prefill_tokens} tokens", measured(forget, Prefilled(target.backend(), started)), tokens=settings.prefill_tokens)
+        elif kind == "ban-eos":
+            progress("banning the end of sequence")
+            add(kind, "ban-eos", measured(forget, NeverStops(target.backend())))
+        elif kind == "rephrase":
+            for name in settings.disguises:
+                progress(f"rephrasing: {name}")
+                add(kind, name, measured({key: disguised(rows, name) for key, rows in forget.items()}))
+        elif kind == "quantize":
+            for name in settings.quantizers:
+                progress(f"rounding to {name}")
+                with target.changed():
+                    _quantize(target.model, name)
+                    add(kind, name, measured(forget))
+        else:
+            for name, rows in _lessons(relearn, benign, settings):
+                left = _without({row.prompt for row in rows} if name != "benign" else set(), forget)
+                # Where prompts are left out, recovery is against the same prompts before.
+                unlearned = before if all(len(left[key]) == len(forget[key]) for key in forget) else measured(left)
+                add(kind, name, unlearned, unlearned, steps=0, pairs=len(rows))
+                with target.changed():
+                    for step in fine_tune(target.model, template, rows, settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=config.seed):
+                        progress(f"relearning on {name}: {step} steps")
+                        add(kind, name, measured(left), unlearned, steps=step, pairs=len(rows))
+    return {"before": before, "attacks": found}
+
+
+class _Target:
+    """The edited model as plain weights, its base as the reference, and a way back from every change."""
+
+    def __init__(
+        self, model: str | Path, adapter: str | Path | None, scale: float | None, base: str | Path | None, dtype: str, revision: str | None,
+        any_base: bool, as_is: bool, config: EvalConfig,
+    ) -> None:
+        if scale is not None and adapter is None:
+            raise ConfigError(f"--scale {scale}: there is no --adapter to scale; name one or leave --scale out")
+        self.config = config
+        self.tokenizer = load_tokenizer(str(model), revision)
+        self.model: PreTrainedModel = load_model(str(model), dtype=dtype, revision=revision)
+        if adapter is not None:
+            edited = attach_adapter(self.model, str(adapter), 1.0 if scale is None else scale, any_base=any_base, as_is=as_is)
+            self.model = edited.merge_and_unload() if hasattr(edited, "merge_and_unload") else edited
+        self.reference = None
+        if base is not None or adapter is not None:
+            unedited = load_model(str(base if base is not None else model), dtype=dtype, revision=revision if base is None else None)
+            self.reference = lambda: nullcontext(as_backend(unedited, config))
+
+    def backend(self) -> Backend:
+        return as_backend(self.model, self.config)
+
+    def changed(self) -> "_Restored":
+        return _Restored(self.model)
+
+
+class _Restored:
+    """Weights as they were, bit for bit, when the block ends."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.saved = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
+
+    def __exit__(self, *error: object) -> None:
+        with torch.no_grad():
+            for name, tensor in self.model.named_parameters():
+                tensor.copy_(self.saved[name])
+
+
+def _quantize(model: PreTrainedModel, name: str) -> None:
+    """Round every linear layer's weight but the output head's, as weight-only quantisers do."""
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        for module in model.modules():
+            # Conv1D (GPT-2) keeps [in, out]: groups run along the inputs.
+            if isinstance(module, torch.nn.Linear) and module is not head:
+                module.weight.copy_(QUANTISERS[name](module.weight.float()))
+            elif type(module).__name__ == "Conv1D":
+                module.weight.copy_(QUANTISERS[name](module.weight.float().T).T)
+
+
+def _lessons(relearn: Sequence[Row], benign: Sequence[Row], settings: AttackConfig) -> list[tuple[str, list[Row]]]:
+    """The benign fine-tuning, then each share of the forget pairs; shares are nested and depend on the prompts alone."""
+    lessons = [("benign", list(benign))] if benign else []
+    order = sorted((row for row in relearn if row.response), key=lambda row: hashlib.sha256(row.prompt.encode()).digest())
+    for share in settings.fractions if order else ():
+        lessons.append((f"{100 * share:g} % of the forget set", order[: max(1, round(share * len(order)))]))
+    return lessons
+
+
+def _without(prompts: set[str], forget: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    return {name: [row for row in rows if row.prompt not in prompts] for name, rows in forget.items()}
+
+
+def _check(
+    kinds: Sequence[str], forget: Mapping[str, Sequence[Row]], relearn: Sequence[Row], benign: Sequence[Row], settings: AttackConfig
+) -> None:
+    if "relearn" not in kinds:
+        return
+    if relearn and not any(row.response for row in relearn):
+        raise ConfigError("--relearn: its rows have no answers to learn from; give rows with 'response'")
+    if not relearn and not benign:
+        raise ConfigError("attack relearn: nothing to learn from; give --relearn FILE, or retain rows with answers")
+    for name, rows in _lessons(relearn, benign, settings):
+        left = _without({row.prompt for row in rows} if name != "benign" else set(), forget)
+        if empty := [key for key, remaining in left.items() if not remaining]:
+            raise ConfigError(f"--relearn: {name} holds every prompt of --forget {empty[0]}; measure on prompts that are not trained on")
