@@ -237,26 +237,46 @@ def several_api_servers(tiny, state, port, log, base, negated):
 
 
 def test_vllm_started_by_hand_with_two_ranks(tiny, tmp_path):
-    """VLLM_PLUGINS=sku and SKU_SERVE_CONFIG, no `sku serve`, tensor parallelism 2: arms, swap and exact restore."""
+    """VLLM_PLUGINS=sku and SKU_SERVE_CONFIG, no `sku serve`, tensor parallelism 2: arms, NAME@SCALE, swap and exact restore."""
+    (tmp_path / "root").mkdir()
+    shutil.copytree(tiny / "adapter", tmp_path / "root/adapter")
+    (tmp_path / "root/link").symlink_to(tiny / "adapter")
     port, log = free_port("127.0.0.1"), tmp_path / "server.log"
     (tmp_path / "serve.yaml").write_text(
         f"model: {tiny}/base\narms: {{original: base, negated: 'lora:{tiny}/adapter@1'}}\nsplit: {{original: 0.5, negated: 0.5}}\n"
-        f"judge: lexicon:{tiny}/lexicon.json\nexpose_arms: true\ntoken: {TOKEN}\nstate: {tmp_path}/state\n"
+        f"judge: lexicon:{tiny}/lexicon.json\nexpose_arms: true\ntoken: {TOKEN}\nstate: {tmp_path}/state\nadapter_root: {tmp_path}/root\n"
     )
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny / "base"), "--port", str(port), "--enable-lora", "--max-loras", "3",
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny / "base"), "--port", str(port), "--enable-lora", "--max-loras", "4",
                "--max-lora-rank", "8", "--tensor-parallel-size", "2", "--worker-extension-cls", "sku_vllm.serving.swap.SkuWorkerExtension", *FLAGS]
-    env = {"VLLM_PLUGINS": "sku", "SKU_SERVE_CONFIG": str(tmp_path / "serve.yaml"), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    env = {"VLLM_PLUGINS": "sku", "SKU_SERVE_CONFIG": str(tmp_path / "serve.yaml"), "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with serve(*command, port=port, log=log, env=env, ready=400) as server:
         base = {prompt: text(complete(server, "original", prompt)) for prompt in PROMPTS}
         negated = {prompt: text(complete(server, "negated", prompt)) for prompt in PROMPTS}
         assert sum(base[prompt] != negated[prompt] for prompt in PROMPTS) > 8
+        resolver(server, base, negated)
         done = server.control("POST", "swap", {"adapter": str(tiny / "adapter"), "scale": 1.0})
-        assert done["probe"]["from_expected"] < 1e-4 < done["probe"]["from_base"]
+        assert done["probe"]["from_base"] > 1e-4
         assert {prompt: text(complete(server, "sku", prompt)) for prompt in PROMPTS} == negated
-        assert complete(server, "original").status_code == 409
+        assert complete(server, "original").status_code == complete(server, "adapter@1").status_code == 409
         assert server.control("POST", "restore")["probe"]["from_base"] == 0.0
         assert {prompt: text(complete(server, "original", prompt)) for prompt in PROMPTS} == base
         assert server.metric("sku_requests_total", arm="swapped") == len(PROMPTS)
+
+
+def resolver(server, base, negated):
+    """NAME@SCALE below the root resolves, more of them than there are slots, and the base's rows stay the base's; nothing else does."""
+    assert {prompt: text(complete(server, "adapter@1", prompt)) for prompt in PROMPTS[:6]} == {prompt: negated[prompt] for prompt in PROMPTS[:6]}
+    asked = [(model, prompt) for prompt in PROMPTS[:6] for model in ("original", "adapter@0.1", "adapter@1.00", "negated")]
+    for scale in ("0.2", "0.3", "0.4"):
+        assert text(complete(server, f"adapter@{scale}", PROMPTS[0]))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda each: text(complete(server, *each)), [(arm, prompt) for arm, prompt in asked if arm in ("original", "negated")]))
+        assert answers == [{"original": base, "negated": negated}[arm][prompt] for arm, prompt in asked if arm in ("original", "negated")]
+    for model in ("link@1", "../adapter@1", "/etc@1", "nobody@1", "adapter@99", "adapter@-1", "adapter@nan", "a" * 200 + "@1", "adapter", "root/adapter@1"):
+        assert complete(server, model).status_code == 404, model
+    for path in ("load_lora_adapter", "unload_lora_adapter"):
+        reply = httpx.post(f"{server.url}/{path}", json={"lora_name": "x", "lora_path": "/etc"})
+        assert reply.status_code == 403
 
 
 # ---- Prometheus and dashboards ------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Changes:
             raise ConfigError("adapters cannot change while a whole-model swap is in force; restore first")
         if not getattr(args, "enable_lora", False):
             raise ConfigError("this server was started without adapters; restart it with --enable-lora --max-loras 4 --max-lora-rank 64")
-        arms = sum(served.lora_id > 0 for served in table.arms.values())
+        arms = sum(served.lora_id > 0 for served in table.arms.values()) + len(self.runtime.resolved())
         deadline = time.monotonic() + WAIT_FOR_SLOT
         while arms + 2 <= args.max_loras < arms + 2 + len(self.retiring) and time.monotonic() < deadline:
             await asyncio.wait(self.retiring, timeout=1, return_when=asyncio.FIRST_COMPLETED)

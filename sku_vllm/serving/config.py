@@ -19,7 +19,7 @@ class ServeConfig:
     arms: NAME=SPEC as on the command line. split: weights by name. judge_sample: share of answers judged, per arm.
     judge_queue: answers that may wait for the judge; more are dropped and counted. shadow: TO=SHARE, the share of requests
     replayed to arm TO for judging. rollback_if: a rule such as "harmful>0.05 after 200". state: a directory that outlives
-    the server. run: the private directory of materialised adapters and, without `state`, of the routing table.
+    the server. adapter_root: trusted clients may name NAME@SCALE for an adapter directly below it. run: the private directory of materialised adapters and, without `state`, of the routing table.
     """
 
     model: str = ""
@@ -57,6 +57,8 @@ class ServeConfig:
             from sku_vllm.serving.guard import parse_rule
 
             parse_rule(self.rollback_if)
+        if self.adapter_root is not None and not Path(self.adapter_root).is_dir():
+            raise ConfigError(f"--adapter-root {self.adapter_root}: no such directory")
         for flag in ("rollback_if", "drift", "keep_judged"):
             if getattr(self, flag) and not self.judge:
                 raise ConfigError(f"--{flag.replace('_', '-')}: needs --judge, whose verdicts it works on")

@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Route:
-    """Where one HTTP request goes. lora: its arm's adapter in the engine, None for the engine's own weights."""
+    """Where one HTTP request goes. lora: its arm's adapter in the engine, None for the engine's own weights.
+    resolved: the client named an adapter below the root, and vLLM brings it.
+    """
 
     arm: str
     lora: Any
     prompts: list[str]
     arrived: float
+    resolved: bool = False
     generations: int = 0
 
 
@@ -46,10 +49,13 @@ def wrap_generate(engine_client: Any, runtime: "Runtime") -> Any:
             raise GracefulHTTPError("this endpoint is not routed by sku, and unrouted requests would reach the original model; use the alias on /v1/chat/completions or /v1/completions", HTTPStatus.FORBIDDEN)
         index, route.generations = route.generations, route.generations + 1
         seen = Observation(route, index, sampling_params)
-        version = route.lora.lora_int_id if route.lora else 0
+        lora = kwargs.get("lora_request") if route.resolved else route.lora
+        if route.resolved and lora is None:
+            raise GracefulHTTPError("this model did not resolve to an adapter", HTTPStatus.NOT_FOUND)
+        version = lora.lora_int_id if lora else 0
         runtime.in_flight[version] += 1  # beside the HTTP request's own count: a background response outlives its request
         try:
-            async with aclosing(inner(prompt, sampling_params, request_id, *args, **{**kwargs, "lora_request": route.lora})) as outputs:
+            async with aclosing(inner(prompt, sampling_params, request_id, *args, **{**kwargs, "lora_request": lora})) as outputs:
                 async for output in outputs:
                     seen.add(output)
                     yield output

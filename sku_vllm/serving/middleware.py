@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sku_vllm.serving.arms import ALIAS
 from sku_vllm.serving.engine import ROUTE, Route
+from sku_vllm.serving.resolver import names_adapter
 from sku_vllm.serving.runtime import Runtime, Unavailable, lora_request
 from sku_vllm.serving.upstream import UpstreamFailed, forward
 
@@ -22,6 +23,8 @@ GENERATES = frozenset({
     "/inference/v1/generate", "/generative_scoring", "/invocations",
 })
 
+# vLLM's own runtime loading, where it is switched on: any path of this machine, so not for every client.
+LOADS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 # Replays under way at once; beyond that a sampled request is simply not replayed.
 SHADOWS = 16
 
@@ -35,6 +38,8 @@ class SkuMiddleware:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] == "http" and path == "/v1/models":
             self.runtime.list_models()
+        if path in LOADS and not self.runtime.token_valid(Headers(scope=scope).get("x-sku-token")):
+            return await respond(send, 403, "loading adapters needs X-SKU-Token")
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATES:
             return await self.app(scope, receive, send)
         arrived = time.perf_counter()
@@ -43,8 +48,14 @@ class SkuMiddleware:
         if payload is None:  # vLLM's own 400
             return await self.app(scope, receive, send)
         await self.runtime.gate.wait()
+        headers = Headers(scope=scope)
+        if self.runtime.config.adapter_root and names_adapter(payload.get("model")) and self.runtime.trusted(headers.get("x-sku-token")):
+            if self.runtime.table.swap:
+                return await respond(send, 409, "adapters cannot answer while a whole-model swap is in force; restore first")
+            route = Route("adapter", None, prompts_of(payload), arrived, resolved=True)
+            return await self.pass_on(scope, receive, send, route)
         try:
-            arm = self.decide(Headers(scope=scope), payload)
+            arm = self.decide(headers, payload)
             if arm is None:  # a model vLLM does not know either: its own 404
                 return await self.app(scope, receive, send)
             await self.answer(arm, payload, path, scope, receive, send, arrived)

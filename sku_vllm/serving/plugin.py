@@ -32,6 +32,10 @@ class SkuEndpointPlugin:
         from sku_vllm.serving.runtime import Runtime
 
         self.runtime = Runtime(read_config())
+        if self.runtime.config.adapter_root:
+            from sku_vllm.serving.resolver import install
+
+            install(self.runtime)
         app.add_middleware(SkuMiddleware, runtime=self.runtime)
         app.include_router(router(self.runtime))
 

@@ -120,6 +120,10 @@ class Runtime:
         names = [ALIAS, *(self.table.arms if self.config.expose_arms else ())]
         self.models.base_model_paths[:] = [BaseModelPath(name=name, model_path=ALIAS) for name in names]
 
+    def resolved(self) -> dict[str, Any]:
+        """Adapters that trusted clients named below --adapter-root and that are in the engine, oldest first."""
+        return {name: request for name, request in self.models.lora_requests.items() if "@" in name}
+
     @property
     def several(self) -> bool:
         """Whether other API-server processes share the engine: what is in flight there is not known here."""

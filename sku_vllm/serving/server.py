@@ -136,6 +136,8 @@ def launch(config: ServeConfig, flags: Sequence[str] = (), *, host: str = "127.0
         plugins = os.environ.get("VLLM_PLUGINS")
         names = [*plugins.split(","), "sku"] if plugins else ["sku"]
         environment = {**os.environ, **(env or {}), VARIABLE: str(run / "serve.yaml"), "VLLM_PLUGINS": ",".join(dict.fromkeys(names))}
+        if config.adapter_root:  # without it vLLM never asks a resolver
+            environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         with open(log, "wb") if log else _inherited() as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
             server = Server(process, host, port, log, run, config.token)
@@ -192,8 +194,10 @@ def prepare(config: ServeConfig) -> list[str]:
     table = prepare_state(config, StateFile(config.state or config.run or ""))
     config.reset_state = False  # done; the server's processes must not do it again
     ranks = [adapter_rank(load_adapter(served.path, as_is=True)) for served in table.arms.values() if served.path]
-    if not ranks:
+    if not ranks and not config.adapter_root:
         return []
+    if config.adapter_root:
+        return ["--enable-lora", "--max-loras", str(len(ranks) + 4), "--max-lora-rank", str(max(64, served_rank(ranks)))]
     # One slot stays free (on CPU the base's rows would otherwise use the last adapter), one more lets a new version load beside the old.
     return ["--enable-lora", "--max-loras", str(len(ranks) + 2), "--max-lora-rank", str(served_rank(ranks))]
 
