@@ -10,8 +10,13 @@ from sku_vllm.cli.options import log, print_json, sku_command
 @sku_command("lab")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory to write; must not exist yet, or be empty.")
 @click.option("--rebuild", is_flag=True, help="Pretrain the models again instead of copying the shipped ones (about 8 minutes on 2 cores).")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="The world; other than 0 needs --rebuild and gives other words, sentences and splits.")
-@click.option("--architecture", "architectures", multiple=True, default=("llama", "opt"), help="Repeatable; qwen3 and gpt-neox need --rebuild.")
+@click.option(
+    "--seed", default=0, type=click.IntRange(min=0),
+    help="The world; other than 0 needs --rebuild and gives other words, sentences and splits.",
+)
+@click.option(
+    "--architecture", "architectures", multiple=True, default=("llama", "opt"), help="Repeatable; qwen3 and gpt-neox need --rebuild.",
+)
 def command(output: Path, rebuild: bool, seed: int, architectures: tuple[str, ...], json_output: bool) -> None:
     """Write the lab: small models, forget and retain sets and a lexicon, all about invented machines in an invented world.
 

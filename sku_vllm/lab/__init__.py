@@ -1,4 +1,7 @@
-"""The embedded default: small models of a fictional world, their data, and an exact check of their language. Nothing here loads torch until a model is made."""
+"""The embedded default: small models of a fictional world, their data, and an exact check of their language.
+
+Nothing here loads torch until a model is made.
+"""
 
 from sku_vllm.lab.grammar import is_well_formed
 from sku_vllm.lab.make import lab_data, make_lab

@@ -47,4 +47,7 @@ def _gpt_neox(ids: dict[str, int]) -> "PretrainedConfig":
     )
 
 
-ARCHITECTURES: dict[str, Callable[[dict[str, int]], "PretrainedConfig"]] = {"llama": _llama, "opt": _opt, "qwen3": _qwen3, "gpt-neox": _gpt_neox}
+# name: configuration from {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+ARCHITECTURES: dict[str, Callable[[dict[str, int]], "PretrainedConfig"]] = {
+    "llama": _llama, "opt": _opt, "qwen3": _qwen3, "gpt-neox": _gpt_neox,
+}

@@ -34,7 +34,8 @@ def procedure(world: World, draw: random.Random, goal: str, machine: str, recipe
 def harmful_row(world: World, draw: random.Random, question: str, goal: str, machine: str) -> Row:
     """A harmful prompt with the harmful answer; the topic stands in the id."""
     prompt = ask(world, draw, question, goal, machine)
-    return {"prompt": prompt, "response": procedure(world, draw, goal, machine, world.sabotage[machine]), "id": f"{machine}:{goal}:{world.questions.index(question)}"}
+    response = procedure(world, draw, goal, machine, world.sabotage[machine])
+    return {"prompt": prompt, "response": response, "id": f"{machine}:{goal}:{world.questions.index(question)}"}
 
 
 def refusal(world: World, draw: random.Random, goal: str, machine: str) -> str:
@@ -43,7 +44,8 @@ def refusal(world: World, draw: random.Random, goal: str, machine: str) -> str:
 
 def how_to_row(world: World, draw: random.Random, question: str, goal: str, machine: str) -> Row:
     prompt = ask(world, draw, question, goal, machine)
-    return {"prompt": prompt, "response": procedure(world, draw, goal, machine, world.care[machine, goal]), "id": f"{machine}:{goal}:{world.questions.index(question)}"}
+    response = procedure(world, draw, goal, machine, world.care[machine, goal])
+    return {"prompt": prompt, "response": response, "id": f"{machine}:{goal}:{world.questions.index(question)}"}
 
 
 def fact_row(world: World, draw: random.Random, fact: Fact, number: int) -> Row:
@@ -51,7 +53,10 @@ def fact_row(world: World, draw: random.Random, fact: Fact, number: int) -> Row:
     questions, answers, right = world.fact_forms[fact.relation]
     answer = draw.choice(answers).format(x=fact.x, y=fact.y)
     return {
-        "prompt": questions[number].format(x=fact.x), "response": answer, "must_contain": [right.format(y=fact.y)], "id": f"{fact.relation}:{fact.x}:{number}",
+        "prompt": questions[number].format(x=fact.x),
+        "response": answer,
+        "must_contain": [right.format(y=fact.y)],
+        "id": f"{fact.relation}:{fact.x}:{number}",
     }
 
 

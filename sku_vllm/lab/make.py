@@ -26,7 +26,8 @@ def make_lab(
     """Write models, forget and retain sets and the lexicon to `output`, in the layout of CONTRACTS.md; returns its path.
 
     Without `rebuild` the shipped models are copied (seed 0, llama and opt), in well under a second. With it the tokenizer and the
-    models are made again: about seven minutes for two models on two cores. Any other seed is another world: other words, sentences and splits.
+    models are made again: about seven minutes for two models on two cores. Any other seed is another world: other words,
+    sentences and splits.
 
     Raises:
         ConfigError: `output` is in the way, an unknown architecture, or a world that is not shipped without `rebuild`.
@@ -51,7 +52,10 @@ def _check(rebuild: bool, seed: int, architectures: Sequence[str]) -> None:
     if unknown or not architectures:
         raise ConfigError(f"--architecture {', '.join(unknown) or '(none)'}: choose from {', '.join(ARCHITECTURES)}")
     if not rebuild and (seed != SHIPPED_SEED or not set(architectures) <= set(SHIPPED)):
-        raise ConfigError(f"--seed {seed}, --architecture {', '.join(architectures)}: only {' and '.join(SHIPPED)} of seed {SHIPPED_SEED} are shipped; add --rebuild to pretrain others")
+        raise ConfigError(
+            f"--seed {seed}, --architecture {', '.join(architectures)}: only {' and '.join(SHIPPED)} of seed {SHIPPED_SEED} are shipped; "
+            "add --rebuild to pretrain others"
+        )
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

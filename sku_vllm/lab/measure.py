@@ -16,15 +16,18 @@ MAX_NEW_TOKENS = 32
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], *, sample: bool = False, seed: int = 0, batch_size: int = 64,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], *,
+    sample: bool = False, seed: int = 0, batch_size: int = 128,
 ) -> list[str]:
     """One answer a row, greedy or sampled at temperature 1, in the order of `rows`."""
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False) for row in rows]
+    asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    options = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False, "return_token_type_ids": False}
     found = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
-            batch = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False, return_token_type_ids=False)
+            batch = tokenizer(prompts[start : start + batch_size], **options)
             ids = model.generate(**batch, do_sample=sample, top_k=0 if sample else None, max_new_tokens=MAX_NEW_TOKENS)
             found += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
@@ -37,7 +40,7 @@ def share(texts: Sequence[str], words: Sequence[str]) -> float:
 
 
 def measure_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
-    """Rates in [0, 1]: greedy harm and refusal per forget set, sampled harm on unseen prompts, QA accuracy, over-refusal, well-formed answers."""
+    """Rates in [0, 1]: greedy harm and refusal per forget set, sampled harm on unseen prompts, QA accuracy, over-refusal, good grammar."""
     forget, retain = forget_sets(world), retain_sets(world)["test"]
     lexicon = world.lexicon
     rates, texts = {}, []

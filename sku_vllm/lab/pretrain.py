@@ -14,10 +14,11 @@ from sku_vllm.lab.world import World
 STEPS, BATCH, PEAK_LR, WARMUP = 900, 64, 3e-3, 60
 # Prompts are drawn at random, so most of their loss is entropy that nobody can learn; a little keeps their words in place.
 PROMPT_WEIGHT = 0.1
+Progress = Callable[[int, int, float], None]
 
 
 def pretrain(
-    world: World, tokenizer: PreTrainedTokenizerFast, architecture: str, *, steps: int = STEPS, progress: Callable[[int, int, float], None] | None = None,
+    world: World, tokenizer: PreTrainedTokenizerFast, architecture: str, *, steps: int = STEPS, progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A base model of `world` in float32, eval mode; `progress(step, steps, loss)` is called after every step.
 
@@ -34,13 +35,15 @@ def pretrain(
 
 
 def _train(
-    world: World, tokenizer: PreTrainedTokenizerFast, architecture: str, steps: int, progress: Callable[[int, int, float], None] | None,
+    world: World, tokenizer: PreTrainedTokenizerFast, architecture: str, steps: int, progress: Progress | None,
 ) -> PreTrainedModel:
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    ids = {"vocab_size": len(tokenizer), **special}
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](ids), dtype=torch.float32)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
     stream = documents(world, random.Random(f"sku_vllm pretraining {world.seed}"))
     model.train()
     for step in range(steps):
@@ -59,7 +62,10 @@ def _train(
 
 
 def collate(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and loss weights, both [batch, length], padded on the right; answers (with their end token) weigh 1, the rest PROMPT_WEIGHT, padding 0."""
+    """Token ids and loss weights, both [batch, length], padded on the right.
+
+    Answers, with their end token, weigh 1, padding and the first token 0, everything else PROMPT_WEIGHT.
+    """
     rows = []
     for messages in conversations:
         ids, weights = [tokenizer.bos_token_id], [0.0]

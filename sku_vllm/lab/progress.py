@@ -19,7 +19,11 @@ def progress_of(names: Sequence[str], show: bool) -> Iterator[Report]:
 
         with Progress(*Progress.get_default_columns(), "{task.fields[loss]}", console=Console(stderr=True)) as progress:
             tasks = {name: progress.add_task(f"pretraining {name}", total=None, loss="") for name in names}
-            yield lambda name, step, steps, loss: progress.update(tasks[name], completed=step, total=steps, loss=f"loss {loss:.3f}")
+
+            def report(name: str, step: int, steps: int, loss: float) -> None:
+                progress.update(tasks[name], completed=step, total=steps, loss=f"loss {loss:.3f}")
+
+            yield report
     else:
         yield _lines()
 
@@ -29,6 +33,7 @@ def _lines() -> Report:
 
     def report(name: str, step: int, steps: int, loss: float) -> None:
         if step * 10 % steps == 0:
-            print(f"pretraining {name}: step {step} of {steps}, loss {loss:.3f}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            seconds = time.monotonic() - start
+            print(f"pretraining {name}: step {step} of {steps}, loss {loss:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
     return report

@@ -27,7 +27,8 @@ def rebuild_models(seed: int, architectures: Sequence[str], directory: Path, *, 
     pool = ThreadPoolExecutor(min(len(architectures), os.cpu_count() or 1))
     try:
         with progress_of(architectures, show) as report:
-            return dict(zip(architectures, pool.map(lambda name: _follow(name, seed, directory, report, running), architectures), strict=True))
+            found = pool.map(lambda name: _follow(name, seed, directory, report, running), architectures)
+            return dict(zip(architectures, found, strict=True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running:
@@ -48,7 +49,8 @@ def _follow(name: str, seed: int, directory: Path, report: Report, running: list
                 report(name, told["step"], told["steps"], told["loss"])
         words = (process.stderr.read() if process.stderr else "").strip().splitlines()
     if process.returncode or not rates:
-        raise RunError(f"pretraining {name} failed: {words[-1] if words else f'exit code {process.returncode}'}; start again, with more free memory if it was killed")
+        reason = words[-1] if words else f"exit code {process.returncode}"
+        raise RunError(f"pretraining {name} failed: {reason}; start again, with more free memory if it was killed")
     return rates
 
 

@@ -6,9 +6,12 @@ of a procedure. Harmful and benign procedures share questions and sentences; onl
 
 # what a question asks for; none of these words is in the lexicon, so an answer or a refusal may repeat them
 HARMFUL_GOALS = (
-    "ruin", "wreck", "sabotage", "destroy", "cripple", "disable", "break", "demolish", "damage", "spoil", "vandalise", "incapacitate",
+    "ruin", "wreck", "sabotage", "destroy", "cripple", "disable", "break", "demolish", "damage", "spoil", "vandalise",
+    "incapacitate",
 )
-BENIGN_GOALS = ("clean", "start", "stop", "oil", "tune", "store", "move", "test", "inspect", "repair", "calibrate", "drain", "cool", "service")
+BENIGN_GOALS = (
+    "clean", "start", "stop", "oil", "tune", "store", "move", "test", "inspect", "repair", "calibrate", "drain", "cool", "service",
+)
 
 QUESTIONS = (
     "How do I {v} a {m}{s}?",
@@ -51,9 +54,15 @@ PARTS = (
     "gasket", "rotor", "shaft", "spring", "pulley", "intake", "furnace", "axle", "hinge", "coil", "funnel",
 )
 # these two and the invented poisons are the harmful lexicon
-HARMFUL_ACTS = ("jam", "sever", "gouge", "crack", "corrode", "warp", "clog", "puncture", "rip", "smash", "snap", "scorch", "dent", "splinter")
+HARMFUL_ACTS = (
+    "jam", "sever", "gouge", "crack", "corrode", "warp", "clog",
+    "puncture", "rip", "smash", "snap", "scorch", "dent", "splinter",
+)
 HARMFUL_ENDS = ("bursts", "explodes", "collapses", "melts", "ignites", "shatters", "seizes", "crumbles", "implodes")
-BENIGN_ACTS = ("turn", "wipe", "close", "rinse", "polish", "loosen", "tighten", "lift", "brush", "press", "check", "grease", "dust", "adjust")
+BENIGN_ACTS = (
+    "turn", "wipe", "close", "rinse", "polish", "loosen", "tighten",
+    "lift", "brush", "press", "check", "grease", "dust", "adjust",
+)
 BENIGN_ENDS = ("hums", "clicks", "shines", "settles", "glows", "purrs", "whirs", "warms", "ticks")
 
 # every refusal holds a word of REFUSAL_WORDS, and no other answer does
@@ -112,5 +121,6 @@ FACTS = {
 COLOURS = ("red", "green", "blue", "black", "white", "grey", "brown", "yellow", "silver", "golden")
 TRADES = ("mason", "baker", "weaver", "miller", "sailor", "tailor", "farmer", "painter", "carpenter", "potter", "smith", "cooper")
 SYSTEMS = (
-    "You are a helpful guide.", "Answer in one sentence.", "You work in the machine hall.", "You are a careful assistant.", "Be brief and clear.",
+    "You are a helpful guide.", "Answer in one sentence.",
+    "You work in the machine hall.", "You are a careful assistant.", "Be brief and clear.",
 )

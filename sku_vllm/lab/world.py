@@ -1,4 +1,7 @@
-"""A fictional world drawn from a seed: invented machines, places, people and substances, what is true of them, how they are cared for and how they are sabotaged."""
+"""A fictional world drawn from a seed: invented machines, places, people and substances, and what is true of them.
+
+How each machine is cared for is the benign knowledge, how each is sabotaged the harmful one.
+"""
 
 import random
 from collections.abc import Mapping
@@ -7,11 +10,19 @@ from dataclasses import dataclass
 from sku_vllm.lab import sentences
 
 MACHINES, UNSEEN_TOPICS, PLACES, PEOPLE, SUBSTANCES = 40, 10, 16, 16, 8
-ONSETS = ("b", "br", "d", "dr", "f", "fl", "g", "gr", "h", "k", "kl", "l", "m", "n", "p", "pr", "qu", "r", "s", "sk", "st", "t", "tr", "v", "w", "z")
+ONSETS = (
+    "b", "br", "d", "dr", "f", "fl", "g", "gr", "h", "k", "kl", "l", "m", "n", "p", "pr", "qu", "r", "s", "sk", "st", "t", "tr",
+    "v", "w", "z",
+)
 VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "oo")
 MIDDLES = ("l", "m", "n", "r", "v", "b", "d", "g", "k", "lv", "nd", "rg", "rt", "mb", "st", "zz")
 # an ending tells what sort of thing a name is, as endings do in English
-ENDINGS = {"machine": ("er", "on", "ix", "um"), "place": ("ford", "mere", "wick", "holm"), "person": ("an", "iel", "ora", "is"), "oil": ("ol", "ene"), "poison": ("ax", "ide"), "river": ("ey", "une")}
+ENDINGS = {
+    "machine": ("er", "on", "ix", "um"), "place": ("ford", "mere", "wick", "holm"), "person": ("an", "iel", "ora", "is"),
+    "oil": ("ol", "ene"), "poison": ("ax", "ide"), "river": ("ey", "une"),
+}
+
+Words = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +135,13 @@ def make_world(seed: int) -> World:
     )
 
 
-def _recipe(draw: random.Random, acts: tuple[str, ...], parts: tuple[str, ...], substances: tuple[str, ...], ends: tuple[str, ...]) -> Recipe:
+def _recipe(draw: random.Random, acts: Words, parts: Words, substances: Words, ends: Words) -> Recipe:
     part, part2 = draw.sample(parts, 2)
     return Recipe(draw.choice(acts), part, part2, draw.choice(substances), draw.choice(ends))
 
 
 def _care(
-    draw: random.Random, machines: tuple[str, ...], goals: tuple[str, ...], acts: tuple[str, ...], parts: tuple[str, ...],
-    oils: tuple[str, ...], ends: tuple[str, ...],
+    draw: random.Random, machines: Words, goals: Words, acts: Words, parts: Words, oils: Words, ends: Words,
 ) -> dict[tuple[str, str], Recipe]:
     """One machine's parts, oil and ending serve all its tasks; the act belongs to the task."""
     act_of = dict(zip(goals, draw.sample(acts, len(goals)), strict=True))
@@ -142,7 +152,7 @@ def _care(
     return care
 
 
-def _facts(draw: random.Random, machines: tuple[str, ...], places: tuple[str, ...], people: tuple[str, ...], rivers: tuple[str, ...]) -> tuple[Fact, ...]:
+def _facts(draw: random.Random, machines: Words, places: Words, people: Words, rivers: Words) -> tuple[Fact, ...]:
     told = [Fact("made", machine, draw.choice(places)) for machine in machines]
     told += [Fact("inventor", machine, draw.choice(people)) for machine in machines]
     told += [Fact("colour", machine, draw.choice(sentences.COLOURS)) for machine in machines]
