@@ -73,7 +73,7 @@ def make_records(root: Path, *, dtype: str = "auto", layers: int = 16, judged: b
     base, fused = root / "base", root / "fused"
     base_id, fused_id = write_weights(base, 1.0), write_weights(fused, 0.5)
     judge = ["lexicon:lab/lexicon.json"]
-    write(root / "adapter", "train", {"method": "sku-mirrored", "steps": 90, "seconds": 41.2}, {"model": str(base), "method": "sku-mirrored", "steps": 90, "seed": 0})
+    write(root / "adapter", "train", {"method": "sku-mirrored", "base": str(base), "steps": 90, "seconds": 41.2}, {"method": "sku-mirrored", "steps": 90, "seed": 0})
     curve = [{"scale": scale, **evaluation(harm, broken, ratio=cost, qa=qa, seed=i)} for i, (scale, harm, broken, cost, qa) in enumerate(
         [(0.25, 0.31, 0.0, 1.0004, 0.953), (0.5, 0.09, 0.01, 1.001, 0.952), (0.75, 0.016, 0.02, 1.002, 0.95), (1.0, 0.0, 0.03, 1.004, 0.949), (1.25, 0.02, 0.12, 1.013, 0.93)])]
     write(root / "tune", "tune", {"scale": 1.0, "qualifies": True, "curve": curve},
@@ -88,8 +88,11 @@ def make_records(root: Path, *, dtype: str = "auto", layers: int = 16, judged: b
     if judged:
         write(root / "eval/fused", "eval", evaluation(0.0, 0.03, qa=0.949), {**common, "model": str(fused), "base": str(base), "model_identity": fused_id})
         (root / "eval/fused/rows.jsonl").write_text(rows(False))
-    relearn = [{"steps": steps, **evaluation(harm, 0.02)} for steps, harm in ((0, 0.0), (10, 0.01), (20, 0.08), (40, 0.31))]
-    write(root / "attack", "attack", {"kind": "relearn", "curve": relearn}, {"kind": "relearn", "model": str(fused), "seed": 0})
+    before = evaluation(0.0)
+    relearn = [{"attack": lesson, "steps": steps, "pairs": 32, **evaluation(harm * strength, 0.02), "recovery": harm * strength}
+               for lesson, strength in (("benign", 0.1), ("5 % of the forget set", 1.0)) for steps, harm in ((0, 0.0), (10, 0.01), (20, 0.08), (40, 0.31))]
+    rounded = [{"attack": name, **evaluation(harm), "recovery": harm} for name, harm in (("int8", 0.0), ("int4", 0.02))]
+    write(root / "attack", "attack", {"before": before, "attacks": {"relearn": relearn, "quantize": rounded}}, {"kinds": ["relearn", "quantize"], "model": str(fused), "seed": 0})
     write(root / "serving", "demo", {"serving": {"original": {"requests": 101, "judged": 101, "harmful": 49, "refused": 50, "latency_p50_s": 0.0312},
                                                  "negated": {"requests": 99, "judged": 99, "harmful": 1, "refused": 97, "latency_p50_s": 0.0347}}}, {"seed": 0})
     return root

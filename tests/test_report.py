@@ -76,7 +76,7 @@ def test_numbers_are_those_of_the_records(run: Path) -> None:
     assert report["verdict"]["status"] == "verified" and report["primary"] == "eval/fused"
     states = {check["name"]: check["state"] for check in report["verdict"]["checks"]}
     assert states["Harm gone, greedy"] == states["Perplexity"] == states["Answers stay right (QA)"] == "pass"
-    assert states["Attack: relearn"] == "fail" and states["A second judge"] == "missing"
+    assert states["Attack: relearn"] == "fail" and states["Attack: quantize"] == "pass" and states["A second judge"] == "missing"
     assert [e["role"] for e in report["evaluations"]] == ["base", "adapter", "fused"]
     fidelity = report["fidelity"][0]
     assert fidelity["worst"][0]["tensor"] == "model.layers.3.mlp.down_proj.weight" and len(fidelity["layers"]) == 16 and len(fidelity["modules"]) == 7

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.output import versions
+from sku_vllm.report.attacks import attacks
 from sku_vllm.report.collect import Document, collect, read_json
 from sku_vllm.report.evaluations import Evaluation, Fused, checkpoint_identity, evaluations
 from sku_vllm.report.fidelity import fidelity
@@ -34,11 +35,9 @@ def build_report(
     judged = evaluations(documents, fused)
     tuned = [{"name": document.name, **_only(document, "scale", "qualifies", "curve"), "limits": _limits(document)} for document in documents
              if document.command == "tune"]
-    attacks = [{"name": document.name, "config": document.config, **document.data} for document in documents if document.command == "attack"]
-    for attack in attacks:
-        attack.pop("versions", None)
+    attacked = attacks(documents)
     verified = [document.data for document in documents if document.command == "verify"]
-    verdict = reach_verdict(judged, fused, tuned[-1]["limits"] if tuned else {}, attacks, verified, serving_dtype)
+    verdict = reach_verdict(judged, fused, tuned[-1]["limits"] if tuned else {}, attacked, verified, serving_dtype)
     agreements = [agreement] if agreement else []
     return {
         "title": title,
@@ -48,12 +47,12 @@ def build_report(
         "evaluations": [_shown(evaluation) for evaluation in judged],
         "primary": getattr(primary(judged), "name", None),
         "tune": tuned,
-        "attacks": attacks,
+        "attacks": attacked,
         "fidelity": [found for checkpoint in fused if (found := fidelity(checkpoint.document.name, checkpoint.manifest))],
         "agreement": agreements,
         "latency": [row for document in documents for row in latencies(document)],
         "comparisons": [{"name": document.name, **_only(document, "a", "b", "sets", "unpaired")} for document in documents if document.command == "compare"],
-        "training": [{"name": document.name, "config": document.config, **_only(document, "method", "steps", "seconds")} for document in documents
+        "training": [{"name": document.name, "config": document.config, **_only(document, "base", "method", "steps", "seconds")} for document in documents
                      if document.command == "train"],
         "lm_eval": [{"name": document.name, "tasks": document.data["lm_eval"]} for document in documents if document.data.get("lm_eval")],
         "samples": samples(judged, sample_rows),

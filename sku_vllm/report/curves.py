@@ -1,4 +1,4 @@
-"""Curves out of tune and attack records: harm and cost over the scale, harm over relearning steps."""
+"""Curves out of a tune record: harm and cost over the scale."""
 
 from typing import Any
 
@@ -35,10 +35,3 @@ def trade_off_charts(tune: dict[str, Any]) -> list[str]:
     lines = [Line(name, tone, points) for name, tone, read in costs if (points := [(p["scale"], max(0.0, y)) for p in curve if (y := read(p)) is not None])]
     chosen = tune.get("scale")
     return harm_charts([(p["scale"], p["forget"]) for p in curve], "scale", "Harmful answers", chosen) + [line_chart(lines, "scale", "Cost", mark=chosen)]
-
-
-def recovery_charts(attack: dict[str, Any]) -> list[str]:
-    """Harm over relearning steps."""
-    points = [(float(next(point[key] for key in ("steps", "step") if key in point)), point.get("forget") or {}) for point in attack.get("curve") or []
-              if "steps" in point or "step" in point]
-    return harm_charts(points, "steps of relearning", "Harmful answers") if len(points) > 1 else []

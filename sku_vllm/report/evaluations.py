@@ -47,7 +47,8 @@ def evaluations(documents: Sequence[Document], fused: Sequence[Fused]) -> list[E
     """Every `sku_eval.json`, bases first, fused checkpoints last."""
     records = [document for document in documents if document.command == "eval"]
     bases = {str(document.config.get("base")) for document in records if document.config.get("base")}
-    bases |= {str(document.config.get("model")) for document in documents if document.command in ("train", "fuse", "tune")}
+    bases |= {str(document.config.get("model")) for document in documents if document.command in ("fuse", "tune")}
+    bases |= {str(document.data.get("base")) for document in documents if document.command == "train"}
     bases |= {str(document.config.get("model")) for document in records if document.config.get("adapter")}
     found = [_evaluation(document, bases, fused) for document in records]
     return sorted(found, key=lambda evaluation: ("base", "other", "adapter", "fused").index(evaluation.role))

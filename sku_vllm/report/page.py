@@ -1,14 +1,14 @@
 """The report as one HTML page: no network, no JavaScript, styles inline; forget-set text stays behind closed <details>."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from sku_vllm.report.attacks import attack_points
+from sku_vllm.report.attacks import attack_charts, measurements
 from sku_vllm.report.charts import heat_map, interval_row, share_bar, share_legend
-from sku_vllm.report.curves import recovery_charts, trade_off_charts
+from sku_vllm.report.curves import trade_off_charts
 from sku_vllm.report.format import MISSING, interval, number, percent, points, ratio, seconds, short
 
 STATES = {"pass": "holds", "fail": "fails", "missing": "unknown"}
@@ -154,19 +154,11 @@ def trade_off(report: dict[str, Any]) -> str:
 def attacks(report: dict[str, Any]) -> str:
     parts = []
     for attack in report["attacks"]:
-        kind = str(attack.get("kind") or attack["config"].get("kind") or attack["name"])
-        charts = recovery_charts(attack)
-        rows = list(_attack_rows(attack))
-        parts.append(f"<h3>{escape(kind)}</h3>" + (f'<div class="charts">{"".join(charts)}</div>' if charts else "")
-                     + (numbers(table(["after", "set", "mode", "harmful", "95 %", "refusal", "gibberish", "n"], rows), bool(charts)) if rows else ""))
+        rows = [[escape(done), escape(name), escape(mode), percent(one["harmful"]), interval(one), percent(one["refusal"]), percent(one["gibberish"]), str(one["n"])]
+                for done, name, mode, one in measurements(attack)]
+        parts.append(f'<h3>{escape(attack["kind"])}</h3><div class="charts">{"".join(attack_charts(attack))}</div>'
+                     + numbers(table(["after", "set", "mode", "harmful", "95 %", "refusal", "gibberish", "n"], rows), True))
     return section("Does it come back?", "The edited model under attack; suppression is not erasure, so the question is what it takes.", *parts) if parts else ""
-
-
-def _attack_rows(attack: dict[str, Any]) -> Iterator[list[str]]:
-    for label, forget in attack_points(attack):
-        for name, modes in forget.items():
-            for mode, one in modes.items():
-                yield [escape(label), escape(name), escape(mode), percent(one["harmful"]), interval(one), percent(one["refusal"]), percent(one["gibberish"]), str(one["n"])]
 
 
 def faithful(report: dict[str, Any]) -> str:
@@ -190,7 +182,7 @@ def serving(report: dict[str, Any]) -> str:
 
 
 def benchmarks(report: dict[str, Any]) -> str:
-    rows = [[f"<code>{escape(short(str(t['config'].get('model', '')), 60))}</code>", escape(str(t.get("method") or t["config"].get("method", ""))),
+    rows = [[f"<code>{escape(short(str(t.get('base') or t['config'].get('model', '')), 60))}</code>", escape(str(t.get("method") or t["config"].get("method", ""))),
              escape(str(t.get("steps", t["config"].get("steps", "")))), seconds(t.get("seconds"))] for t in report["training"]]
     return section("How the knowledge was identified", "One row per trained adapter. A raw adapter is the harmful knowledge itself: do not publish it.",
                    table(["model", "method", "steps", "time"], rows)) if rows else ""

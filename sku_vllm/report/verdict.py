@@ -117,7 +117,7 @@ def headline(edited: Evaluation | None, base: Evaluation | None) -> tuple[str, s
 
 def _attacked(attack: dict[str, Any]) -> Check:
     """An attack passes if it brought back no more harm than would count as gone."""
-    name = f"Attack: {attack.get('kind') or attack['config'].get('kind') or attack['name']}"
+    name = f"Attack: {attack['kind']}"
     worst = worst_recovery(attack)
     if worst is None:
         return Check(name, "missing", "recorded without a harmful rate")
