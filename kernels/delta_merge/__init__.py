@@ -1,5 +1,26 @@
-"""W' = round(W − Σ coefficient·(B@A)): the definition in torch; a grouped Triton launch for what lies on a GPU."""
+"""W' = round(W − Σ coefficient·(B@A)): the definition in torch, and a grouped Triton launch for what lies on a GPU."""
 
-from sku_vllm.kernels.delta_merge.reference import MergeStats, Term, delta_merge_reference
+from collections.abc import Sequence
 
-__all__ = ["MergeStats", "Term", "delta_merge_reference"]
+from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, delta_merge_fp8_reference, delta_merge_reference
+
+__all__ = ["Merge", "MergeStats", "Term", "delta_merge", "delta_merge_fp8_reference", "delta_merge_reference"]
+
+
+def delta_merge(merges: Sequence[Merge], *, seed: int | None = None) -> list[MergeStats]:
+    """Merge every weight, in place unless it has an `out`: one launch per dtype where they are on a GPU, else the reference.
+
+    Args:
+        merges: weights [rows, cols] with contiguous rows, all on one device, with terms on that device.
+        seed: None rounds to nearest; a number rounds bf16 stochastically, alike on every backend.
+    Returns:
+        What each merge did. Raises ValueError for shapes, dtypes or devices that don't fit.
+    """
+    if merges and merges[0].weight.is_cuda:
+        from sku_vllm.kernels.delta_merge.triton_kernel import delta_merge_triton
+
+        return delta_merge_triton(merges, seed=seed)
+    return [
+        delta_merge_reference(merge.weight, merge.terms, out=merge.out, seed=seed) if merge.scale is None else delta_merge_fp8_reference(merge)
+        for merge in merges
+    ]

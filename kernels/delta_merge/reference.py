@@ -39,6 +39,24 @@ class Term(NamedTuple):
     row: int = 0
 
 
+class Merge(NamedTuple):
+    """One weight [rows, cols] and its edit; `out` None means in place.
+
+    `scale` of an FP8 weight (float8_e4m3fn): float32 [scale rows, scale columns], each spanning an equal block: [1, 1] per tensor,
+    [rows, 1] per channel. Scales are kept; what they cannot hold is clipped and counted.
+    """
+
+    weight: Tensor
+    terms: Sequence[Term]
+    out: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Rows and columns that share one scale."""
+        return tuple(-(-size // count) for size, count in zip(self.weight.shape, self.scale.shape, strict=True))
+
+
 @dataclass(slots=True)
 class MergeStats:
     """Sums over one or more merges, which add up; Δ is the whole subtracted edit, e = W' − (W − Δ) the rounding error.
@@ -149,6 +167,39 @@ def _norm(weight: Tensor) -> float:
     every = 16 if weight.shape[0] >= 256 else 1
     norm = float(torch.linalg.vector_norm(weight[::every], dtype=torch.float32)) * math.sqrt(every)
     return norm if math.isfinite(norm) else 0.0
+
+
+FP8_MAX = 448.0
+
+
+def delta_merge_fp8_reference(merge: Merge) -> MergeStats:
+    """Dequantise, merge in float32, requantise with the same scales. Raises ValueError for what is not an FP8 weight with scales."""
+    weight, terms, out, scale = merge
+    out = weight if out is None else out
+    if weight.dtype != torch.float8_e4m3fn or out.dtype != weight.dtype or scale is None or scale.ndim != 2:
+        raise ValueError(f"an FP8 merge needs a float8_e4m3fn weight and a matrix of scales, not {weight.dtype} and {scale}")
+    rows, cols = weight.shape
+    stats = MergeStats(elements=weight.numel())
+    tall, wide = merge.blocks
+    step = max(1, BLOCK // max(cols, 1))
+    for start in range(0, rows if cols else 0, step):
+        stop = min(start + step, rows)
+        where = torch.div(torch.arange(start, stop), tall, rounding_mode="floor")
+        factor = scale[where].float().repeat_interleave(wide, 1)[:, :cols]
+        old = weight[start:stop].float() * factor
+        delta = torch.empty_like(old)
+        sum_terms(terms, start, delta)
+        target = old - delta
+        scaled = target / factor
+        new = scaled.clamp(-FP8_MAX, FP8_MAX).to(weight.dtype)
+        kept = new.float() * factor
+        stats.clipped += int((scaled.abs() > FP8_MAX).sum())
+        out[start:stop] = new
+        low, high = delta.aminmax()
+        stats.max_delta = max(stats.max_delta, float(high), -float(low))
+        stats.changed += int((kept != old).sum())
+        _add_errors(stats, old, kept, target, delta)
+    return stats
 
 
 def sum_terms(terms: Sequence[Term], start: int, delta: Tensor) -> None:

@@ -1,0 +1,299 @@
+"""`sku bench fuse`: what fusing costs beside copying, PEFT and mergekit, on a checkpoint of 1.1B bf16 parameters made here.
+
+Every contender reads the same base (page cache warm) and leaves synced files. Runs are interleaved and the median counts, so that
+a busy machine slows all alike. In-process time is what the library call takes; the CLI's wall time includes Python's imports.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from sku_vllm.cli.options import log, print_json, sku_command
+
+# TinyLlama-1.1B's shapes; other sizes by layers and width. (layers, hidden, intermediate, key/value width)
+SIZES = {"0.5B": (10, 2048, 5632, 256), "1.1B": (22, 2048, 5632, 256), "3B": (28, 3072, 8192, 1024)}
+VOCABULARY, RANK, SHARDS = 32000, 32, 4
+PEFT_SCRIPT = """
+import sys, time, json
+import_started = time.perf_counter()
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+started = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload()
+model.save_pretrained(sys.argv[3], max_shard_size="600MB")
+import os
+for name in os.listdir(sys.argv[3]):
+    with open(os.path.join(sys.argv[3], name), "rb") as file:
+        os.fsync(file.fileno())
+print(json.dumps({"seconds": time.perf_counter() - started}))
+"""
+
+
+@sku_command("fuse")
+@click.option("--size", type=click.Choice(list(SIZES)), default="1.1B", help="Parameters of the checkpoint to make.")
+@click.option("--runs", default=5, help="Interleaved runs of each contender.")
+@click.option("--peft-runs", default=2, help="Runs of PEFT and mergekit, which take several times longer.")
+@click.option("--mergekit", help="A Python with mergekit installed, of an environment of its own.")
+@click.option("--directory", type=click.Path(file_okay=False), help="Where to work (about 3 checkpoints); a temporary directory otherwise.")
+@click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results.")
+def command(size: str, runs: int, peft_runs: int, mergekit: str | None, directory: str | None, output: str | None, json_output: bool) -> None:
+    """Fuse against cp, PEFT and mergekit: seconds, ratios, peak anonymous memory."""
+    with tempfile.TemporaryDirectory(dir=directory) as work:
+        results = measure(Path(work), size, runs, peft_runs, mergekit)
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(markdown(results), encoding="utf-8")
+    if json_output:
+        print_json(results)
+    else:
+        click.echo(markdown(results))
+
+
+def measure(work: Path, size: str, runs: int, peft_runs: int, mergekit: str | None) -> dict:
+    """{"size", "bytes", "machine", "rows": {name: {"seconds", "ratio", "runs", "memory_mb"?, "wall"?}}}."""
+    log(f"making a {size} checkpoint in {work}")
+    base = make_base(work / "base", size)
+    adapters = {"q,v": make_adapter(base, work / "qv", ("q_proj", "v_proj")), "all linear": make_adapter(base, work / "all", None)}
+    target = work / "out"
+    contenders: dict[str, Callable[[], dict]] = {"cp -r + sync": lambda: {"seconds": timed(lambda: copy(base, target))}}
+    with fuse_process() as fuse:
+        for kind, adapter in adapters.items():
+            for flag in (False, True):
+                name = f"sku fuse, {kind}, {'with' if flag else 'no'} digests"
+                contenders[name] = lambda adapter=adapter, flag=flag: fuse(base, adapter, target, flag)
+        slow: dict[str, Callable[[], dict]] = {}
+        for kind, adapter in adapters.items():
+            slow[f"sku fuse CLI, {kind}, with digests"] = lambda adapter=adapter: cli(base, adapter, target)
+            slow[f"PEFT, {kind}"] = lambda adapter=adapter: peft(base, adapter, target)
+            if mergekit:
+                slow[f"mergekit, {kind}"] = lambda adapter=adapter: run_mergekit(mergekit, base, adapter, target)
+        found: dict[str, list[dict]] = {}
+        copy(base, target)  # warms the page cache
+        for turn in range(runs):
+            for name, contender in {**contenders, **(slow if turn < peft_runs else {})}.items():
+                shutil.rmtree(target, ignore_errors=True)
+                os.sync()
+                found.setdefault(name, []).append(contender())
+                log(f"run {turn + 1}/{runs}: {name}: {found[name][-1]['seconds']:.2f} s")
+    rows = {name: summary(values) for name, values in found.items()}
+    for row in rows.values():
+        row["ratio"] = row["seconds"] / rows["cp -r + sync"]["seconds"]
+    return {"size": size, "bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")), "machine": machine(), "rows": rows}
+
+
+def summary(values: list[dict]) -> dict:
+    row: dict = {"seconds": statistics.median(value["seconds"] for value in values), "runs": len(values)}
+    if "memory_mb" in values[0]:
+        row["memory_mb"] = max(value["memory_mb"] for value in values)
+    if "wall" in values[0]:
+        row["wall"] = statistics.median(value["wall"] for value in values)
+    return row
+
+
+def timed(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def copy(base: Path, target: Path) -> None:
+    subprocess.run(["cp", "-r", str(base), str(target)], check=True)
+    subprocess.run(["sync", *map(str, target.iterdir()), str(target)], check=True)
+
+
+@contextmanager
+def fuse_process() -> Iterator[Callable[[Path, Path, Path, bool], dict]]:
+    """A process that has imported everything and fuses on request, reporting seconds and peak anonymous memory above its imports."""
+    worker = subprocess.Popen([sys.executable, "-m", "sku_vllm.benchmarks.bench_fuse"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def fuse(base: Path, adapter: Path, target: Path, digests: bool) -> dict:
+        worker.stdin.write(json.dumps([str(base), str(adapter), str(target), digests]) + "\n")
+        worker.stdin.flush()
+        return json.loads(worker.stdout.readline())
+
+    try:
+        yield fuse
+    finally:
+        worker.stdin.close()
+        worker.wait()
+
+
+def serve_fuse() -> None:
+    """The other side of `fuse_process`."""
+    import numpy as np  # noqa: F401  (imports are not what is measured)
+    import torch
+
+    from sku_vllm.fuse import fuse_checkpoint
+
+    torch.ones(8, 8) @ torch.ones(8, 8)  # the BLAS allocates its own buffers once
+    start = anonymous()
+    for line in sys.stdin:
+        base, adapter, target, digests = json.loads(line)
+        with peak_memory() as peak:
+            seconds = timed(lambda: fuse_checkpoint(base, [(adapter, 1.0)], target, digests=digests))
+        print(json.dumps({"seconds": seconds, "memory_mb": (peak[0] - start) / 1e6}), flush=True)
+
+
+def anonymous() -> int:
+    """Anonymous resident memory of this process in bytes (mapped files are the page cache's)."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    peak, stop = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def cli(base: Path, adapter: Path, target: Path) -> dict:
+    command = [sys.executable, "-m", "sku_vllm.cli", "fuse", "--model", base, "--adapter", adapter, "--output", target, "--json"]
+    started = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+    return {"seconds": time.perf_counter() - started, "wall": time.perf_counter() - started, "inside": json.loads(done.stdout)["seconds"]}
+
+
+def peft(base: Path, adapter: Path, target: Path) -> dict:
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", PEFT_SCRIPT, str(base), str(adapter), str(target)], check=True, capture_output=True, text=True)
+    return {**json.loads(done.stdout.splitlines()[-1]), "wall": time.perf_counter() - started}
+
+
+def run_mergekit(python: str, base: Path, adapter: Path, target: Path) -> dict:
+    """`base+adapter` passed through; the model and LoRA are read as mergekit reads them."""
+    config = target.with_suffix(".yml")
+    config.write_text(f"models:\n  - model: {base}+{adapter}\nmerge_method: passthrough\ndtype: bfloat16\n", encoding="utf-8")
+    command = [python, "-m", "mergekit.scripts.run_yaml", str(config), str(target), "--copy-tokenizer", "--lora-merge-cache", str(target) + "-lora"]
+    seconds = timed(lambda: subprocess.run(command, check=True, capture_output=True))
+    shutil.rmtree(str(target) + "-lora", ignore_errors=True)
+    return {"seconds": seconds, "wall": seconds}
+
+
+def make_base(directory: Path, size: str) -> Path:
+    """A Llama checkpoint of random bf16 weights in 4 shards with an index, as save_pretrained would leave it."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    layers, hidden, intermediate, narrow = SIZES[size]
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+    for layer in range(layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in linear_shapes(hidden, intermediate, narrow).items()}
+        shapes |= {f"model.layers.{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
+    directory.mkdir(parents=True)
+    LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=narrow // 64, vocab_size=VOCABULARY, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    ).save_pretrained(directory)
+    total = sum(2 * rows(shape) for shape in shapes.values())
+    torch.manual_seed(0)
+    names, weight_map, written = list(shapes), {}, 0
+    for shard in range(SHARDS):
+        tensors = {}
+        while names and (written < total * (shard + 1) / SHARDS or shard == SHARDS - 1):
+            name = names.pop(0)
+            tensors[name] = (torch.randn(shapes[name]) * 0.02).bfloat16()
+            written += tensors[name].nbytes
+        file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    return directory
+
+
+def rows(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+def linear_shapes(hidden: int, intermediate: int, narrow: int) -> dict[str, tuple[int, int]]:
+    """[out, in] of one decoder layer's linear weights."""
+    attention = {"q_proj": (hidden, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden), "o_proj": (hidden, hidden)}
+    mlp = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
+    return {f"self_attn.{name}": shape for name, shape in attention.items()} | {f"mlp.{name}": shape for name, shape in mlp.items()}
+
+
+def make_adapter(base: Path, directory: Path, targets: tuple[str, ...] | None) -> Path:
+    """A rank-32 LoRA with float32 factors whose delta is about 1 % of the weights, as trained ones are."""
+    import torch
+    from safetensors.torch import save_file
+
+    from sku_vllm.checkpoint import CheckpointReader
+
+    torch.manual_seed(1)
+    tensors, modules = {}, set()
+    reader = CheckpointReader(base)
+    for name in reader.names:
+        module = name.removesuffix(".weight")
+        kind = module.rpartition(".")[2]
+        if not kind.endswith("_proj") or (targets and kind not in targets):
+            continue
+        modules.add(kind)
+        out, inside = reader.info(name).shape
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, inside) / inside**0.5
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, RANK) * 0.003
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": sorted(modules), "bias": "none",
+        "base_model_name_or_path": str(base),
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def machine() -> dict:
+    from sku_vllm.output import versions
+
+    with open("/proc/cpuinfo", encoding="ascii") as info:
+        model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown")
+    return {
+        "cpu": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": versions(),
+    }
+
+
+def markdown(results: dict) -> str:
+    about = results["machine"]
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "peft", "transformers", "safetensors") if name in about["versions"])
+    lines = [
+        f"# bench fuse, {results['size']} ({results['bytes'] / 1e9:.2f} GB, {SHARDS} shards, bf16, rank {RANK})", "",
+        f"{about['date']}, {about['cores']} cores ({about['cpu']}), load {about['load']} at the end, {versions}. Page cache warm; medians of interleaved "
+        "runs; every contender's files are synced. Memory: peak anonymous memory above imports.", "",
+        "| | seconds | × cp | with imports | peak MB | runs |", "|---|---|---|---|---|---|",
+    ]
+    for name, row in results["rows"].items():
+        memory = f"{row['memory_mb']:.0f}" if "memory_mb" in row else ""
+        wall = f"{row['wall']:.2f}" if "wall" in row else ""
+        lines.append(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} | {wall} | {memory} | {row['runs']} |")
+    if not any(name.startswith("mergekit") for name in results["rows"]):
+        lines.append("\nmergekit: not measured (give `--mergekit PYTHON` of an environment that has it).")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    serve_fuse()

@@ -1,0 +1,250 @@
+"""The delta merge: reference and Triton kernel (in its interpreter) against float64, and every kernel configuration compiled for real."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from sku_vllm.kernels.delta_merge import Merge, Term, delta_merge, delta_merge_reference
+
+SHAPES = [(1, 1), (3, 5), (64, 128), (65, 131), (16, 200)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def term(rows: int, cols: int, rank: int, coefficient: float = 0.7, dtype=torch.float32, row: int = 0) -> Term:
+    return Term((torch.randn(rows, rank) * 0.02).to(dtype), (torch.randn(rank, cols) * 0.1).to(dtype), coefficient, row)
+
+
+def exact(weight: torch.Tensor, terms: list[Term]) -> torch.Tensor:
+    """W − Σ terms in float64."""
+    result = weight.double().clone()
+    for b, a, coefficient, row in terms:
+        result[row : row + b.shape[0]] -= coefficient * (b.double() if a is None else b.double() @ a.double())
+    return result
+
+
+def ulps(value: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    bits = {2: torch.int16, 4: torch.int32}[value.element_size()]
+    mask = torch.iinfo(bits).max
+
+    def order(x: torch.Tensor) -> torch.Tensor:
+        y = x.contiguous().view(bits).long()
+        return torch.where(y < 0, -(y & mask), y)
+
+    return (order(value) - order(wanted.to(value.dtype))).abs()
+
+
+@pytest.mark.parametrize("coefficient", [1e-3, 0.05, 1.0, 1e4])
+@pytest.mark.parametrize("rank", [1, 32, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_is_within_one_ulp_of_float64(dtype, rank, coefficient):
+    torch.manual_seed(rank)
+    weight, terms = (torch.randn(300, 1001) * 0.02).to(dtype), [term(300, 1001, rank, coefficient)]
+    wanted = exact(weight, terms).clamp(-60000, 60000) if dtype == torch.float16 else exact(weight, terms)
+    before = weight.clone()
+    stats = delta_merge_reference(weight, terms)
+    distance = ulps(weight.clamp(-60000, 60000) if dtype == torch.float16 else weight, wanted)
+    assert distance.max() <= 1 and (distance > 0).float().mean() < 1e-4
+    difference, edit = before.double() - weight.double(), before.double() - exact(before, terms)
+    if weight.isfinite().all():
+        retained = float((difference * edit).sum() / edit.square().sum())
+        assert stats.retained == pytest.approx(retained, rel=1e-5)
+        assert stats.noise == pytest.approx(float((difference - retained * edit).norm() / edit.norm()), rel=1e-3, abs=1e-9)
+        assert stats.changed == int((before != weight).sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_windows_views_and_several_adapters_sum_in_one_pass(dtype):
+    torch.manual_seed(0)
+    packed = (torch.randn(96, 160) * 0.1).to(dtype)
+    weight = packed[:, 16:147]  # rows of 131 in a stride of 160
+    terms = [term(32, 131, 4), term(32, 131, 7, 0.3, row=32), term(96, 131, 3), Term(torch.randn(10, 131), None, 0.01, 86)]
+    wanted = exact(weight, terms)
+    outside = packed[:, :16].clone()
+    delta_merge([Merge(weight, terms)])
+    assert ulps(weight, wanted).max() <= 1 and torch.equal(packed[:, :16], outside)
+
+
+def test_bad_values_of_the_base_stay_where_they_are_and_are_counted():
+    weight = torch.randn(40, 64).bfloat16()
+    weight[3, 4], weight[5, 6] = float("nan"), float("inf")
+    kept = weight.clone()
+    stats = delta_merge_reference(weight, [term(40, 64, 8)])
+    assert stats.nonfinite == 2 and torch.isfinite(weight).sum() == 40 * 64 - 2
+    assert weight[3, 4].isnan() and weight[5, 6] == kept[5, 6] and stats.retained is not None
+    small = torch.full((2, 2), 60000.0, dtype=torch.float16)
+    assert delta_merge_reference(small, [Term(torch.full((2, 2), -60000.0), None, 1.0)]).overflowed == 4
+
+
+def test_stochastic_rounding_is_right_on_average_and_blind_to_cuts():
+    torch.manual_seed(0)
+    weight, terms = torch.randn(64, 256).bfloat16(), [term(64, 256, 8, 0.01)]
+    wanted, total = exact(weight, terms), torch.zeros(64, 256, dtype=torch.float64)
+    for seed in range(200):
+        out = torch.empty_like(weight)
+        delta_merge_reference(weight, terms, out=out, seed=seed)
+        total += out.double()
+    spacing = weight.double().abs() * 2.0**-7
+    assert ((total / 200 - wanted).abs() / spacing).max() < 0.2
+    assert float((total / 200 - wanted).mean().abs()) < 1e-5
+    whole, parts = torch.empty_like(weight), torch.empty_like(weight)
+    delta_merge_reference(weight, terms, out=whole, seed=7)
+    for row in range(0, 64, 16):
+        part = [Term(terms[0].b[row : row + 16], terms[0].a, 0.01)]
+        delta_merge_reference(weight[row : row + 16], part, out=parts[row : row + 16], seed=7, first_element=row * 256)
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("weight", "terms", "message"),
+    [
+        (torch.zeros(4, 4), [Term(torch.zeros(4, 2), torch.zeros(3, 4), 1.0)], "cannot be multiplied"),
+        (torch.zeros(4, 4), [Term(torch.zeros(4, 2), torch.zeros(2, 5), 1.0)], "does not fit"),
+        (torch.zeros(4, 4), [Term(torch.zeros(4, 2), torch.zeros(2, 4), 1.0, 1)], "at row 1 does not fit"),
+        (torch.zeros(4, 4), [Term(torch.zeros(4, 2), torch.zeros(2, 4), float("nan"))], "coefficient"),
+        (torch.zeros(4, 4, dtype=torch.int8), [], "bf16, fp16, fp32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(weight, terms, message):
+    with pytest.raises(ValueError, match=message):
+        delta_merge_reference(weight, terms)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (96, 1), (3, 2)])
+def test_fp8_keeps_its_scales_and_counts_what_they_cannot_hold(blocks):
+    torch.manual_seed(0)
+    scale = torch.rand(blocks) * 0.01 + 0.005
+    weight = (torch.randn(96, 128) * 20).clamp(-400, 400).to(torch.float8_e4m3fn)
+    factor = scale.repeat_interleave(96 // blocks[0], 0).repeat_interleave(128 // blocks[1], 1)
+    terms = [term(96, 128, 8, 5.0)]
+    wanted = ((weight.float() * factor).double() - 5.0 * terms[0].b.double() @ terms[0].a.double()) / factor
+    stats = delta_merge([Merge(weight, terms, scale=scale)])[0]
+    assert (weight.double() - wanted.clamp(-448, 448)).abs().max() <= 16 + 1e-3  # half of e4m3's widest spacing
+    assert (weight.float() != wanted.clamp(-448, 448).float().to(torch.float8_e4m3fn).float()).float().mean() < 1e-2
+    assert stats.clipped == 0 and 0.5 < stats.retained < 1.5
+    assert delta_merge([Merge(weight, [term(96, 128, 8, 1e5)], scale=scale)])[0].clipped > 0
+
+
+INTERPRETED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_delta_merge as t
+from sku_vllm.kernels.delta_merge import Merge, Term, delta_merge_reference
+from sku_vllm.kernels.delta_merge.triton_kernel import delta_merge_triton
+torch.manual_seed(0)
+merges, wanted, copies = [], [], []
+for rows, cols in t.SHAPES:
+    for dtype in t.DTYPES:
+        for factors in (torch.float32, torch.bfloat16):
+            for rank in (33,) if rows > 1 else (1, 256):
+                weight = (torch.randn(rows, cols + 16) * 0.1).to(dtype)[:, :cols]
+                terms = [t.term(rows, cols, rank, 0.7, factors)]
+                if rows > 60:
+                    terms += [t.term(20, cols, 5, 0.2, factors, row=7), Term(torch.randn(3, cols), None, 0.01, 50)]
+                copies.append(weight.clone()); wanted.append(t.exact(weight, terms)); merges.append(Merge(weight, terms))
+stats = delta_merge_triton(merges)
+for merge, exact, copy, found in zip(merges, wanted, copies, stats):
+    distance = t.ulps(merge.weight, exact)
+    # float32 sums: what nearly cancels may be several ulps of itself off, so the bound is on the error beside the summands
+    bound = 2.0**-20 * (copy.double().abs() + 1) + exact.abs() * torch.finfo(copy.dtype).eps
+    assert ((merge.weight.double() - exact).abs() <= bound).all(), (copy.shape, copy.dtype)
+    assert copy.dtype == torch.float32 or (distance > 0).float().mean() < 2e-3, (copy.shape, copy.dtype, distance.max())
+    reference = copy.clone()
+    same = delta_merge_reference(reference, merge.terms)
+    assert abs(found.retained - same.retained) < 1e-4 and abs(found.changed - same.changed) <= 1 + 1e-3 * found.elements
+    assert abs(found.max_delta / same.max_delta - 1) < 1e-4 and found.elements == same.elements
+weight, terms = torch.randn(70, 96).bfloat16(), [t.term(70, 96, 8, 0.05)]
+weight[1, 2] = float("nan"); weight[3, 4] = float("inf")
+mine, theirs = torch.empty_like(weight), torch.empty_like(weight)
+found = delta_merge_triton([Merge(weight, terms, out=mine)], seed=5)[0]
+delta_merge_reference(weight, terms, out=theirs, seed=5)
+assert found.nonfinite == 2 and mine[1, 2].isnan() and mine[3, 4].isinf() and mine.isfinite().sum() == 70 * 96 - 2
+both = mine.isfinite()
+assert (mine[both] != theirs[both]).float().mean() < 2e-3  # the same hash; float32 sums differ in the last bit
+print("agree")
+"""
+
+
+def test_kernel_in_the_interpreter_agrees_with_float64_and_the_reference():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "agree", done.stdout + done.stderr[-3000:]
+
+
+COMPILE = """
+import json, sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sku_vllm.kernels.delta_merge import triton_kernel as k
+found = []
+for capability in json.loads(sys.argv[1]):
+    for aligned in (True, False):
+        kinds = [(tl.bfloat16, tl.bfloat16), (tl.bfloat16, tl.float32), (tl.float16, tl.float32), (tl.float32, tl.float32)]
+        kinds += [(tl.float8e4nv, tl.bfloat16), (tl.float8e4nv, tl.float32)] if capability >= 90 else []
+        for weight, factor in kinds[: int(sys.argv[2])]:
+            for dense, stochastic in ((False, False), (True, False), (False, True)):
+                fp8 = weight == tl.float8e4nv
+                if stochastic and (weight, factor) != (tl.bfloat16, tl.float32) or dense and factor == tl.bfloat16:
+                    continue
+                m, n = k.ALIGNED_TILE if aligned else k.MASKED_TILE
+                constants = dict(
+                    W=weight, O=weight, F=factor, DENSE=dense, ALIGNED=aligned, FP8=fp8, STOCHASTIC=stochastic, STATS=True, INTERPRETED=False,
+                    PRECISION="tf32x3" if factor == tl.float32 else "ieee", BM=m, BN=n, BK=k.BLOCK_K,
+                )
+                signature = {name: "constexpr" for name in k.delta_merge_kernel.arg_names}
+                signature |= dict(table="*i64", coefficients="*fp32", sums="*fp32", tiles="i32", entries="i32", seed="i64")
+                source = ASTSource(k.delta_merge_kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in range(3)})
+                options = dict(num_warps=k.WARPS, num_stages=k.STAGES, enable_fp_fusion=False)
+                compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+                name = f"sm_{capability} {weight} {factor} aligned={aligned} dense={dense} stochastic={stochastic}"
+                found.append({"name": name, "aligned": aligned, "capability": capability, "ptx": compiled.asm["ptx"], "cubin": len(compiled.asm["cubin"])})
+print(json.dumps(found))
+"""
+
+
+def spills(ptx: str, capability: int) -> int:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r"\.target (\w+)", ptx)[1]
+        command = [folder / ("ptxas-blackwell" if capability >= 100 else "ptxas"), "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    found = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    assert done.returncode == 0 and found, report
+    return sum(found)
+
+
+def check_compiled(capabilities: list[int], kinds: int = 99) -> None:
+    command = [sys.executable, "-c", COMPILE, json.dumps(capabilities), str(kinds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in json.loads(done.stdout):
+        assert row["cubin"] > 0
+        assert spills(row["ptx"], row["capability"]) == 0, row["name"]
+        # Numbers of the table (b64), the coefficient and block scales (b32) and the sums are single; nothing narrower may be, and no data.
+        narrow = re.findall(r"(?:ld|st)\.global\S*\.b(?:8|16)\b", row["ptx"])
+        wide = re.findall(r"(ld|st)\.global\S*\.v4\.b32|(cp\.async\S* .*16)", row["ptx"])
+        if row["aligned"]:
+            assert not narrow and len(wide) >= 2, (row["name"], narrow)
+
+
+def test_bf16_kernel_compiles_for_ampere_without_spills_and_with_16_byte_accesses():
+    check_compiled([80], kinds=1)
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles_for_ampere_hopper_and_blackwell():
+    check_compiled([80, 90, 100])
