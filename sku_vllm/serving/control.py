@@ -138,7 +138,10 @@ def report(runtime: Runtime) -> dict[str, Any]:
     reference = next((name for name, served in table.arms.items() if served.arm.kind == "base"), None)
     shared = any(served.lora_id for served in table.arms.values()) and reference is not None
     names = [*table.arms, *(name for name in effective_split(table) if name not in table.arms)]
-    return {**runtime.experiment.report(names, reference, shared), "split": table.split, "swap": table.swap, "notes": list(table.notes)}
+    page = runtime.experiment.report(names, reference, shared)
+    if runtime.several:
+        page["caveats"].append("several API servers: these are the counts of the one that answered; /metrics has them all")
+    return {**page, "split": table.split, "swap": table.swap, "notes": list(table.notes)}
 
 
 def problem(status: int, message: str) -> JSONResponse:

@@ -7,6 +7,7 @@ from pathlib import Path
 from sku_vllm.adapter import LoraAdapter, load_adapter, negate
 from sku_vllm.checkpoint import CheckpointReader, checkpoint_directory
 from sku_vllm.errors import AdapterError
+from sku_vllm.placement import place
 from sku_vllm.serving.arms import Arm
 
 # The values vLLM accepts for max_lora_rank (vllm/config/lora.py, MaxLoRARanks).
@@ -49,32 +50,22 @@ def adapter_rank(adapter: LoraAdapter) -> int:
 
 
 def check_fit(adapter: LoraAdapter, reader: CheckpointReader, arm: Arm) -> None:
-    """Every delta has a base weight of its shape.
+    """Every delta has a base weight of its shape, and vLLM can add it per request.
 
     Raises:
-        AdapterError: names everything that does not fit, and a vLLM limit where one applies.
+        AdapterError: names everything that does not fit, or vLLM's limit.
     """
     if adapter.stacks:
         raise AdapterError(f"--arm {arm.name}: {arm.source} edits packed experts, which vLLM cannot add per request; fuse it, or swap to it")
     if adapter.copies:
         names = ", ".join(sorted(adapter.copies))
         raise AdapterError(f"--arm {arm.name}: {arm.source} carries copies of {names} (modules_to_save), which vLLM refuses; train without them, or fuse")
-    wrong = []
-    for name, delta in adapter.deltas.items():
-        found = next((each for each in spellings(name) if each in reader), None)
-        if found is None:
-            wrong.append(f"{name} is not in the base")
-        elif tuple(reader.info(found).shape) != tuple(delta.shape):
-            wrong.append(f"{name} is {list(reader.info(found).shape)} in the base and {list(delta.shape)} here")
-    if wrong:
-        raise AdapterError(f"--arm {arm.name}: {arm.source} does not fit {reader.path}: {'; '.join(wrong)}; give the adapter that was trained on this base")
+    try:
+        place(reader, [(adapter, arm.scale)], untie=True)
+    except AdapterError as error:
+        raise AdapterError(f"--arm {arm.name}: {error}") from error
     if adapter_rank(adapter) > RANKS[-1]:
         raise AdapterError(f"--arm {arm.name}: {arm.source} has rank {adapter_rank(adapter)}; vLLM serves at most {RANKS[-1]}; fuse it, or swap to it")
-
-
-def spellings(name: str) -> Iterable[str]:
-    """A weight's name as transformers and as older checkpoints write it (with and without the `model.` in front)."""
-    return (name, name.removeprefix("model."), f"model.{name}")
 
 
 def served_rank(ranks: Iterable[int]) -> int:

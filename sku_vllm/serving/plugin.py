@@ -14,7 +14,21 @@ from sku_vllm.serving.config import VARIABLE, read_config
 
 
 def register() -> None:
-    """General plugin: idempotent, and does nothing in a server that was given no SKU configuration."""
+    """General plugin, in every process: keeps a CPU engine from stopping 10-20 s for a torch.compile at the first request for
+    log-probabilities, which our swap's probe is. Leaves a server alone that was given no SKU configuration.
+
+    What vLLM compiles is a one-line rank count, to save memory on GPUs; the uncompiled function is the same arithmetic.
+    """
+    if VARIABLE not in os.environ:
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.sample import sampler
+
+        plain = getattr(getattr(sampler, "batched_count_greater_than", None), "_torchdynamo_orig_callable", None)
+        if plain is not None:
+            sampler.batched_count_greater_than = plain
 
 
 class SkuEndpointPlugin:

@@ -18,11 +18,7 @@ class SkuWorkerExtension:
     def sku_check(self, model: str, source: dict[str, Any]) -> dict[str, Any]:
         """Whether the swap can work on this rank, before anything is paused."""
         try:
-            on_cpu = self._sku_on_cpu()
-            if on_cpu:
-                spare_compilation()
-            count = check_source(model, source, on_cpu=on_cpu)
-            return {"ok": True, "tensors": count}
+            return {"ok": True, "tensors": check_source(model, source, on_cpu=self._sku_on_cpu())}
         except Exception as error:
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
@@ -40,18 +36,6 @@ class SkuWorkerExtension:
 
     def _sku_on_cpu(self) -> bool:
         return getattr(getattr(self, "device", None), "type", "cpu") == "cpu"
-
-
-def spare_compilation() -> None:
-    """Let the first request for log-probabilities (our probe) not stop a CPU engine for the 10-20 s of a torch.compile.
-
-    vLLM compiles a one-line rank count to save memory on GPUs; the uncompiled function is the same arithmetic.
-    """
-    from vllm.v1.sample import sampler
-
-    plain = getattr(getattr(sampler, "batched_count_greater_than", None), "_torchdynamo_orig_callable", None)
-    if plain is not None:
-        sampler.batched_count_greater_than = plain
 
 
 def check_source(model: str, source: dict[str, Any], *, on_cpu: bool) -> int:
