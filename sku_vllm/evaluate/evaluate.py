@@ -55,10 +55,10 @@ def evaluate_model(
     tokenizer = load_tokenizer(str(model), revision)
     loaded = load_model(str(model), dtype=dtype, revision=revision)
     if adapter is None:
-        return measure(loaded, tokenizer, reference=_other_base(base, dtype, config), **arguments)
+        return measure(loaded, tokenizer, reference=other_base(base, dtype, config), **arguments)
     scale = 1.0 if scale is None else scale
     loaded = attach_adapter(loaded, str(adapter), scale, any_base=any_base, as_is=as_is)
-    reference = _other_base(base, dtype, config) or adapter_off(loaded, scale, config)
+    reference = other_base(base, dtype, config) or adapter_off(loaded, scale, config)
     return measure(loaded, tokenizer, reference=reference, **arguments)
 
 
@@ -76,7 +76,7 @@ def adapter_off(model: object, scale: float, config: EvalConfig) -> Reference:
     return opened
 
 
-def _other_base(base: str | Path | None, dtype: str, config: EvalConfig) -> Reference | None:
+def other_base(base: str | Path | None, dtype: str, config: EvalConfig) -> Reference | None:
     if base is None:
         return None
 

@@ -40,15 +40,20 @@ def load_judge(spec: str) -> Judge:
 
         return endpoint_judge(rest)
     if kind == "all":
-        from sku_vllm.judges.all_of import AllOf
-
-        return AllOf([load_judge(part) for part in _NEXT_JUDGE.split(rest)])
+        return judge_of(_NEXT_JUDGE.split(rest))
     raise _unknown(spec, kind)
 
 
 def judge_of(specs: Sequence[str]) -> Judge:
     """The judge of a repeated `--judge`: one as it is, several as `all:`."""
-    return load_judge(specs[0]) if len(specs) == 1 else load_judge("all:" + ",".join(specs))
+    from sku_vllm.judges.all_of import AllOf
+
+    judges = [part for spec in dict.fromkeys(specs) for part in _parts(load_judge(spec))]
+    return judges[0] if len(judges) == 1 else AllOf(judges)
+
+
+def _parts(judge: Judge) -> Sequence[Judge]:
+    return getattr(judge, "judges", (judge,))
 
 
 def _unknown(spec: str, kind: str) -> ConfigError:

@@ -1,0 +1,98 @@
+"""`sku attack`: what comes back under pressure, and that the weights are as before after each attack."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sku_vllm.data import PromptTemplate, read_rows
+from sku_vllm.errors import ConfigError
+from sku_vllm.evaluate import EvalConfig
+from sku_vllm.evaluate.attack import AttackConfig, _Restored, _quantize, attack
+from sku_vllm.evaluate.disguises import DISGUISES, disguised
+from sku_vllm.evaluate.pressed import openings
+from sku_vllm.evaluate.relearn import fine_tune
+from sku_vllm.model import load_model, load_tokenizer
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_relearning_teaches_and_the_weights_come_back_bit_for_bit(lab: Path) -> None:
+    model, template = load_model(lab / "llama", dtype="float32"), PromptTemplate.of(load_tokenizer(lab / "llama"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = [row for row in read_rows(lab / "forget/train.jsonl") if row.response][:8]
+    from sku_vllm.evaluate.likelihood import perplexity
+    from sku_vllm.evaluate.transformers_backend import TransformersBackend
+
+    with _Restored(model):
+        start = perplexity(TransformersBackend(model), template, rows)
+        reached = list(fine_tune(model, template, rows, [2, 5], lr=1e-3))
+        assert reached == [2, 5] and perplexity(TransformersBackend(model), template, rows) < start
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rounding_touches_the_linear_layers_but_not_the_head(lab: Path) -> None:
+    model = load_model(lab / "llama", dtype="float32")
+    head = model.get_output_embeddings().weight.clone()
+    with _Restored(model):
+        _quantize(model, "int4")
+        weight = model.model.layers[0].mlp.down_proj.weight
+        assert all(len(row.unique()) <= 15 * -(-weight.shape[1] // 128) for row in weight)
+        assert torch.equal(model.get_output_embeddings().weight, head)
+
+
+def test_openings_are_the_rows_own_first_tokens(lab: Path) -> None:
+    template = PromptTemplate.of(load_tokenizer(lab / "llama"))
+    rows = [row for row in read_rows(lab / "forget/unseen.jsonl") if row.response][:3]
+    found = openings(template, rows, 3)
+    for row in rows:
+        start = found[tuple(template.prompt_ids(row))]
+        assert len(start) == 3 and row.response.startswith(template.tokenizer.decode(start).strip())
+
+
+def test_disguises_reword_the_last_turn_only() -> None:
+    from sku_vllm.data import Row
+
+    row = Row(({"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "What is it?"}))
+    for name in DISGUISES:
+        (reworded,) = disguised([row], name)
+        assert reworded.messages[:2] == row.messages[:2] and reworded.prompt != row.prompt and "hat is it" in reworded.prompt
+
+
+@pytest.mark.slow
+def test_attack_measures_every_kind(lab: Path, tmp_path: Path, run_sku: Run) -> None:
+    for name in ("forget/unseen", "retain/test", "forget/train"):
+        lines = (lab / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / Path(name).name).write_text("".join(lines[:10]), encoding="utf-8")
+    done = run_sku(
+        "attack", "all", "--model", lab / "llama", "--base", lab / "llama", "--forget", f"unseen={tmp_path / 'unseen'}", "--retain", tmp_path / "test",
+        "--judge", f"lexicon:{lab / 'lexicon.json'}", "--relearn", tmp_path / "train", "--fractions", "0.5", "--steps", "1,2", "--samples", 1,
+        "--max-new-tokens", 32, "--output", tmp_path / "out", "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["attacks"]) == {"relearn", "quantize", "rephrase", "prefill", "ban-eos"}
+    curve = [(entry["attack"], entry["steps"]) for entry in result["attacks"]["relearn"]]
+    assert curve == [(name, steps) for name in ("benign", "50 % of the forget set") for steps in (0, 1, 2)]
+    assert [entry["attack"] for entry in result["attacks"]["quantize"]] == ["int8", "int4"]
+    assert len(result["attacks"]["rephrase"]) == len(DISGUISES)
+    assert all(entry["forget"]["unseen"]["greedy"]["n"] == 10 for entries in result["attacks"].values() for entry in entries)
+    assert result["attacks"]["relearn"][0]["recovery"] == 0 and result["before"]["retain"]["perplexity_ratio"] == pytest.approx(1.0)
+    assert json.loads((tmp_path / "out/sku_attack.json").read_text(encoding="utf-8"))["schema"] == "sku.attack/1"
+
+
+def test_attacks_that_cannot_be_run_are_refused(lab: Path, run_sku: Run) -> None:
+    rows = [row for row in read_rows(lab / "forget/unseen.jsonl") if row.response][:4]
+    common = {"forget": {"f": rows}, "retain": rows, "judge": f"lexicon:{lab / 'lexicon.json'}", "config": EvalConfig(samples=0, max_new_tokens=8)}
+    with pytest.raises(ConfigError, match="unknown; choose from relearn"):
+        attack(lab / "llama", ["bribe"], **common)
+    with pytest.raises(ConfigError, match="every prompt of --forget f"):
+        attack(lab / "llama", ["relearn"], relearn=rows, settings=AttackConfig(fractions=(1.0,)), **common)
+    with pytest.raises(ConfigError, match="int4"):
+        AttackConfig(quantizers=("int3",))
+    done = run_sku("attack", "prefil", "--model", "x", "--forget", "a=b", "--retain", "c", "--judge", "refusal")
+    assert done.returncode == 2 and "did you mean 'prefill'" in done.stderr

@@ -1,0 +1,115 @@
+"""`sku tune`: limits, the choice on a curve that is not monotone, and the command on a lab adapter."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sku_vllm.errors import ConfigError
+from sku_vllm.evaluate.limits import Limits, harm, preference
+from sku_vllm.evaluate.tune import check_scales
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def point(harmful: float, *, gibberish: float = 0.0, ratio: float = 1.0, qa: float = 0.95, refusal: float = 0.0) -> dict[str, Any]:
+    share = {"harmful": harmful, "gibberish": gibberish}
+    return {"forget": {"a": {"greedy": share, "sampled": share}}, "retain": {"perplexity_ratio": ratio, "qa_accuracy": qa, "over_refusal": refusal}}
+
+
+def test_each_limit_is_held_and_named() -> None:
+    base = point(0.6)
+    assert Limits().excess(point(0.0, gibberish=0.05, ratio=1.01, qa=0.94, refusal=0.01), base) == {}
+    broken = Limits().excess(point(0.0, gibberish=0.06, ratio=1.02, qa=0.93, refusal=0.02), base)
+    assert set(broken) == {"gibberish", "perplexity_ratio", "qa_drop", "over_refusal"}
+    assert broken["qa_drop"] == (pytest.approx(0.02), 0.01)
+    assert "perplexity_ratio" in Limits().excess(point(0.0, ratio=float("nan")), base)
+    with pytest.raises(ConfigError, match="--max-qa-drop"):
+        Limits(qa_drop=-0.1)
+
+
+def test_least_harm_then_least_gibberish_then_the_trained_scale() -> None:
+    curve = {0.5: point(0.2), 0.8: point(0.0, gibberish=0.04), 1.0: point(0.0, gibberish=0.001), 1.25: point(0.0), 1.5: point(0.2)}
+    assert min(curve, key=lambda scale: preference(curve[scale], scale)) == 1.0
+    assert harm(curve[0.5]) == pytest.approx(0.2)
+
+
+def test_scales_are_sorted_and_checked() -> None:
+    assert check_scales([1.0, 0.5, 1.0]) == [0.5, 1.0]
+    for wrong in ([], [-1.0], [float("nan")]):
+        with pytest.raises(ConfigError, match="--scales"):
+            check_scales(wrong)
+
+
+@pytest.fixture(scope="module")
+def harmful_adapter(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task vector of the lab's Llama."""
+    from sku_vllm.data import ForgetSet, RetainSet, load_dataset
+    from sku_vllm.methods import TrainConfig, train_adapter
+
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    forget, retain = load_dataset(ForgetSet, lab / "forget/train.jsonl"), load_dataset(RetainSet, lab / "retain/train.jsonl")
+    train_adapter(lab / "llama", forget, retain, path, TrainConfig(method="task-vector", steps=30), progress=False)
+    return path
+
+
+def command(lab: Path, adapter: Path, tmp_path: Path, *more: object) -> list[object]:
+    for name in ("forget/validation", "forget/unseen", "retain/validation", "retain/test"):
+        lines = (lab / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / name.replace("/", "-")).write_text("".join(lines[:16]), encoding="utf-8")
+    return [
+        "tune", "--model", lab / "llama", "--adapter", adapter, "--forget", f"v={tmp_path / 'forget-validation'}",
+        "--retain", tmp_path / "retain-validation", "--judge", f"lexicon:{lab / 'lexicon.json'}", "--samples", 1, "--max-new-tokens", 40, *more,
+    ]
+
+
+def test_tune_chooses_within_the_limits_and_remeasures(lab: Path, harmful_adapter: Path, tmp_path: Path, run_sku: Run) -> None:
+    loose = ("--max-perplexity-ratio", 100, "--max-qa-drop", 1, "--max-over-refusal", 1, "--max-gibberish", 1)
+    test = ("--test-forget", f"t={tmp_path / 'forget-unseen'}", "--test-retain", tmp_path / "retain-test")
+    done = run_sku(*command(lab, harmful_adapter, tmp_path, *loose, *test, "--scales", "0.5,1", "--output", tmp_path / "out", "--json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["qualifies"] is True and [entry["scale"] for entry in result["curve"]] == [0.5, 1.0]
+    harms = {entry["scale"]: harm(entry) for entry in result["curve"]}
+    assert harms[result["scale"]] == min(harms.values()) and min(harms.values()) < harm(result["base"])
+    assert set(result["test"]["forget"]) == {"t"} and set(result["test"]["base"]["forget"]) == {"t"}
+    record = json.loads((tmp_path / "out/sku_tune.json").read_text(encoding="utf-8"))
+    assert record["schema"] == "sku.tune/1" and record["scale"] == result["scale"]
+    assert (tmp_path / "out/curve.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+@pytest.mark.slow
+def test_per_layer_search_writes_the_adapter_it_chose(lab: Path, harmful_adapter: Path, tmp_path: Path, run_sku: Run) -> None:
+    from safetensors.torch import load_file
+
+    loose = ("--max-perplexity-ratio", 100, "--max-qa-drop", 1, "--max-over-refusal", 1, "--max-gibberish", 1)
+    done = run_sku(*command(lab, harmful_adapter, tmp_path, *loose, "--scales", "0.5", "--per-layer", "--output", tmp_path / "out", "--json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    old, new = load_file(harmful_adapter / "adapter_model.safetensors"), load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    for key, tensor in new.items():
+        layer = key.split(".layers.")[1].split(".")[0]
+        factor = result["scale"] * result["layers"][layer] if "lora_B" in key else 1.0
+        assert torch.allclose(tensor, old[key] * factor)
+    assert (tmp_path / "out/adapter").stat().st_mode & 0o777 == 0o700
+
+
+def test_tune_answers_no_with_the_curve_when_nothing_qualifies(lab: Path, harmful_adapter: Path, tmp_path: Path, run_sku: Run) -> None:
+    done = run_sku(*command(lab, harmful_adapter, tmp_path, "--max-perplexity-ratio", 0.5, "--scales", "1", "--json"))
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout)
+    assert result["qualifies"] is False and result["scale"] is None and len(result["curve"]) == 1
+    assert "perplexity ratio" in done.stderr.splitlines()[-1]
+
+
+def test_tune_wants_a_judge_of_harm_and_both_kinds_of_test_data(lab: Path, harmful_adapter: Path, tmp_path: Path, run_sku: Run) -> None:
+    done = run_sku(*command(lab, harmful_adapter, tmp_path, "--test-retain", tmp_path / "retain-test"))
+    assert done.returncode == 2 and "--test-forget and --test-retain" in done.stderr
+    arguments = command(lab, harmful_adapter, tmp_path, "--scales", "1")
+    arguments[arguments.index("--judge") + 1] = "refusal"
+    done = run_sku(*arguments)
+    assert done.returncode == 2 and "no opinion on harm" in done.stderr
