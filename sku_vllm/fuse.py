@@ -14,6 +14,7 @@ from typing import Any
 from sku_vllm.adapter import LoraAdapter, load_adapter
 from sku_vllm.checkpoint import INDEX, CheckpointReader, TensorInfo, checkpoint_directory
 from sku_vllm.errors import CheckpointError, ConfigError, RunError
+from sku_vllm.fp8 import scale_of_fp8
 from sku_vllm.kernels.delta_merge import MergeStats
 from sku_vllm.manifest import combine, file_digest, read_key, verify_checkpoint, write_manifest
 from sku_vllm.output import check_output, output_directory, record, write_json, write_text
@@ -25,6 +26,7 @@ from sku_vllm.writer import ShardWriter, Written
 __all__ = ["FuseReport", "fuse_checkpoint", "verify_checkpoint"]
 DTYPE_CHOICES = ("keep", "float32", "bfloat16", "float16")
 ENOUGH = 0.9
+FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
 # Weights in other formats, cards that describe the base, and what sku commands left there.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
@@ -81,6 +83,7 @@ def fuse_checkpoint(
     for adapter, _ in loaded:
         adapter.check_base(reader, any_base)
     placed = place(reader, loaded, untie=untie)
+    scales = {name: scale_of_fp8(reader, name) for name in placed if reader.info(name).dtype.startswith("F8")} if not untie else {}
     shards = plan_shards(reader, placed, dtype, _untied_head(reader, placed) if untie else None)
     _check_space(reader, shards, output)
     total, done = sum(shard.size for shard in shards), 0
@@ -92,7 +95,7 @@ def fuse_checkpoint(
 
     started = time.perf_counter()
     with output_directory(output) as partial:
-        writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, progress=advance)
+        writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, scales=scales, progress=advance)
         written = writer.write(shards)
         _check_overflow(written, dtype)
         if fingerprint(reader) != before:
@@ -139,13 +142,19 @@ def _check_flags(adapters: Sequence[tuple[str | Path, Scale]], dtype: str, signi
 
 
 def check_unquantised(reader: CheckpointReader, dtype: str) -> None:
-    """Refuse bases whose integers are not the weights. Raises CheckpointError."""
-    method = (reader.config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
-        raise CheckpointError(
-            f"{reader.path}: is quantised ({method}), so an edit cannot be added to its weights; "
-            "fuse into the unquantised model it was made from and quantise the result again"
-        )
+    """Refuse bases whose stored numbers are codes of the weights; FP8 ones are numbers, and stay in their format. Raises CheckpointError."""
+    settings = reader.config.get("quantization_config") or {}
+    method = settings.get("quant_method")
+    if method is None:
+        return
+    if method in FP8_METHODS or (method == "compressed-tensors" and settings.get("format") in ("float-quantized", "naive-quantized")):
+        if dtype != "keep":
+            raise CheckpointError(f"{reader.path}: is quantised to FP8, which --dtype {dtype} would mix with its scales; use --dtype keep")
+        return
+    raise CheckpointError(
+        f"{reader.path}: is quantised ({method}), so an edit cannot be added to its weights; "
+        "fuse into the unquantised model it was made from and quantise the result again"
+    )
 
 
 def _untied_head(reader: CheckpointReader, placed: dict[str, list[Placed]]) -> dict[str, TensorInfo]:
@@ -219,9 +228,10 @@ def _report(
         stats = written.totals(written.merged[name])
         overall.add(stats)
         per_tensor[name] = {"retained": stats.retained, "noise": stats.noise, "changed": stats.changed, "elements": stats.elements}
-        if stats.nonfinite:
-            per_tensor[name]["nonfinite"] = stats.nonfinite
-        for kind in kinds:
+        for key in ("nonfinite", "clipped"):
+            if getattr(stats, key):
+                per_tensor[name][key] = getattr(stats, key)
+        for kind in kinds if name in written.simulated.get(kinds[0] if kinds else "", {}) else ():  # FP8 weights are what they are
             simulated = written.totals(written.simulated[kind][name])
             together[kind].add(simulated)
             per_tensor[name][kind] = {"retained": simulated.retained, "noise": simulated.noise}
@@ -250,6 +260,9 @@ def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, M
     broken = [name for name, row in per_tensor.items() if row.get("nonfinite")]
     if broken:
         lines.append(f"the base holds NaN or infinity in {', '.join(broken[:5])}; those elements were left out of the sums")
+    clipped = sum(row.get("clipped", 0) for row in per_tensor.values())
+    if clipped:
+        lines.append(f"{clipped} FP8 weights ran into the limit of their scale, which is kept; use a smaller --scale, or fuse into the unquantised model")
     return lines
 
 
@@ -259,7 +272,7 @@ def _manifest(report: FuseReport, written: Written, kinds: Sequence[str], seed: 
         "schema": "sku.manifest/1", "base_identity": report.base_identity,
         "adapters": [{"digest": adapter["digest"], "scale": adapter["scale"]} for adapter in report.adapters],
         "dtype": report.dtype, "rounding": "nearest" if seed is None else f"stochastic, seed {seed}", "backend": "torch-cpu",
-        "tensors": {name: {key: row[key] for key in keys} for name, row in report.per_tensor.items()},
+        "tensors": {name: {key: row[key] for key in keys if key in row} for name, row in report.per_tensor.items()},
     }
 
 

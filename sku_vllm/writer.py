@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from sku_vllm.checkpoint import DTYPES, read_into
 from sku_vllm.delta import Dense
 from sku_vllm.errors import CheckpointError
-from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_reference
+from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_fp8_reference, delta_merge_reference, merge_blocks
 from sku_vllm.placement import Placed, matrix_shape
 from sku_vllm.shards import OutputShard, OutputTensor, data_ranges
 from sku_vllm.simulate import simulate
@@ -50,14 +50,17 @@ class ShardWriter:
     """Writes planned shards into a directory.
 
     Args:
-        digests: hash every chunk. kinds: quantisers to simulate. seed: stochastic rounding, or None. progress: called with bytes done.
+        digests: hash every chunk. kinds: quantisers to simulate. seed: stochastic rounding, or None.
+        scales: of FP8 weights, by name. progress: called with bytes done.
     """
 
     def __init__(
         self, directory: Path, *, digests: bool = True, kinds: Sequence[str] = (), seed: int | None = None,
-        threads: int | None = None, progress: Callable[[int], None] = lambda done: None,
+        scales: Mapping[str, Tensor] | None = None, threads: int | None = None,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.directory, self.digests, self.kinds, self.seed, self.progress = directory, digests, tuple(kinds), seed, progress
+        self.scales = scales or {}
         self.threads = threads or min(len(os.sched_getaffinity(0)), 16)
         self.written = Written()
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -167,13 +170,24 @@ class ShardWriter:
             return _cast(weight, out, tensor)
         terms = [term for edit in tensor.edits for term in terms_of(edit, begin, end)]
         seed = None if self.seed is None else self.seed + tensor.source.offset
-        stats = delta_merge_reference(weight, terms, out=out, seed=seed, first_element=begin * columns)
+        scale = self.scales.get(tensor.name)
+        if scale is None:
+            stats = delta_merge_reference(weight, terms, out=out, seed=seed, first_element=begin * columns)
+        else:
+            stats = delta_merge_fp8_reference(weight, terms, *_rows_of(scale, tensor, begin, end), out=out)
         if count:
-            simulated = simulate(weight, out, terms, self.kinds)
+            simulated = simulate(weight, out, terms, self.kinds) if scale is None else {}
             with self._lock:
                 self.written.merged.setdefault(tensor.name, {})[begin] = stats
                 for kind, sums in simulated.items():
                     self.written.simulated.setdefault(kind, {}).setdefault(tensor.name, {})[begin] = sums
+
+
+def _rows_of(scale: Tensor, tensor: OutputTensor, begin: int, end: int) -> tuple[Tensor, int]:
+    """The scales of rows [begin, end), one row each, and how many columns share one."""
+    rows, columns = tensor.source.shape
+    tall, wide = merge_blocks((rows, columns), scale)
+    return scale[torch.arange(begin, end) // tall], wide
 
 
 def terms_of(edit: Placed, begin: int, end: int) -> Iterator[Term]:

@@ -290,6 +290,35 @@ def test_refusals_name_the_remedy(llama, tmp_path):
     assert not list(tmp_path.glob("fused*"))
 
 
+@pytest.mark.parametrize("layout", ["tensor", "row", "block"])
+def test_fp8_base_keeps_its_format_and_scales(tmp_path, layout):
+    torch.manual_seed(0)
+    shape, name = (300, 260), "model.layers.0.self_attn.q_proj.weight"
+    scale = {"tensor": torch.tensor(0.003), "row": torch.rand(300, 1) * 0.002 + 0.002, "block": torch.rand(3, 3) * 0.002 + 0.002}[layout]
+    weight = (torch.randn(shape) * 30).clamp(-448, 448).to(torch.float8_e4m3fn)
+    (tmp_path / "base").mkdir()
+    key = name + ("_scale_inv" if layout == "block" else "_scale")
+    save_file({name: weight, key: scale, "model.norm.weight": torch.ones(260).bfloat16()}, tmp_path / "base/model.safetensors")
+    quantisation = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantisation}))
+    (tmp_path / "adapter").mkdir()
+    b, a = torch.randn(300, 4) * 0.05, torch.randn(4, 260) * 0.3
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    report = fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "fused")
+    fused = load_file(tmp_path / "fused/model.safetensors")
+    assert torch.equal(fused[key], scale) and fused[name].dtype == torch.float8_e4m3fn
+    factor = scale.reshape(1, 1) if layout == "tensor" else scale
+    if layout == "block":
+        factor = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :260]
+    wanted = ((weight.float() * factor - b @ a) / factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert (wanted.float() != fused[name].float()).float().mean() < 1e-3
+    assert 0.9 < report.retained < 1.1
+    with pytest.raises(CheckpointError, match="--dtype keep"):
+        fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "no", dtype="bfloat16")
+
+
 def test_plain_families_are_loaded_name_by_name():
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

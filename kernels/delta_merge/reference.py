@@ -51,11 +51,6 @@ class Merge(NamedTuple):
     out: Tensor | None = None
     scale: Tensor | None = None
 
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Rows and columns that share one scale."""
-        return tuple(-(-size // count) for size, count in zip(self.weight.shape, self.scale.shape, strict=True))
-
 
 @dataclass(slots=True)
 class MergeStats:
@@ -172,20 +167,26 @@ def _norm(weight: Tensor) -> float:
 FP8_MAX = 448.0
 
 
-def delta_merge_fp8_reference(merge: Merge) -> MergeStats:
-    """Dequantise, merge in float32, requantise with the same scales. Raises ValueError for what is not an FP8 weight with scales."""
-    weight, terms, out, scale = merge
+def merge_blocks(shape: Sequence[int], scale: Tensor) -> tuple[int, int]:
+    """Rows and columns of an FP8 weight of `shape` that share one element of `scale`: 128 for DeepSeek's, else an equal cut."""
+    return tuple(min(128, size) if count > 1 and -(-size // 128) == count else -(-size // count) for size, count in zip(shape, scale.shape, strict=True))
+
+
+def delta_merge_fp8_reference(weight: Tensor, terms: Sequence[Term], scale: Tensor, wide: int, *, out: Tensor | None = None) -> MergeStats:
+    """Dequantise, merge in float32, requantise with the same scales, what they cannot hold being clipped and counted.
+
+    Args:
+        weight: [rows, cols], float8_e4m3fn. scale: [rows, scale columns], float32, each spanning `wide` columns.
+    """
     out = weight if out is None else out
-    if weight.dtype != torch.float8_e4m3fn or out.dtype != weight.dtype or scale is None or scale.ndim != 2:
-        raise ValueError(f"an FP8 merge needs a float8_e4m3fn weight and a matrix of scales, not {weight.dtype} and {scale}")
+    if weight.dtype != torch.float8_e4m3fn or out.dtype != weight.dtype or scale.shape[0] != weight.shape[0]:
+        raise ValueError(f"an FP8 merge needs a float8_e4m3fn weight with scales for each of its rows, not {weight.dtype} and {list(scale.shape)}")
     rows, cols = weight.shape
     stats = MergeStats(elements=weight.numel())
-    tall, wide = merge.blocks
     step = max(1, BLOCK // max(cols, 1))
     for start in range(0, rows if cols else 0, step):
         stop = min(start + step, rows)
-        where = torch.div(torch.arange(start, stop), tall, rounding_mode="floor")
-        factor = scale[where].float().repeat_interleave(wide, 1)[:, :cols]
+        factor = scale[start:stop].float().repeat_interleave(wide, 1)[:, :cols]
         old = weight[start:stop].float() * factor
         delta = torch.empty_like(old)
         sum_terms(terms, start, delta)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, check_merge
+from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, check_merge, merge_blocks
 
 # Tile rows and columns: 16-byte accesses leave registers for a large tile; element-wise ones need an address each.
 ALIGNED_TILE, MASKED_TILE, BLOCK_K = (64, 128), (32, 64), 32
@@ -201,7 +201,7 @@ def delta_merge_triton(merges: Sequence[Merge], *, seed: int | None = None, stat
 def _entries(index: int, merge: Merge, seed: int | None) -> Iterable[_Entry]:
     weight, terms, out, scale = merge
     out = weight if out is None else out
-    blocks = (1, 1) if scale is None else merge.blocks
+    blocks = (1, 1) if scale is None else merge_blocks(weight.shape, scale)
     fp8 = weight.dtype == torch.float8_e4m3fn
     if fp8 != (scale is not None) or (fp8 and out.dtype != weight.dtype):
         raise ValueError(f"merge {index}: FP8 weights (and only they) need scales and stay FP8; got {weight.dtype} → {out.dtype}")
