@@ -1,10 +1,12 @@
 """`sku demo`: the whole road, one table at the end."""
 
+import itertools
+import time
 from typing import Any
 
 import click
 
-from sku_vllm.cli.options import print_json, sku_command
+from sku_vllm.cli.options import log, print_json, sku_command
 
 ROWS = ("base", "task-vector", "sku", "default")
 
@@ -22,26 +24,17 @@ def command(output: str, model: str, method: str | None, seed: int, samples: int
 
     Ends with one table, the served A/B numbers read back from /metrics, where the files are and what to type next.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from sku_vllm.demo import DemoConfig, run_demo, stage_count
 
     config = DemoConfig(model=model, method=method, seed=seed, samples=samples, requests=requests, serve=serve)
-    console = Console(stderr=True)
-    bar = Progress(BarColumn(20), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TextColumn("{task.description}"),
-                   console=console, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task("", total=stage_count(config))
+    total, start, done = stage_count(config), time.monotonic(), itertools.count(1)
 
-        def progress(stage: str) -> None:
-            if console.is_terminal:
-                bar.update(task, advance=1 if bar.tasks[0].description else 0, description=stage)
-            else:
-                click.echo(f"demo: {stage}", err=True)
+    def progress(stage: str) -> None:
+        """A line a stage; each stage draws its own bar below it."""
+        log(f"[{next(done):2}/{total} {time.monotonic() - start:4.0f} s] {stage}")
 
-        result = run_demo(output, config, progress)
-        bar.update(task, completed=bar.tasks[0].total)
+    result = run_demo(output, config, progress)
+    log(f"[done {time.monotonic() - start:4.0f} s]")
     if json_output:
         print_json(result)
     else:
