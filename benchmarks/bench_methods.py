@@ -52,20 +52,26 @@ Cell = dict[str, Any]
 @click.option(
     "--output", default=None, type=click.Path(path_type=Path, dir_okay=False), help="FILE.md to write; FILE.svg is drawn beside it.",
 )
-def command(work: Path, world: int, models: str, methods: str, seeds: str, samples: int, output: Path | None, json_output: bool) -> None:
+@click.option("--attack", "attacked", default="", help="Labels to attack as well, comma-separated, with the first seed's adapters.")
+def command(
+    work: Path, world: int, models: str, methods: str, seeds: str, samples: int, output: Path | None, attacked: str, json_output: bool,
+) -> None:
     """Compare the methods at matched utility: one Markdown table, and a trade-off curve per method as SVG."""
+    from sku_vllm.benchmarks.methods_attacks import attack_table
     from sku_vllm.benchmarks.methods_table import table, trade_off_svg
 
     labels = [label.strip() for label in methods.split(",")]
-    unknown = [label for label in labels if label not in VARIANTS]
+    wanted = [label.strip() for label in attacked.split(",") if label.strip()]
+    unknown = [label for label in (*labels, *wanted) if label not in VARIANTS]
     if unknown:
         raise ConfigError(f"--methods {unknown[0]}: choose from {', '.join(VARIANTS)}")
     cells = run(work, world, models.split(","), labels, [int(seed) for seed in seeds.split(",")], samples)
-    text = table(cells, world)
+    under_attack = attack_cells(work, [cell for cell in cells if cell["label"] in wanted and cell["seed"] == int(seeds.split(",")[0])])
+    text = table(cells, world) + (attack_table(under_attack) if under_attack else "")
     if output:
         output.write_text(text, encoding="utf-8")
         output.with_suffix(".svg").write_text(trade_off_svg(cells), encoding="utf-8")
-    print_json({"cells": cells}) if json_output else click.echo(text)
+    print_json({"cells": cells, "attacks": under_attack}) if json_output else click.echo(text)
 
 
 def run(work: Path, world: int, models: Sequence[str], labels: Sequence[str], seeds: Sequence[int], samples: int) -> list[Cell]:
@@ -75,20 +81,49 @@ def run(work: Path, world: int, models: Sequence[str], labels: Sequence[str], se
     lab = work / "lab"
     if not lab.is_dir():
         make_lab(lab, seed=world, architectures=tuple(models), rebuild=world != 0 or not {"llama", "opt"}.issuperset(models))
+    if absent := [model for model in models if not (lab / model).is_dir()]:
+        raise ConfigError(f"--models {absent[0]}: {lab} was made without it; give another --work")
     kept = work / "cells.jsonl"
-    done = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
-    found = []
+    done, found = kept_cells(kept), []
     for seed in seeds:
         for model in models:
             for label in labels:
-                cell = next((cell for cell in done if (cell["model"], cell["label"], cell["seed"]) == (model, label, seed)), None)
-                if cell is None:
-                    cell = measure_cell(lab, work, model, label, seed, samples)
-                    with kept.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(cell) + "\n")
-                    log(f"{model} {label} seed {seed}: {summary(cell)}")
-                found.append(cell)
+                if (model, label, seed) not in done:
+                    done[model, label, seed] = keep(kept, measure_cell(lab, work, model, label, seed, samples))
+                    log(f"{model} {label} seed {seed}: {summary(done[model, label, seed])}")
+                found.append(done[model, label, seed])
     return found
+
+
+def attack_cells(work: Path, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, each with "attacks"; kept in WORK/attacks.jsonl."""
+    from sku_vllm.benchmarks.methods_attacks import attacks_of
+
+    kept = work / "attacks.jsonl"
+    done = kept_cells(kept)
+    for cell in cells:
+        key = cell["model"], cell["label"], cell["seed"]
+        if key not in done and "failed" not in cell:
+            attacks = attacks_of(work / "lab", cell["model"], adapter_path(work, *key), cell["scale"], cell["seed"])
+            done[key] = keep(kept, {"model": key[0], "label": key[1], "seed": key[2], "attacks": attacks})
+            log(f"{key[0]} {key[1]} seed {key[2]}: attacked")
+    return [done[key] for cell in cells if (key := (cell["model"], cell["label"], cell["seed"])) in done]
+
+
+def kept_cells(path: Path) -> dict[tuple[str, str, int], Cell]:
+    """Finished cells by model, label and seed."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {(cell["model"], cell["label"], cell["seed"]): cell for cell in map(json.loads, lines)}
+
+
+def keep(path: Path, cell: Cell) -> Cell:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(cell) + "\n")
+    return cell
+
+
+def adapter_path(work: Path, model: str, label: str, seed: int) -> Path:
+    return work / "adapters" / f"{model}-{label.replace(' ', '_')}-{seed}"
 
 
 def measure_cell(lab: Path, work: Path, model: str, label: str, seed: int, samples: int) -> Cell:
@@ -102,7 +137,7 @@ def measure_cell(lab: Path, work: Path, model: str, label: str, seed: int, sampl
     from sku_vllm.methods import TrainConfig, train_adapter
 
     method, settings = VARIANTS[label]
-    adapter = work / "adapters" / f"{model}-{label.replace(' ', '_')}-{seed}"
+    adapter = adapter_path(work, model, label, seed)
     adapter.parent.mkdir(parents=True, exist_ok=True)
     cell: Cell = {"model": model, "label": label, "seed": seed}
     try:
