@@ -126,7 +126,19 @@ def test_refuses_to_call_it_verified(tmp_path: Path, change: str, reason: str) -
 
 def test_serving_dtype_is_what_counts(run: Path) -> None:
     assert build_report([run], serving_dtype="bfloat16")["verdict"]["status"] == "verified"
+    assert build_report([run], serving_dtype="bfloat16")["verdict"]["status"] == "verified"
     assert "served in float16" in build_report([run], serving_dtype="float16")["verdict"]["reasons"][0]
+
+
+def test_a_kept_dtype_is_the_one_in_the_config(tmp_path: Path) -> None:
+    """--dtype keep: the checkpoint's own; vLLM would serve float32 in bfloat16 by itself, which is said."""
+    run = make_records(tmp_path / "run", dtype="float32")
+    manifest = json.loads((run / "fused/sku_manifest.json").read_text())
+    (run / "fused/sku_manifest.json").write_text(json.dumps({**manifest, "dtype": "keep"}))
+    (run / "fused/config.json").write_text('{"dtype": "float32"}')
+    verdict = build_report([run])["verdict"]
+    assert verdict["status"] == "verified" and {"Serving dtype": "missing"}.items() <= {check["name"]: check["state"] for check in verdict["checks"]}.items()
+    assert build_report([run], serving_dtype="bfloat16")["verdict"]["status"] == "not verified"
 
 
 def test_markdown_and_json_hold_no_forget_text_where_told(run: Path) -> None:

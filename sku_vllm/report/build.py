@@ -8,8 +8,8 @@ from typing import Any
 
 from sku_vllm.output import versions
 from sku_vllm.report.attacks import attacks
-from sku_vllm.report.collect import Document, collect, read_json
-from sku_vllm.report.evaluations import Evaluation, Fused, checkpoint_identity, evaluations
+from sku_vllm.report.collect import Document, collect
+from sku_vllm.report.evaluations import Evaluation, Fused, evaluations, read_fused
 from sku_vllm.report.fidelity import fidelity
 from sku_vllm.report.samples import samples
 from sku_vllm.report.serving import latencies
@@ -31,7 +31,7 @@ def build_report(
         DataError: nothing to read, or a record is damaged.
     """
     documents = collect(directories)
-    fused = [_fused(document) for document in documents if document.command == "fuse"]
+    fused = [read_fused(document) for document in documents if document.command == "fuse"]
     judged = evaluations(documents, fused)
     tuned = [{"name": document.name, **_only(document, "scale", "qualifies", "curve"), "limits": _limits(document)} for document in documents
              if document.command == "tune"]
@@ -58,11 +58,6 @@ def build_report(
         "samples": samples(judged, sample_rows),
         "provenance": [_origin(document, fused) for document in documents],
     }
-
-
-def _fused(document: Document) -> Fused:
-    manifest = document.directory / "sku_manifest.json"
-    return Fused(document, checkpoint_identity(document.directory), read_json(manifest) if manifest.is_file() else {})
 
 
 def _shown(evaluation: Evaluation) -> dict[str, Any]:

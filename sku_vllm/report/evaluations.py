@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sku_vllm.errors import SkuError
-from sku_vllm.report.collect import Document
+from sku_vllm.report.collect import Document, read_json
 
 Role = Literal["base", "adapter", "fused", "other"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A fused checkpoint: where it lies, its identity (sha256 as in the contracts), its manifest and what wrote it."""
+    """A fused checkpoint: what wrote it, its identity (sha256 as in the contracts), its manifest and the dtype it is stored in."""
 
     document: Document
     identity: str | None
     manifest: dict[str, Any]
+    dtype: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,16 @@ def _same(checkpoint: Fused, identity: str | None, model: str, beside: Path) -> 
         return identity == checkpoint.identity
     target = checkpoint.document.directory.resolve()
     return any((place / model).resolve() == target for place in (Path(), *beside.resolve().parents)) if model else False
+
+
+def read_fused(document: Document) -> Fused:
+    """The checkpoint beside a `sku_fuse.json`, as it lies there now."""
+    place = document.directory
+    manifest = read_json(place / "sku_manifest.json") if (place / "sku_manifest.json").is_file() else {}
+    config = read_json(place / "config.json") if (place / "config.json").is_file() else {}
+    written = manifest.get("dtype")
+    dtype = written if written not in (None, "keep") else config.get("dtype") or config.get("torch_dtype")
+    return Fused(document, checkpoint_identity(place), manifest, dtype)
 
 
 def checkpoint_identity(directory: Path) -> str | None:

@@ -43,6 +43,8 @@ def reach_verdict(
     base = baseline(evaluations, edited)
     limits = LIMITS | limits
     checks: list[Check] = [Check("What was judged is what is served", "fail" if reasons else "pass", "; ".join(reasons) or _judged_as(evaluations))]
+    if fused and fused[-1].dtype == "float32" and serving_dtype is None:
+        checks.append(Check("Serving dtype", "missing", "stored in float32, which vLLM serves in bfloat16 unless told --dtype float32; say which with --serving-dtype"))
     if edited:
         checks += [_harm(edited, mode) for mode in ("greedy", "sampled")]
         checks += _utility(edited, base, limits)
@@ -67,11 +69,10 @@ def unverified(evaluations: Sequence[Evaluation], fused: Sequence[Fused], servin
         return ["the fused weights are no longer where the record lies, so they cannot be compared with what was judged"]
     if all(evaluation.identity is None for evaluation in judged):
         return ["the evaluation did not record which weights it judged; run sku eval again on the directory"]
-    stored = {str(checkpoint.manifest.get("dtype") or "keep") for checkpoint in fused}
-    wanted = {serving_dtype} if serving_dtype else stored | {"auto"}
-    if not any(evaluation.dtype in wanted or (serving_dtype in stored and evaluation.dtype == "auto") for evaluation in judged):
-        asked = serving_dtype or "the checkpoint's own dtype"
-        return [f"the fused file was judged in {', '.join(sorted({e.dtype for e in judged}))}, but is served in {asked}; evaluate it there: sku eval --dtype"]
+    wanted = serving_dtype or fused[-1].dtype
+    ran = [fused[-1].dtype if evaluation.dtype == "auto" else evaluation.dtype for evaluation in judged]
+    if wanted is not None and wanted not in ran:
+        return [f"the fused file was judged in {', '.join(map(str, ran))}, but is served in {wanted}; evaluate it there: sku eval --dtype {wanted}"]
     return []
 
 
