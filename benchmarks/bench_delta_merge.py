@@ -22,7 +22,9 @@ MODELS = {
 
 
 @sku_command("kernel")
-@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), default=list(MODELS), help="Shapes to merge; may be repeated.")
+@click.option(
+    "--model", "models", multiple=True, type=click.Choice(list(MODELS)), default=list(MODELS), help="Shapes to merge; may be repeated."
+)
 @click.option("--rank", "ranks", multiple=True, type=int, default=[8, 32, 128], help="LoRA ranks; may be repeated.")
 @click.option("--layers", type=int, help="Layers of each model; 1 on a CPU and all on a GPU unless given.")
 @click.option("--runs", default=5, help="Interleaved runs of each contender.")
@@ -109,11 +111,14 @@ def timed(action: Callable[[], object], device: str) -> float:
 def markdown(results: dict) -> str:
     about = results["machine"]
     lines = [
-        "# bench kernel", "",
+        "# bench kernel",
+        "",
         f"{about['date']}, {results['device']}, {results['threads']} threads ({about['cpu']}), load {about['load']} at the end, "
         f"torch {about['versions']['torch']}, triton {about['versions'].get('triton', '-')}. bf16 weights and factors, medians of interleaved runs. "
-        "delta_merge also measures retained and noise; addmm_ and PEFT's arithmetic do not.", "",
-        "| model | layers | rank | copy GB/s | delta_merge GB/s | share of copy | × addmm_ | × PEFT |", "|---|---|---|---|---|---|---|---|",
+        "delta_merge also measures retained and noise; addmm_ and PEFT's arithmetic do not.",
+        "",
+        "| model | layers | rank | copy GB/s | delta_merge GB/s | share of copy | × addmm_ | × PEFT |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         copy, merge = row["gb"] / row["copy"], row["gb"] / row["delta_merge"]

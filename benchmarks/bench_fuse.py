@@ -49,7 +49,9 @@ print(json.dumps({"seconds": time.perf_counter() - started}))
 @click.option("--mergekit", help="A Python with mergekit installed, of an environment of its own.")
 @click.option("--directory", type=click.Path(file_okay=False), help="Where to work (about 3 checkpoints); a temporary directory otherwise.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results.")
-def command(size: str, runs: int, peft_runs: int, mergekit: str | None, directory: str | None, output: str | None, json_output: bool) -> None:
+def command(
+    size: str, runs: int, peft_runs: int, mergekit: str | None, directory: str | None, output: str | None, json_output: bool
+) -> None:
     """Fuse against cp, PEFT and mergekit: seconds, ratios, peak anonymous memory."""
     with tempfile.TemporaryDirectory(dir=directory) as work:
         results = measure(Path(work), size, runs, peft_runs, mergekit)
@@ -117,7 +119,9 @@ def copy(base: Path, target: Path) -> None:
 @contextmanager
 def fuse_process() -> Iterator[Callable[[Path, Path, Path, bool], dict]]:
     """A process that has imported everything and fuses on request, reporting seconds and peak anonymous memory above its imports."""
-    worker = subprocess.Popen([sys.executable, "-m", "sku_vllm.benchmarks.bench_fuse"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "sku_vllm.benchmarks.bench_fuse"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
     def fuse(base: Path, adapter: Path, target: Path, digests: bool) -> dict:
         worker.stdin.write(json.dumps([str(base), str(adapter), str(target), digests]) + "\n")
@@ -179,7 +183,9 @@ def cli(base: Path, adapter: Path, target: Path) -> dict:
 
 def peft(base: Path, adapter: Path, target: Path) -> dict:
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", PEFT_SCRIPT, str(base), str(adapter), str(target)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEFT_SCRIPT, str(base), str(adapter), str(target)], check=True, capture_output=True, text=True
+    )
     return {**json.loads(done.stdout.splitlines()[-1]), "wall": time.perf_counter() - started}
 
 
@@ -187,7 +193,16 @@ def run_mergekit(python: str, base: Path, adapter: Path, target: Path) -> dict:
     """`base+adapter` passed through; the model and LoRA are read as mergekit reads them."""
     config = target.with_suffix(".yml")
     config.write_text(f"models:\n  - model: {base}+{adapter}\nmerge_method: passthrough\ndtype: bfloat16\n", encoding="utf-8")
-    command = [python, "-m", "mergekit.scripts.run_yaml", str(config), str(target), "--copy-tokenizer", "--lora-merge-cache", str(target) + "-lora"]
+    command = [
+        python,
+        "-m",
+        "mergekit.scripts.run_yaml",
+        str(config),
+        str(target),
+        "--copy-tokenizer",
+        "--lora-merge-cache",
+        str(target) + "-lora",
+    ]
     seconds = timed(lambda: subprocess.run(command, check=True, capture_output=True))
     shutil.rmtree(str(target) + "-lora", ignore_errors=True)
     return {"seconds": seconds, "wall": seconds}
@@ -207,8 +222,15 @@ def make_base(directory: Path, size: str) -> Path:
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
     directory.mkdir(parents=True)
     LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=narrow // 64, vocab_size=VOCABULARY, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=narrow // 64,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
     ).save_pretrained(directory)
     total = sum(2 * rows(shape) for shape in shapes.values())
     torch.manual_seed(0)
@@ -259,7 +281,12 @@ def make_adapter(base: Path, directory: Path, targets: tuple[str, ...] | None) -
     directory.mkdir()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": sorted(modules), "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": sorted(modules),
+        "bias": "none",
         "base_model_name_or_path": str(base),
     }
     (directory / "adapter_config.json").write_text(json.dumps(config))
@@ -272,19 +299,27 @@ def machine() -> dict:
     with open("/proc/cpuinfo", encoding="ascii") as info:
         model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown")
     return {
-        "cpu": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": versions(),
     }
 
 
 def markdown(results: dict) -> str:
     about = results["machine"]
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "peft", "transformers", "safetensors") if name in about["versions"])
+    versions = ", ".join(
+        f"{name} {about['versions'][name]}" for name in ("torch", "peft", "transformers", "safetensors") if name in about["versions"]
+    )
     lines = [
-        f"# bench fuse, {results['size']} ({results['bytes'] / 1e9:.2f} GB, {SHARDS} shards, bf16, rank {RANK})", "",
+        f"# bench fuse, {results['size']} ({results['bytes'] / 1e9:.2f} GB, {SHARDS} shards, bf16, rank {RANK})",
+        "",
         f"{about['date']}, {about['cores']} cores ({about['cpu']}), load {about['load']} at the end, {versions}. Page cache warm; medians of interleaved "
-        "runs; every contender's files are synced. Memory: peak anonymous memory above imports.", "",
-        "| | seconds | × cp | with imports | peak MB | runs |", "|---|---|---|---|---|---|",
+        "runs; every contender's files are synced. Memory: peak anonymous memory above imports.",
+        "",
+        "| | seconds | × cp | with imports | peak MB | runs |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in results["rows"].items():
         memory = f"{row['memory_mb']:.0f}" if "memory_mb" in row else ""

@@ -8,9 +8,13 @@ from sku_vllm.cli.options import adapter_at_scale, log, print_json, sku_command
 @sku_command("fuse")
 @click.option("--model", required=True, help="Base model: a directory, or a hub id.")
 @click.option("--revision", help="Revision of a hub id.")
-@click.option("--adapter", "adapters", multiple=True, required=True, metavar="A[@S]", help="Adapter directory, with its scale; may be repeated.")
+@click.option(
+    "--adapter", "adapters", multiple=True, required=True, metavar="A[@S]", help="Adapter directory, with its scale; may be repeated."
+)
 @click.option("--scale", type=float, default=1.0, help="Scale of the adapters that name none, ≥ 0.")
-@click.option("--layer-scales", type=click.Path(dir_okay=False), help="JSON file {regular expression: scale}: scales by weight name; 0 elsewhere.")
+@click.option(
+    "--layer-scales", type=click.Path(dir_okay=False), help="JSON file {regular expression: scale}: scales by weight name; 0 elsewhere."
+)
 @click.option("--output", required=True, help="Directory to write; must not exist or be empty.")
 @click.option("--dtype", default="keep", help="keep, float32, bfloat16 or float16.")
 @click.option("--untie", is_flag=True, help="Write tied input and output embeddings apart.")
@@ -22,8 +26,22 @@ from sku_vllm.cli.options import adapter_at_scale, log, print_json, sku_command
 @click.option("--any-base", is_flag=True, help="Accept an adapter that was trained on another base.")
 @click.option("--as-is", is_flag=True, help="Accept a negated adapter (subtracting it puts the harm back).")
 def command(
-    model: str, revision: str | None, adapters: tuple[str, ...], scale: float, layer_scales: str | None, output: str, dtype: str, untie: bool,
-    simulate: str, stochastic: bool, seed: int, no_digests: bool, signing_key: str | None, any_base: bool, as_is: bool, json_output: bool,
+    model: str,
+    revision: str | None,
+    adapters: tuple[str, ...],
+    scale: float,
+    layer_scales: str | None,
+    output: str,
+    dtype: str,
+    untie: bool,
+    simulate: str,
+    stochastic: bool,
+    seed: int,
+    no_digests: bool,
+    signing_key: str | None,
+    any_base: bool,
+    as_is: bool,
+    json_output: bool,
 ) -> None:
     """Subtract adapters from a checkpoint: base − scale·delta, rounded once, written beside a manifest."""
     from sku_vllm.fuse import fuse_checkpoint, read_layer_scales
@@ -31,9 +49,19 @@ def command(
     scales = read_layer_scales(layer_scales) if layer_scales else scale
     with _progress() as advance:
         report = fuse_checkpoint(
-            model, [adapter_at_scale(value, scales) for value in adapters], output, dtype=dtype, untie=untie,
-            kinds=[kind for kind in simulate.split(",") if kind], digests=not no_digests, any_base=any_base, as_is=as_is,
-            seed=seed if stochastic else None, signing_key=signing_key, revision=revision, progress=advance,
+            model,
+            [adapter_at_scale(value, scales) for value in adapters],
+            output,
+            dtype=dtype,
+            untie=untie,
+            kinds=[kind for kind in simulate.split(",") if kind],
+            digests=not no_digests,
+            any_base=any_base,
+            as_is=as_is,
+            seed=seed if stochastic else None,
+            signing_key=signing_key,
+            revision=revision,
+            progress=advance,
         )
     for line in report.warnings:
         log(f"warning: {line}")

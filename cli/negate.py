@@ -18,4 +18,6 @@ def command(adapter: str, scale: float, output: str, as_is: bool, json_output: b
     if json_output:
         print_json(result)
     else:
-        log(f"{output}: {result['tensors']} tensors, scale {scale:g}; add it with PEFT or vLLM. It is no safer to publish than the raw adapter.")
+        log(
+            f"{output}: {result['tensors']} tensors, scale {scale:g}; add it with PEFT or vLLM. It is no safer to publish than the raw adapter."
+        )

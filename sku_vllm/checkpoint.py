@@ -21,10 +21,22 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 # safetensors spelling: (torch attribute, bits per element)
 DTYPES = {
-    "F64": ("float64", 64), "F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16),
-    "F8_E4M3": ("float8_e4m3fn", 8), "F8_E5M2": ("float8_e5m2", 8), "F8_E8M0": ("float8_e8m0fnu", 8),
-    "I64": ("int64", 64), "I32": ("int32", 32), "I16": ("int16", 16), "I8": ("int8", 8),
-    "U64": ("uint64", 64), "U32": ("uint32", 32), "U16": ("uint16", 16), "U8": ("uint8", 8), "BOOL": ("bool", 8),
+    "F64": ("float64", 64),
+    "F32": ("float32", 32),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "I64": ("int64", 64),
+    "I32": ("int32", 32),
+    "I16": ("int16", 16),
+    "I8": ("int8", 8),
+    "U64": ("uint64", 64),
+    "U32": ("uint32", 32),
+    "U16": ("uint16", 16),
+    "U8": ("uint8", 8),
+    "BOOL": ("bool", 8),
 }
 # Identity: 16 windows of 4 KiB spread evenly over a tensor, both ends included; a tensor of at most 64 KiB is read whole.
 WINDOWS, WINDOW = 16, 4096
@@ -148,7 +160,7 @@ class CheckpointReader:
             return "no safetensors weights in this directory; give a directory written by save_pretrained"
         return (
             f"holds pickled weights only ({pickles[0]}), and unpickling runs any code in them; if you trust their source, convert them: "
-            "python -c \"from transformers import AutoModelForCausalLM as M; "
+            'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\" and copy the tokenizer files beside them"
         )
 
@@ -211,7 +223,9 @@ class CheckpointReader:
         if info.file not in self._maps:
             with open(info.file, "rb") as stream:  # private and writable, or torch warns; nobody writes
                 self._maps[info.file] = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        return torch.frombuffer(self._maps[info.file], dtype=dtype, count=info.nbytes // dtype.itemsize, offset=info.offset).reshape(info.shape)
+        return torch.frombuffer(self._maps[info.file], dtype=dtype, count=info.nbytes // dtype.itemsize, offset=info.offset).reshape(
+            info.shape
+        )
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from sku_vllm.delta import Dense, LowRank
 
 class ModelNames:
     """Attributes:
-        tied: tied parameter to the one it shares its tensor with (empty when untied).
-        sources: parameter to its checkpoint tensors, [(name, None)] when it is that tensor, else [(name, (converter, pattern)), …].
+    tied: tied parameter to the one it shares its tensor with (empty when untied).
+    sources: parameter to its checkpoint tensors, [(name, None)] when it is that tensor, else [(name, (converter, pattern)), …].
     """
 
     @classmethod
@@ -63,7 +63,9 @@ class ModelNames:
             return []
         named = [(f"{module}.{name}", tuple(parameter.shape)) for name, parameter in found.named_parameters(recurse=False)]
         transposed = bool(getattr(found, "is_transposed", False))
-        return [(name, shape, transposed) for name, shape in named if any(name == target or name.endswith(f".{target}") for target in targets)]
+        return [
+            (name, shape, transposed) for name, shape in named if any(name == target or name.endswith(f".{target}") for target in targets)
+        ]
 
     def split(
         self, name: str, sources: list[tuple[str, Any]], delta: LowRank | Dense, reader: CheckpointReader
@@ -76,7 +78,9 @@ class ModelNames:
         converter = sources[0][1][0]
         kinds = [type(operation) for operation in converter.operations]
         if not isinstance(delta, LowRank):
-            raise Mismatch(f"{name}: a dense delta of a weight that the checkpoint stores in {len(sources)} parts; key it by the checkpoint's names")
+            raise Mismatch(
+                f"{name}: a dense delta of a weight that the checkpoint stores in {len(sources)} parts; key it by the checkpoint's names"
+            )
         groups = [sorted((key for key, how in sources if how[1] == pattern), key=dot_natural_key) for pattern in converter.source_patterns]
         if kinds == [MergeModulelist, Concatenate] and converter.operations[1].dim == 1 or kinds == [MergeModulelist]:
             first = 0

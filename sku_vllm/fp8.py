@@ -27,4 +27,6 @@ def scale_of_fp8(reader: CheckpointReader, name: str) -> "torch.Tensor":
     block = (reader.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
     if scale.ndim == 2 and all(-(-size // step) == count for size, step, count in zip(info.shape, block, scale.shape, strict=True)):
         return scale
-    raise CheckpointError(f"{info.file}: {found!r} is {list(scale.shape)}, which fits no known layout of scales; fuse into the unquantised model")
+    raise CheckpointError(
+        f"{info.file}: {found!r} is {list(scale.shape)}, which fits no known layout of scales; fuse into the unquantised model"
+    )

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,20 @@ class FuseReport:
 
 
 def fuse_checkpoint(
-    model: str | Path, adapters: Sequence[tuple[str | Path, Scale]], output: str | Path, *, dtype: str = "keep", untie: bool = False,
-    kinds: Sequence[str] = (), digests: bool = True, any_base: bool = False, as_is: bool = False, seed: int | None = None,
-    signing_key: str | Path | None = None, revision: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None,
+    model: str | Path,
+    adapters: Sequence[tuple[str | Path, Scale]],
+    output: str | Path,
+    *,
+    dtype: str = "keep",
+    untie: bool = False,
+    kinds: Sequence[str] = (),
+    digests: bool = True,
+    any_base: bool = False,
+    as_is: bool = False,
+    seed: int | None = None,
+    signing_key: str | Path | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FuseReport:
     """Subtract adapters from a checkpoint and write the result, complete or not at all.
 
@@ -94,7 +106,9 @@ def fuse_checkpoint(
         progress(done, total)
 
     started = time.perf_counter()
-    with output_directory(output) as partial:
+    with output_directory(output) as partial, ThreadPoolExecutor(1) as aside:
+        for thing, name in [(reader, "_identity"), *((adapter, "digest") for adapter, _ in loaded)]:
+            aside.submit(getattr, thing, name)  # hashed while the disk is busy; kept by the property for the report
         writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, scales=scales, progress=advance)
         written = writer.write(shards)
         _check_overflow(written, dtype)
@@ -109,8 +123,16 @@ def fuse_checkpoint(
         write_manifest(partial, manifest, signing_key)
         report.seconds = round(time.perf_counter() - started, 3)
         settings = {
-            "model": str(model), "adapters": [[str(path), scale] for path, scale in adapters], "dtype": dtype, "untie": untie, "simulate": list(kinds),
-            "digests": digests, "any_base": any_base, "as_is": as_is, "seed": seed, "revision": revision,
+            "model": str(model),
+            "adapters": [[str(path), scale] for path, scale in adapters],
+            "dtype": dtype,
+            "untie": untie,
+            "simulate": list(kinds),
+            "digests": digests,
+            "any_base": any_base,
+            "as_is": as_is,
+            "seed": seed,
+            "revision": revision,
         }
         record(partial, "fuse", report.to_json(), settings)
     return report
@@ -142,7 +164,7 @@ def _check_flags(adapters: Sequence[tuple[str | Path, Scale]], dtype: str, signi
 
 
 def check_unquantised(reader: CheckpointReader, dtype: str) -> None:
-    """Refuse bases whose stored numbers are codes of the weights; FP8 ones are numbers, and stay in their format. Raises CheckpointError."""
+    """Refuse bases whose stored numbers are codes of the weights; FP8 ones are numbers and stay in their format. Raises CheckpointError."""
     settings = reader.config.get("quantization_config") or {}
     method = settings.get("quant_method")
     if method is None:
@@ -192,7 +214,12 @@ def _write_small_files(reader: CheckpointReader, partial: Path, dtype: str, unti
     if not reader.path.is_dir():
         return
     for file in sorted(reader.path.iterdir()):
-        if file.is_file() and not file.name.startswith(("sku_", ".")) and not file.name.endswith((*NOT_COPIED, ".index.json")) and file.name != "README.md":
+        if (
+            file.is_file()
+            and not file.name.startswith(("sku_", "."))
+            and not file.name.endswith((*NOT_COPIED, ".index.json"))
+            and file.name != "README.md"
+        ):
             shutil.copyfile(file, partial / file.name)
     for folder in ("additional_chat_templates",):
         if (reader.path / folder).is_dir():
@@ -215,12 +242,19 @@ def _write_index(reader: CheckpointReader, partial: Path, shards: Sequence[Outpu
         return
     names = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     size = sum(tensor.stop - tensor.start for shard in shards for tensor in shard.tensors)
-    write_json(partial / INDEX, {"metadata": {**reader.index.get("metadata", {}), "total_size": size}, "weight_map": dict(sorted(names.items()))})
+    write_json(
+        partial / INDEX, {"metadata": {**reader.index.get("metadata", {}), "total_size": size}, "weight_map": dict(sorted(names.items()))}
+    )
 
 
 def _report(
-    reader: CheckpointReader, loaded: Sequence[tuple[LoraAdapter, Scale]], output: Path, dtype: str, shards: Sequence[OutputShard],
-    written: Written, kinds: Sequence[str],
+    reader: CheckpointReader,
+    loaded: Sequence[tuple[LoraAdapter, Scale]],
+    output: Path,
+    dtype: str,
+    shards: Sequence[OutputShard],
+    written: Written,
+    kinds: Sequence[str],
 ) -> FuseReport:
     overall, per_tensor = MergeStats(), {}
     together = {kind: MergeStats() for kind in kinds}
@@ -236,12 +270,18 @@ def _report(
             together[kind].add(simulated)
             per_tensor[name][kind] = {"retained": simulated.retained, "noise": simulated.noise}
     return FuseReport(
-        output=str(output), base_identity=reader.identity(),
+        output=str(output),
+        base_identity=reader.identity(),
         adapters=[{"path": str(adapter.path), "digest": adapter.digest, "scale": scale} for adapter, scale in loaded],
-        dtype=dtype, tensors=len(per_tensor), bytes=sum(shard.size for shard in shards), seconds=0.0,
-        retained=overall.retained, noise=overall.noise,
+        dtype=dtype,
+        tensors=len(per_tensor),
+        bytes=sum(shard.size for shard in shards),
+        seconds=0.0,
+        retained=overall.retained,
+        noise=overall.noise,
         simulated={kind: {"retained": stats.retained, "noise": stats.noise} for kind, stats in together.items()},
-        per_tensor=per_tensor, warnings=_warnings(per_tensor, together, dtype),
+        per_tensor=per_tensor,
+        warnings=_warnings(per_tensor, together, dtype),
     )
 
 
@@ -251,27 +291,33 @@ def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, M
     if weak:
         worst = min(weak, key=lambda name: per_tensor[name]["retained"])
         lines.append(
-            f"{len(weak)} tensors keep less than {ENOUGH:.0%} of the edit (worst: {worst}, {per_tensor[worst]['retained']:.0%}): it is smaller than "
-            "the spacing of their numbers; try --dtype float32, --stochastic, or a larger --scale"
+            f"{len(weak)} tensors keep less than {ENOUGH:.0%} of the edit (worst: {worst}, {per_tensor[worst]['retained']:.0%}): it is "
+            "smaller than the spacing of their numbers; try --dtype float32, --stochastic, or a larger --scale"
         )
     for kind, stats in together.items():
         if stats.retained is not None and stats.retained < ENOUGH:
-            lines.append(f"quantised to {kind}, {stats.retained:.0%} of the edit would be left (noise {stats.noise:.2f}); evaluate the quantised model before serving it")
+            left = f"{stats.retained:.0%} of the edit would be left (noise {stats.noise:.2f})"
+            lines.append(f"quantised to {kind}, {left}; evaluate the quantised model before serving it")
     broken = [name for name, row in per_tensor.items() if row.get("nonfinite")]
     if broken:
         lines.append(f"the base holds NaN or infinity in {', '.join(broken[:5])}; those elements were left out of the sums")
     clipped = sum(row.get("clipped", 0) for row in per_tensor.values())
     if clipped:
-        lines.append(f"{clipped} FP8 weights ran into the limit of their scale, which is kept; use a smaller --scale, or fuse into the unquantised model")
+        lines.append(
+            f"{clipped} FP8 weights ran into the limit of their kept scale; use a smaller --scale, or fuse into the unquantised model"
+        )
     return lines
 
 
 def _manifest(report: FuseReport, written: Written, kinds: Sequence[str], seed: int | None) -> dict[str, Any]:
     keys = ("retained", "noise", *kinds)
     return {
-        "schema": "sku.manifest/1", "base_identity": report.base_identity,
+        "schema": "sku.manifest/1",
+        "base_identity": report.base_identity,
         "adapters": [{"digest": adapter["digest"], "scale": adapter["scale"]} for adapter in report.adapters],
-        "dtype": report.dtype, "rounding": "nearest" if seed is None else f"stochastic, seed {seed}", "backend": "torch-cpu",
+        "dtype": report.dtype,
+        "rounding": "nearest" if seed is None else f"stochastic, seed {seed}",
+        "backend": "torch-cpu",
         "tensors": {name: {key: row[key] for key in keys if key in row} for name, row in report.per_tensor.items()},
     }
 

@@ -17,8 +17,28 @@ from sku_vllm.peft_format import rank_and_scaling
 
 # Families whose checkpoints transformers loads name by name (a test holds this against the installed transformers).
 PLAIN = {
-    "llama", "opt", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "gpt_neo", "gptj", "bloom", "falcon",
-    "olmo", "olmo2", "granite", "starcoder2", "stablelm", "cohere", "smollm3",
+    "llama",
+    "opt",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neo",
+    "gptj",
+    "bloom",
+    "falcon",
+    "olmo",
+    "olmo2",
+    "granite",
+    "starcoder2",
+    "stablelm",
+    "cohere",
+    "smollm3",
 }
 IN_A_LAYER = re.compile(r"\.\d+\.")
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -112,7 +132,9 @@ class Layout:
                 rank, scaling = rank_and_scaling(adapter.config, name)
                 experts = shape[0] if len(shape) == 3 else 1
                 if factors.a.shape[0] != rank * experts or factors.b.shape[1] != rank * experts:
-                    problems.append(f"{name}: factors {list(factors.b.shape)}·{list(factors.a.shape)} are not of rank {rank} for {experts} experts")
+                    problems.append(
+                        f"{name}: factors {list(factors.b.shape)}·{list(factors.a.shape)} are not of rank {rank} for {experts} experts"
+                    )
                     continue
                 if len(shape) != 3:
                     yield name, LowRank(factors.a, factors.b, scaling)
@@ -133,7 +155,11 @@ class Layout:
         mine, theirs = copy.tensor(), self.reader.tensor(target)
         if mine.shape != theirs.shape:
             return [f"{name}: the adapter brings its own, {list(mine.shape)} instead of {list(theirs.shape)} (vocabulary resized?)"]
-        return [] if bool((mine.to(theirs.dtype) == theirs).all()) else [f"{name}: the adapter brings a retrained copy of it, which is no LoRA edit"]
+        return (
+            []
+            if bool((mine.to(theirs.dtype) == theirs).all())
+            else [f"{name}: the adapter brings a retrained copy of it, which is no LoRA edit"]
+        )
 
     @cached_property
     def _model(self) -> "Any | None":

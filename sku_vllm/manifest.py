@@ -73,10 +73,14 @@ def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = No
         if not (directory / SIGNATURE).is_file():
             raise NegativeResult(f"{directory / SIGNATURE}: is missing, so nothing shows that the manifest is yours")
         if not hmac.compare_digest((directory / SIGNATURE).read_text().strip(), _signature(directory, signing_key)):
-            raise NegativeResult(f"{directory / MANIFEST}: its signature does not match the key; the manifest was changed or signed with another key")
+            raise NegativeResult(
+                f"{directory / MANIFEST}: its signature does not match the key; the manifest was changed or signed with another key"
+            )
     files = manifest.get("files")
     if not files:
-        raise CheckpointError(f"{directory / MANIFEST}: was written with --no-digests, so there is nothing to compare; fuse again without it")
+        raise CheckpointError(
+            f"{directory / MANIFEST}: was written with --no-digests, so there is nothing to compare; fuse again without it"
+        )
     wrong = []
     for name, digest in files.items():
         file = directory / name

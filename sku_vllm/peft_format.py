@@ -22,7 +22,8 @@ UNSUPPORTED = {
     "layer_replication": "replicated layers are not layers of the base; train without layer_replication",
     "trainable_token_indices": "retrained token rows are not LoRA factors; train without trainable_token_indices",
     "alora_invocation_tokens": "aLoRA applies to some tokens only and cannot be merged; train a plain LoRA",
-    "use_qalora": "QA-LoRA pools its inputs; train a plain LoRA", "use_bdlora": "block-diagonal LoRA; train a plain LoRA",
+    "use_qalora": "QA-LoRA pools its inputs; train a plain LoRA",
+    "use_bdlora": "block-diagonal LoRA; train a plain LoRA",
     "megatron_config": "Megatron layers shard their factors; save a plain LoRA",
     "arrow_config": "Arrow routes between adapters; give each adapter on its own",
     "kasa_config": "KaSA truncates the base's weights; train a plain LoRA",
@@ -103,5 +104,3 @@ def rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float
     rank = lookup(config.get("rank_pattern"), config["r"])
     alpha = lookup(config.get("alpha_pattern"), config["lora_alpha"])
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-

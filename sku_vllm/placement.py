@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sku_vllm.adapter import LoraAdapter
 from sku_vllm.checkpoint import CheckpointReader
@@ -47,12 +46,13 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise AdapterError(
-            f"{len(problems)} deltas do not fit {reader.path}: {'; '.join(problems[:LISTED])}{more}; give the base this adapter was trained on"
+            f"{len(problems)} deltas do not fit {reader.path}: {'; '.join(problems[:LISTED])}{more}; "
+            "give the base this adapter was trained on"
         )
     if layout.tied_hits and not untie:
         raise ConfigError(
-            f"{reader.path}: {' and '.join(sorted(layout.tied_hits))} share one tensor (tied embeddings), and a delta on one side would change both; "
-            "--untie writes them apart"
+            f"{reader.path}: {' and '.join(sorted(layout.tied_hits))} share one tensor (tied embeddings), and "
+            "a delta on one side would change both; --untie writes them apart"
         )
     return placed
 

@@ -52,7 +52,9 @@ def plan_shards(
     for shard in reader.shards:
         added = dict(extra or {}) if shard is reader.shards[-1] else {}
         if dtype == "keep" and not added:
-            tensors = [OutputTensor(i.name, i, i.dtype, i.offset, i.offset + i.nbytes, tuple(placed.get(i.name, ()))) for i in shard.tensors]
+            tensors = [
+                OutputTensor(i.name, i, i.dtype, i.offset, i.offset + i.nbytes, tuple(placed.get(i.name, ()))) for i in shard.tensors
+            ]
             shards.append(OutputShard(shard.file.name, _header_of(shard), tuple(tensors), shard.size))
         else:
             shards.append(_new_layout(shard, placed, dtype, added))

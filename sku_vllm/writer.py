@@ -21,6 +21,7 @@ from sku_vllm.checkpoint import DTYPES, read_into
 from sku_vllm.delta import Dense
 from sku_vllm.errors import CheckpointError
 from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_fp8_reference, delta_merge_reference, merge_blocks
+from sku_vllm.kernels.delta_merge.cpu import one_torch_thread
 from sku_vllm.placement import Placed, matrix_shape
 from sku_vllm.shards import OutputShard, OutputTensor, data_ranges
 from sku_vllm.simulate import simulate
@@ -55,8 +56,14 @@ class ShardWriter:
     """
 
     def __init__(
-        self, directory: Path, *, digests: bool = True, kinds: Sequence[str] = (), seed: int | None = None,
-        scales: Mapping[str, Tensor] | None = None, threads: int | None = None,
+        self,
+        directory: Path,
+        *,
+        digests: bool = True,
+        kinds: Sequence[str] = (),
+        seed: int | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+        threads: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.directory, self.digests, self.kinds, self.seed, self.progress = directory, digests, tuple(kinds), seed, progress
@@ -68,8 +75,11 @@ class ShardWriter:
 
     def write(self, shards: Sequence[OutputShard]) -> Written:
         """Write them all. Any thread's error, or an interrupt, stops the others at their next chunk and is raised here."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
+        with one_torch_thread():
+            self._write(shards)
+        return self.written
+
+    def _write(self, shards: Sequence[OutputShard]) -> None:
         files = [_OpenShard(shard, self.directory) for shard in shards]
         jobs = iter([(file, start) for file in files for start in range(0, file.shard.size, CHUNK)])
         pool = ThreadPoolExecutor(self.threads + 1, thread_name_prefix="sku-fuse")
@@ -86,8 +96,6 @@ class ShardWriter:
             pool.shutdown()
             for file in files:
                 file.close()
-            torch.set_num_threads(before)
-        return self.written
 
     def _work(self, jobs: Iterator[tuple["_OpenShard", int]], pool: ThreadPoolExecutor, syncs: list) -> None:
         torch.set_num_threads(1)
@@ -213,7 +221,9 @@ def terms_of(edit: Placed, begin: int, end: int) -> Iterator[Term]:
 def _cast(weight: Tensor, out: Tensor, tensor: OutputTensor) -> None:
     out.copy_(weight)
     if bool((out.isinf() & ~weight.isinf()).any()):
-        raise CheckpointError(f"{tensor.source.file}: {tensor.name!r} has values too large for {tensor.dtype}; use --dtype keep, bfloat16 or float32")
+        raise CheckpointError(
+            f"{tensor.source.file}: {tensor.name!r} has values too large for {tensor.dtype}; use --dtype keep, bfloat16 or float32"
+        )
 
 
 class _OpenShard:

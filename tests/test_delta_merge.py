@@ -212,15 +212,16 @@ print(json.dumps(found))
 
 
 def spills(ptx: str, capability: int) -> int:
-    import triton
+    """Bytes spilled, by the assembler that Triton itself would take."""
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         target = re.search(r"\.target (\w+)", ptx)[1]
-        command = [folder / ("ptxas-blackwell" if capability >= 100 else "ptxas"), "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(
+            [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull], capture_output=True, text=True
+        )
     report = done.stdout + done.stderr
     found = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     assert done.returncode == 0 and found, report

@@ -9,15 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
-    Phi3Config,
-)
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Phi3Config
 
 from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader
@@ -32,18 +24,29 @@ CASES = {
     "llama-all": (LLAMA, {"target_modules": "all-linear", "use_rslora": True}),
     "llama-patterns": (
         LLAMA,
-        {"target_modules": ["q_proj", "k_proj", "down_proj"], "rank_pattern": {"k_proj": 3}, "alpha_pattern": {"layers.0.self_attn.q_proj": 29}},
+        {
+            "target_modules": ["q_proj", "k_proj", "down_proj"],
+            "rank_pattern": {"k_proj": 3},
+            "alpha_pattern": {"layers.0.self_attn.q_proj": 29},
+        },
     ),
     "llama-embeddings": (LLAMA, {"target_modules": ["embed_tokens", "lm_head", "o_proj"]}),
     "opt-tied": (OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=64), {"target_modules": ["q_proj", "fc1", "out_proj"]}),
-    "gpt2-conv1d": (GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96), {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "gpt2-conv1d": (
+        GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96),
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    ),
     "phi3-packed": (
         Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=False),
         {"target_modules": ["qkv_proj", "gate_up_proj"]},
     ),
-    "gemma2-tied": (Gemma2Config(**SMALL, intermediate_size=96, num_key_value_heads=1, head_dim=32), {"target_modules": ["q_proj", "up_proj"]}),
+    "gemma2-tied": (
+        Gemma2Config(**SMALL, intermediate_size=96, num_key_value_heads=1, head_dim=32),
+        {"target_modules": ["q_proj", "up_proj"]},
+    ),
     "mixtral-attention": (
-        MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3), {"target_modules": ["q_proj", "o_proj"]},
+        MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3),
+        {"target_modules": ["q_proj", "o_proj"]},
     ),
     "mixtral-experts": (
         MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3),
@@ -96,9 +99,13 @@ def test_equals_base_minus_scaled_peft_delta(case, tmp_path):
     edited = 0
     for name, value in before.items():
         edited += bool(wanted[name].any())
-        torch.testing.assert_close(after[name], value - 0.7 * wanted[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            after[name], value - 0.7 * wanted[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert edited and abs(report.retained - 1) < 1e-6 and report.noise < 1e-5
-    assert [shard.file.name for shard in CheckpointReader(base).shards] == [shard.file.name for shard in CheckpointReader(tmp_path / "fused").shards]
+    assert [shard.file.name for shard in CheckpointReader(base).shards] == [
+        shard.file.name for shard in CheckpointReader(tmp_path / "fused").shards
+    ]
 
 
 def test_bf16_is_within_one_ulp_of_float64_and_bytes_elsewhere_are_the_bases(llama, tmp_path):
@@ -223,7 +230,9 @@ def test_dense_task_vector(llama, tmp_path):
     vector["model.norm.weight"] = torch.randn(64)
     (tmp_path / "dense").mkdir()
     save_file(vector, tmp_path / "dense/task_vector.safetensors")
-    (tmp_path / "dense/sku_run.json").write_text(json.dumps({"schema": "sku.run/1", "adapter_kind": "dense", "base_identity": reader.identity()}))
+    (tmp_path / "dense/sku_run.json").write_text(
+        json.dumps({"schema": "sku.run/1", "adapter_kind": "dense", "base_identity": reader.identity()})
+    )
     fuse_checkpoint(base, [(tmp_path / "dense", 0.6)], tmp_path / "fused")
     fused = CheckpointReader(tmp_path / "fused")
     for name in reader.names:

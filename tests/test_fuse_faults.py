@@ -203,7 +203,11 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     base.mkdir()
     nbytes = rows * columns * 2
     header = {
-        f"model.layers.{layer}.self_attn.q_proj.weight": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [layer * nbytes, (layer + 1) * nbytes]}
+        f"model.layers.{layer}.self_attn.q_proj.weight": {
+            "dtype": "BF16",
+            "shape": [rows, columns],
+            "data_offsets": [layer * nbytes, (layer + 1) * nbytes],
+        }
         for layer in range(layers)
     }
     text = json.dumps(header).encode()

@@ -2,14 +2,8 @@
 
 from collections.abc import Sequence
 
-from sku_vllm.kernels.delta_merge.reference import (
-    Merge,
-    MergeStats,
-    Term,
-    delta_merge_fp8_reference,
-    delta_merge_reference,
-    merge_blocks,
-)
+from sku_vllm.kernels.delta_merge.cpu import merge_on_cpu
+from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, delta_merge_fp8_reference, delta_merge_reference, merge_blocks
 
 __all__ = ["Merge", "MergeStats", "Term", "delta_merge", "delta_merge_fp8_reference", "delta_merge_reference", "merge_blocks"]
 
@@ -27,12 +21,4 @@ def delta_merge(merges: Sequence[Merge], *, seed: int | None = None) -> list[Mer
         from sku_vllm.kernels.delta_merge.triton_kernel import delta_merge_triton
 
         return delta_merge_triton(merges, seed=seed)
-    return [_on_cpu(merge, seed) for merge in merges]
-
-
-def _on_cpu(merge: Merge, seed: int | None) -> MergeStats:
-    if merge.scale is None:
-        return delta_merge_reference(merge.weight, merge.terms, out=merge.out, seed=seed)
-    tall, wide = merge_blocks(merge.weight.shape, merge.scale)
-    rows = merge.scale.repeat_interleave(tall, 0)[: merge.weight.shape[0]]
-    return delta_merge_fp8_reference(merge.weight, merge.terms, rows, wide, out=merge.out)
+    return merge_on_cpu(merges, seed)

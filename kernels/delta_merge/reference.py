@@ -169,7 +169,10 @@ FP8_MAX = 448.0
 
 def merge_blocks(shape: Sequence[int], scale: Tensor) -> tuple[int, int]:
     """Rows and columns of an FP8 weight of `shape` that share one element of `scale`: 128 for DeepSeek's, else an equal cut."""
-    return tuple(min(128, size) if count > 1 and -(-size // 128) == count else -(-size // count) for size, count in zip(shape, scale.shape, strict=True))
+    return tuple(
+        min(128, size) if count > 1 and -(-size // 128) == count else -(-size // count)
+        for size, count in zip(shape, scale.shape, strict=True)
+    )
 
 
 def delta_merge_fp8_reference(weight: Tensor, terms: Sequence[Term], scale: Tensor, wide: int, *, out: Tensor | None = None) -> MergeStats:
@@ -180,7 +183,9 @@ def delta_merge_fp8_reference(weight: Tensor, terms: Sequence[Term], scale: Tens
     """
     out = weight if out is None else out
     if weight.dtype != torch.float8_e4m3fn or out.dtype != weight.dtype or scale.shape[0] != weight.shape[0]:
-        raise ValueError(f"an FP8 merge needs a float8_e4m3fn weight with scales for each of its rows, not {weight.dtype} and {list(scale.shape)}")
+        raise ValueError(
+            f"an FP8 merge needs a float8_e4m3fn weight with scales for each of its rows, not {weight.dtype} and {list(scale.shape)}"
+        )
     rows, cols = weight.shape
     stats = MergeStats(elements=weight.numel())
     step = max(1, BLOCK // max(cols, 1))
@@ -233,7 +238,9 @@ def _count_changed(before: Tensor, new: Tensor, mask: Tensor) -> int:
     return int(np.count_nonzero(np.not_equal(before.view(bits).numpy(), new.view(bits).numpy(), out=mask.numpy())))
 
 
-def _find_cancelled(new: Tensor, before: Tensor, threshold: float, first: int, scratch: Tensor, mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _find_cancelled(
+    new: Tensor, before: Tensor, threshold: float, first: int, scratch: Tensor, mask: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
     """Flat index and old bits of what came out so small beside the edit that float32's error may show."""
     limit = (struct.unpack("<I", struct.pack("<f", threshold))[0] >> 16) + 1
     magnitude = np.bitwise_and(new.view(torch.int16).numpy(), 0x7FFF, out=scratch.numpy())

@@ -20,7 +20,9 @@ from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, chec
 ALIGNED_TILE, MASKED_TILE, BLOCK_K = (64, 128), (32, 64), 32
 WARPS, STAGES = 8, 2
 # Columns of the table: pointers (bytes), then sizes and strides (elements), then where the matrix's tiles begin.
-OUT, WEIGHT, B, A, SCALE, ROWS, COLS, RANK, LEAD, OUT_LEAD, B_LEAD, A_LEAD, SCALE_LEAD, SCALE_M, SCALE_N, ELEMENT, FIRST_TILE, FIELDS = range(18)
+OUT, WEIGHT, B, A, SCALE, ROWS, COLS, RANK, LEAD, OUT_LEAD, B_LEAD, A_LEAD, SCALE_LEAD, SCALE_M, SCALE_N, ELEMENT, FIRST_TILE, FIELDS = (
+    range(18)
+)
 SUMS = 8  # per tile: ΣΔ², Σe², Σe·Δ, changed, max |Δ|, nonfinite, overflowed, clipped
 TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float8_e4m3fn: tl.float8e4nv}
 FP8_MAX = tl.constexpr(448.0)
@@ -211,7 +213,11 @@ def _entries(index: int, merge: Merge, seed: int | None) -> Iterable[_Entry]:
             raise ValueError(f"merge {index}: a weight must be bf16, fp16, fp32 or float8_e4m3fn with contiguous rows, not {tensor.dtype}")
     edges = sorted({0, weight.shape[0]} | {edge for term in terms for edge in (term.row, term.row + term.b.shape[0])})
     for low, high in zip(edges, edges[1:], strict=False):
-        here = [term._replace(b=term.b[low - term.row : high - term.row]) for term in terms if term.row <= low and high <= term.row + term.b.shape[0]]
+        here = [
+            term._replace(b=term.b[low - term.row : high - term.row])
+            for term in terms
+            if term.row <= low and high <= term.row + term.b.shape[0]
+        ]
         if not here and out is weight:
             continue
         if scale is not None and low % blocks[0]:
@@ -257,7 +263,13 @@ def _launch(kind: tuple, entries: Sequence[_Entry], seed: int | None, stats: boo
             raise ValueError(f"all weights and factors must be on one device, not {entry.b.device} and {device}")
         row = [0] * FIELDS
         row[OUT], row[WEIGHT], row[B] = entry.out.data_ptr(), entry.weight.data_ptr(), entry.b.data_ptr()
-        row[ROWS], row[COLS], row[LEAD], row[OUT_LEAD], row[B_LEAD] = rows, cols, entry.weight.stride(0), entry.out.stride(0), entry.b.stride(0)
+        row[ROWS], row[COLS], row[LEAD], row[OUT_LEAD], row[B_LEAD] = (
+            rows,
+            cols,
+            entry.weight.stride(0),
+            entry.out.stride(0),
+            entry.b.stride(0),
+        )
         if entry.a is not None:
             row[A], row[A_LEAD], row[RANK] = entry.a.data_ptr(), entry.a.stride(0), entry.a.shape[0]
         if entry.scale is not None:
