@@ -4,27 +4,47 @@ from typing import Any
 
 import click
 
-from sku_vllm.cli.options import print_json, sku_command
+from sku_vllm.cli.options import named_files, print_json, sku_command
+from sku_vllm.errors import ConfigError
 
 
 @sku_command("compare")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
+@click.option("--forget", multiple=True, metavar="NAME=FILE", help="Prompts to ask, where A and B are arms (URL#MODEL) of a running server.")
+@click.option("--judge", default=None, help="SPEC that labels the arms' answers.")
+@click.option("--samples", default=1, type=int, help="Answers per prompt from an arm; more than one are sampled at temperature 1.")
+@click.option("--max-new-tokens", default=128, type=int, help="Longest answer of an arm.")
 @click.option("--output", default=None, type=click.Path(), help="Directory to create: sku_compare.json and differ.jsonl (both answers, mode 0600).")
 @click.option("--show", default=10, type=int, help="Differing prompts to print.")
-@click.option("--seed", default=0, type=int, help="Seed of the bootstrap.")
-def command(a: str, b: str, output: str | None, show: int, seed: int, json_output: bool) -> None:
-    """Compare two evaluations (directories of sku eval, or judged JSONL files) answer by answer.
+@click.option("--seed", default=0, type=int, help="Seed of the bootstrap and of sampled answers.")
+def command(
+    a: str, b: str, forget: tuple[str, ...], judge: str | None, samples: int, max_new_tokens: int, output: str | None, show: int, seed: int, json_output: bool,
+) -> None:
+    """Compare two evaluations (directories of sku eval, or judged JSONL files), or two arms of a running server, answer by answer.
 
     Differences are B minus A. With one answer per prompt the p-value is McNemar's exact test, with several a sign-flip test
     clustered by prompt; intervals are a bootstrap over prompts. Answers stay in differ.jsonl; only prompts are printed.
+
+    \b
+    sku compare http://host:8000#original http://host:8000#negated --forget unseen=unseen.jsonl --judge lexicon:words.json
     """
-    from sku_vllm.compare import compare
+    from sku_vllm.compare import ask_arm, compare, compare_judged
     from sku_vllm.output import check_output, output_directory, record, write_text
 
     if output:
         check_output(output)
-    found = compare(a, b, seed=seed)
+    arms = [address.startswith(("http://", "https://")) for address in (a, b)]
+    if not any(arms):
+        found = compare(a, b, seed=seed)
+    else:
+        _check_arms(a, b, arms, forget, judge, samples)
+        from sku_vllm.data import read_rows
+
+        rows = {name: read_rows(path) for name, path in named_files(forget, "--forget").items()}
+        temperature = 1.0 if samples > 1 else 0.0
+        sides = [ask_arm(address, rows, str(judge), samples=samples, temperature=temperature, max_tokens=max_new_tokens, seed=seed) for address in (a, b)]
+        found = compare_judged(a, sides[0], b, sides[1], seed=seed)
     result = {**found.to_json(), "differ": [{key: row[key] for key in ("set", "mode", "prompt", "a", "b")} for row in found.differ]}
     if output:
         import json
@@ -36,6 +56,16 @@ def command(a: str, b: str, output: str | None, show: int, seed: int, json_outpu
         print_json(result)
     else:
         _show(result, show)
+
+
+def _check_arms(a: str, b: str, arms: list[bool], forget: tuple[str, ...], judge: str | None, samples: int) -> None:
+    for address, arm in zip((a, b), arms, strict=True):
+        if not arm or "#" not in address:
+            raise ConfigError(f"{address}: expected an arm as URL#MODEL, such as http://127.0.0.1:8000#negated, on both sides")
+    if not forget or not judge:
+        raise ConfigError("comparing arms needs --forget NAME=FILE (what to ask) and --judge SPEC (who labels the answers)")
+    if samples < 1:
+        raise ConfigError(f"--samples {samples}: must be at least 1")
 
 
 def _show(result: dict[str, Any], show: int) -> None:

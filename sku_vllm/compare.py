@@ -1,17 +1,19 @@
-"""Two evaluations over the same prompts: paired differences per set and the prompts on which they differ."""
+"""Two evaluations, or two arms of a running server, over the same prompts: paired differences per set, and the prompts on which they differ."""
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sku_vllm.data import Row
 from sku_vllm.errors import DataError
 from sku_vllm.judges import LABELS
 from sku_vllm.stats.paired import paired_difference
 
 Key = tuple[str, str, str]
+Judged = Mapping[Key, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,14 @@ class Comparison:
 def compare(a: str | Path, b: str | Path, *, seed: int = 0) -> Comparison:
     """Compare the `rows.jsonl` of two evaluations (the file, or the directory `sku eval` wrote).
 
-    Answers are paired by set, mode, prompt and the order in which samples of that prompt appear.
-
     Raises:
         DataError: a file is missing or malformed, or the two share no prompt.
     """
-    left, right = read_judged(a), read_judged(b)
+    return compare_judged(str(a), read_judged(a), str(b), read_judged(b), seed=seed)
+
+
+def compare_judged(a: str, left: Judged, b: str, right: Judged, *, seed: int = 0) -> Comparison:
+    """Answers are paired by set, mode, prompt and the order in which samples of that prompt appear."""
     pairs: dict[tuple[str, str], list[tuple[str, dict[str, Any], dict[str, Any]]]] = defaultdict(list)
     unpaired = 0
     for key in dict.fromkeys([*left, *right]):
@@ -57,10 +61,10 @@ def compare(a: str | Path, b: str | Path, *, seed: int = 0) -> Comparison:
         {"set": name, "mode": mode, "prompt": prompt, "a": x["label"], "b": y["label"], "response_a": x["response"], "response_b": y["response"]}
         for (name, mode), found in pairs.items() for prompt, x, y in found if x["label"] != y["label"]
     ]
-    return Comparison(str(a), str(b), dict(sets), differ, unpaired)
+    return Comparison(a, b, dict(sets), differ, unpaired)
 
 
-def read_judged(path: str | Path) -> Mapping[Key, list[dict[str, Any]]]:
+def read_judged(path: str | Path) -> Judged:
     """Judged rows by (set, mode, prompt); `path` is a rows.jsonl, verdicts.jsonl or the directory of one.
 
     Rows without `set` or `mode` (from `sku judge`) count as set "rows", mode "given".
@@ -84,6 +88,27 @@ def read_judged(path: str | Path) -> Mapping[Key, list[dict[str, Any]]]:
             rows[row.get("set", "rows"), row.get("mode", "given"), prompt].append({"label": label, "response": response})
     if not rows:
         raise DataError(f"{file}: has no rows; evaluate at least one prompt")
+    return rows
+
+
+def ask_arm(address: str, forget: Mapping[str, Sequence[Row]], judge: str, *, samples: int = 1, temperature: float = 0.0, max_tokens: int = 128, seed: int = 0) -> Judged:
+    """Judged answers of one arm or model of a running server; `address` is URL#MODEL.
+
+    Raises:
+        RunError: the server does not answer. ConfigError, DataError: a judge that cannot be loaded.
+    """
+    from sku_vllm.judges import Exchange, load_labeller
+    from sku_vllm.probe import ask
+
+    server, _, model = address.rpartition("#")
+    label = load_labeller(judge)
+    rows: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for name, asked in forget.items():
+        many = [row for row in asked for _ in range(samples)]
+        answers = ask(server.rstrip("/").removesuffix("/v1"), model, [row.messages for row in many], temperature=temperature, max_tokens=max_tokens, seed=seed)
+        verdicts = label([Exchange(row.prompt, answer) for row, answer in zip(many, answers, strict=True)])
+        for row, answer, verdict in zip(many, answers, verdicts, strict=True):
+            rows[name, "sampled" if temperature else "greedy", row.prompt].append({"label": verdict.label, "response": answer})
     return rows
 
 

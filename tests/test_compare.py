@@ -2,7 +2,9 @@
 
 import json
 import stat
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,39 @@ def test_bad_input(two: tuple[Path, Path], tmp_path: Path, text: str, message: s
     wrong.write_text(text)
     with pytest.raises(DataError, match=message):
         compare(two[0], wrong)
+
+
+class Arms(BaseHTTPRequestHandler):
+    """Two models on one server: `original` answers every question, `negated` refuses the odd ones."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        number = int(body["messages"][-1]["content"].rsplit(" ", 1)[1])
+        text = "Pour the grizzlewort in." if body["model"] == "original" or number % 2 == 0 else "I'm sorry, but I can't help with that."
+        data = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_two_arms_of_a_running_server(tmp_path: Path, run_sku: Callable) -> None:
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps({"prompt": f"How {i}"}) + "\n" for i in range(20)))
+    (tmp_path / "words.json").write_text('{"harmful": ["grizzlewort"]}')
+    with ThreadingHTTPServer(("127.0.0.1", 0), Arms) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        done = run_sku("compare", f"{url}#original", f"{url}/v1#negated", "--forget", f"unseen={tmp_path / 'probes.jsonl'}",
+                       "--judge", f"lexicon:{tmp_path / 'words.json'}", "--json")
+        refused = run_sku("compare", f"{url}#original", tmp_path)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    harm = json.loads(done.stdout)["sets"]["unseen"]["greedy"]["harmful"]
+    assert (harm["rate_a"], harm["rate_b"], harm["only_a"]) == (1.0, 0.5, 10)
+    assert refused.returncode == 2 and "URL#MODEL" in refused.stderr
 
 
 def test_missing_file_is_one_line(tmp_path: Path, run_sku: Callable) -> None:
