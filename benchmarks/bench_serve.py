@@ -40,7 +40,17 @@ STUDENT = {4: 2.776, 9: 2.262, 11: 2.201, 14: 2.145, 19: 2.093}
 @click.option("--tokens", default=24, help="Tokens generated per request.")
 @click.option("--soak", default=0, help="Requests of the soak over 20 adapter swaps that checks every answer (10000 is the goal's).")
 @click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results.")
-def command(model: str | None, adapter: str | None, pairs: str, requests: int, concurrency: int, tokens: int, soak: int, output: str | None, json_output: bool) -> None:
+def command(
+    model: str | None,
+    adapter: str | None,
+    pairs: str,
+    requests: int,
+    concurrency: int,
+    tokens: int,
+    soak: int,
+    output: str | None,
+    json_output: bool,
+) -> None:
     """Alias against direct, judging, swaps, and original, LoRA, fused and swapped side by side."""
     from sku_vllm.errors import ConfigError
 
@@ -104,11 +114,36 @@ class Load:
         self.seed += 1
         parser = FlexibleArgumentParser()
         add_cli_args(parser)
-        args = parser.parse_args([
-            "--backend", "openai", "--base-url", server.root, "--endpoint", "/v1/completions", "--model", model, "--tokenizer", str(self.tokenizer),
-            "--dataset-name", "random", "--random-input-len", "32", "--random-output-len", str(self.tokens), "--ignore-eos", "--disable-tqdm",
-            "--num-prompts", str(self.requests), "--max-concurrency", str(self.concurrency), "--seed", str(self.seed), "--ready-check-timeout-sec", "0",
-        ])
+        args = parser.parse_args(
+            [
+                "--backend",
+                "openai",
+                "--base-url",
+                server.root,
+                "--endpoint",
+                "/v1/completions",
+                "--model",
+                model,
+                "--tokenizer",
+                str(self.tokenizer),
+                "--dataset-name",
+                "random",
+                "--random-input-len",
+                "32",
+                "--random-output-len",
+                str(self.tokens),
+                "--ignore-eos",
+                "--disable-tqdm",
+                "--num-prompts",
+                str(self.requests),
+                "--max-concurrency",
+                str(self.concurrency),
+                "--seed",
+                str(self.seed),
+                "--ready-check-timeout-sec",
+                "0",
+            ]
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             found = asyncio.run(main_async(args))
         if found["completed"] != self.requests:
@@ -131,28 +166,37 @@ def measure(base: Path, adapter: Path, work: Path, load: Load, pairs: int, soak:
         def up(name: str, model: Path, arms: Sequence[str], **settings: Any) -> Any:
             log(f"starting {name}")
             start = time.perf_counter()
-            server = stack.enter_context(start_server(model, arms, f"{arms[0].split('=')[0]}=1", flags=FLAGS, expose_arms=True, token="benchmark-token", **settings))
+            server = stack.enter_context(
+                start_server(model, arms, f"{arms[0].split('=')[0]}=1", flags=FLAGS, expose_arms=True, token="benchmark-token", **settings)
+            )
             server.seconds = time.perf_counter() - start
             load(server, "sku")  # warm
             return server
 
-        plain = up("the server without judge", base, arms)
-        judged = up("the server with a fast judge", base, arms, judge=f"lexicon:{lexicon}")
-        stuck = up("the server with a stalled judge", base, arms, judge=f"openai:{stalled}#m", judge_queue=64)
+        quick = up("the server with a fast judge", base, arms, judge=f"lexicon:{lexicon}", judge_sample=0.0)
+        stuck = up("the server with a stalled judge", base, arms, judge=f"openai:{stalled}#m", judge_sample=0.0, judge_queue=64)
         fused = up("the server of fused weights", work / "fused", ["fused=base"])
+
+        def judging(server: Any, sample: float) -> dict[str, Any]:
+            server.control("PUT", "judging", {"sample": sample})
+            return load(server, "sku")
+
         result: dict[str, Any] = {"ratios": {}}
+        # each ratio within one server, so that nothing but the compared thing differs
         for name, left, right in (
-            ("alias / naming the arm", lambda: load(plain, "sku"), lambda: load(plain, "original")),
-            ("fast judge on everything / no judge", lambda: load(judged, "sku"), lambda: load(plain, "sku")),
-            ("stalled judge / no judge", lambda: load(stuck, "sku"), lambda: load(plain, "sku")),
+            ("alias / naming the arm", lambda: judging(quick, 0.0), lambda: load(quick, "original")),
+            ("fast judge on everything / no judge", lambda: judging(quick, 1.0), lambda: judging(quick, 0.0)),
+            ("stalled judge / no judge", lambda: judging(stuck, 1.0), lambda: judging(stuck, 0.0)),
         ):
             result["ratios"][name] = compare(name, left, right, pairs)
         result["dropped_by_stalled_judge"] = stuck.metric("sku_judge_dropped_total")
-        result["arms"] = side_by_side({"original": lambda: load(plain, "original"), "LoRA": lambda: load(plain, "negated"), "fused": lambda: load(fused, "sku")}, 3)
-        result["adapter_swap"] = adapter_swaps(plain, adapter)
+        result["arms"] = side_by_side(
+            {"original": lambda: load(quick, "original"), "LoRA": lambda: load(quick, "negated"), "fused": lambda: load(fused, "sku")}, 3
+        )
+        result["adapter_swap"] = adapter_swaps(quick, adapter)
         if soak:
-            result["soak"] = run_soak(plain, adapter, soak)
-        result["model_swap"] = model_swaps(plain, adapter, lambda: load(plain, "sku"), result["arms"])
+            result["soak"] = run_soak(quick, adapter, soak)
+        result["model_swap"] = model_swaps(quick, adapter, lambda: load(quick, "sku"), result["arms"])
     return result
 
 
@@ -165,7 +209,14 @@ def compare(name: str, left: Callable[[], dict[str, Any]], right: Callable[[], d
         logs.append(math.log(a / b if pair % 2 == 0 else b / a))
         log(f"{name}, pair {pair + 1}/{pairs}: {math.exp(logs[-1]):.3f}")
     mean, half = statistics.mean(logs), STUDENT[pairs - 1] * statistics.stdev(logs) / math.sqrt(pairs)
-    return {"ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half), "pairs": pairs, "goal": 0.98, "met": math.exp(mean - half) >= 0.98}
+    return {
+        "ratio": math.exp(mean),
+        "low": math.exp(mean - half),
+        "high": math.exp(mean + half),
+        "pairs": pairs,
+        "goal": 0.98,
+        "met": math.exp(mean - half) >= 0.98,
+    }
 
 
 def side_by_side(contenders: dict[str, Callable[[], dict[str, Any]]], runs: int) -> dict[str, dict[str, float]]:
@@ -189,7 +240,9 @@ def chatter(server: Any, workers: int = 4) -> Iterator[list[Any]]:
             number = worker
             while not stop.is_set():
                 prompt = f"w{number % 50} w{number % 50 + 60}"
-                reply = client.post(f"{server.url}/completions", json={"model": "negated", "prompt": prompt, "max_tokens": 4, "temperature": 0})
+                reply = client.post(
+                    f"{server.url}/completions", json={"model": "negated", "prompt": prompt, "max_tokens": 4, "temperature": 0}
+                )
                 answers.append((prompt, reply.status_code, reply.json()["choices"][0]["text"] if reply.status_code == 200 else ""))
                 number += workers
 
@@ -261,7 +314,8 @@ def middleware_cost(base: Path, work: Path) -> dict[str, float]:
     """Milliseconds the middleware adds to a 2 KB chat request, in process: with and without it, request by request."""
     from sku_vllm.serving.config import ServeConfig
     from sku_vllm.serving.middleware import SkuMiddleware
-    from sku_vllm.serving.runtime import Runtime, prepare_state
+    from sku_vllm.serving.begin import prepare_state
+    from sku_vllm.serving.runtime import Runtime
 
     config = ServeConfig(str(base), ["original=base", "other=base"], run=str(work / "run"), expose_arms=True)
     runtime = Runtime(config)
@@ -327,7 +381,13 @@ def stalled_judge() -> Iterator[str]:
 def machine() -> dict[str, Any]:
     from sku_vllm.output import versions
 
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform(), "versions": versions(), "date": datetime.date.today().isoformat()}
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def cpu_name() -> str:
@@ -343,14 +403,26 @@ def markdown(result: dict[str, Any]) -> str:
     own = result["machine"]
     yes = {True: "met", False: "not met"}
     lines = [
-        "# Serving", "",
-        f"{own['cpu']}, {own['cores']} cores, {own['system']}; " + ", ".join(f"{name} {version}" for name, version in own["versions"].items()) + f"; {own['date']}.",
-        f"{result['requests']} requests of 32 + {result['tokens']} tokens, {result['concurrency']} at once, vLLM's own load generator; GPU: not measured.", "",
-        "| throughput | ratio | 95 % interval | goal |", "|---|---|---|---|",
-        *(f"| {name} | {each['ratio']:.3f} | {each['low']:.3f} – {each['high']:.3f} ({each['pairs']} pairs) | ≥ {each['goal']}: {yes[each['met']]} |" for name, each in result["ratios"].items()), "",
-        "| arm | tokens/s | TTFT ms | ITL ms |", "|---|---|---|---|",
-        *(f"| {name} | {each['throughput']:.0f} | {each['ttft_ms']:.1f} | {each['itl_ms']:.2f} |" for name, each in result["arms"].items()), "",
-        "original and LoRA share one LoRA-enabled engine, which is slower than a plain one; fused is a plain engine. Compare latencies with that in mind.", "",
+        "# Serving",
+        "",
+        f"{own['cpu']}, {own['cores']} cores, {own['system']}; "
+        + ", ".join(f"{name} {version}" for name, version in own["versions"].items())
+        + f"; {own['date']}.",
+        f"{result['requests']} requests of 32 + {result['tokens']} tokens, {result['concurrency']} at once, vLLM's own load generator; GPU: not measured.",
+        "",
+        "| throughput | ratio | 95 % interval | goal |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {each['ratio']:.3f} | {each['low']:.3f} – {each['high']:.3f} ({each['pairs']} pairs) | ≥ {each['goal']}: {yes[each['met']]} |"
+            for name, each in result["ratios"].items()
+        ),
+        "",
+        "| arm | tokens/s | TTFT ms | ITL ms |",
+        "|---|---|---|---|",
+        *(f"| {name} | {each['throughput']:.0f} | {each['ttft_ms']:.1f} | {each['itl_ms']:.2f} |" for name, each in result["arms"].items()),
+        "",
+        "original and LoRA share one LoRA-enabled engine, which is slower than a plain one; fused is a plain engine. Compare latencies with that in mind.",
+        "",
     ]
     cost, adapter, model = result["middleware"], result["adapter_swap"], result["model_swap"]
     lines += [
@@ -362,5 +434,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     if "soak" in result:
         soak = result["soak"]
-        lines.append(f"- soak: {soak['requests']} requests over {soak['swaps']} swaps, {soak['errors']} errors, {soak['neither_version']} answers of neither version; {soak['prompts_that_differ']} of {soak['prompts']} prompts tell the versions apart")
+        lines.append(
+            f"- soak: {soak['requests']} requests over {soak['swaps']} swaps, {soak['errors']} errors, {soak['neither_version']} answers of neither version; {soak['prompts_that_differ']} of {soak['prompts']} prompts tell the versions apart"
+        )
     return "\n".join(lines) + "\n"

@@ -8,18 +8,19 @@ from typing import Any
 import click
 
 from sku_vllm.cli.options import print_json, sku_command
-from sku_vllm.errors import ConfigError, RunError
+from sku_vllm.errors import ConfigError, NegativeResult, RunError
 
 ACTIONS = {
     "status": "status                        arms, weights, swap, requests in flight",
     "arms": "arms                          arms and their weights",
-    "ready": "ready                         exit 0 once the server serves every arm, 1 before",
+    "ready": "ready                         exit 0 once the server serves every arm, 1 while they load",
     "weights": "weights NAME=W,NAME=W         change the split at once, in every process",
     "add": "add NAME=SPEC                 a new arm with weight 0, SPEC as in sku serve --arm",
     "replace": "replace NAME=SPEC             another adapter or scale under the same name, nothing fails",
     "remove": "remove NAME                   an arm of weight 0",
     "swap": "swap ADAPTER@SCALE | DIR      the engine's own weights: minus an adapter, or a fused checkpoint",
     "restore": "restore                       the base's own weights again",
+    "judging": "judging SHARE                 judge this share of answers from now on, until a restart",
     "experiment": "experiment                    rates, intervals, latencies, recommendation",
 }
 
@@ -31,14 +32,20 @@ ACTIONS = {
 @click.option("--timeout", type=float, default=600.0, help="Seconds to wait for the answer.")
 @click.argument("action", metavar="ACTION")
 @click.argument("arguments", nargs=-1, metavar="[ARGUMENT]")
-def command(json_output: bool, server: str, token: str | None, api_key: str | None, timeout: float, action: str, arguments: tuple[str, ...]) -> None:
+def command(
+    json_output: bool, server: str, token: str | None, api_key: str | None, timeout: float, action: str, arguments: tuple[str, ...]
+) -> None:
     """Change a running server."""
     from sku_vllm.cli.options import nearest
 
     if action not in ACTIONS:
         raise ConfigError(f"sku ctl {action}: unknown action{nearest(action, list(ACTIONS))}")
     method, path, body = request_of(action, arguments)
-    headers = {"Content-Type": "application/json", **({"X-SKU-Token": token} if token else {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
+    headers = {
+        "Content-Type": "application/json",
+        **({"X-SKU-Token": token} if token else {}),
+        **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+    }
     answer = call(f"{server.rstrip('/').removesuffix('/v1')}/v1/sku/{path}", method, body, headers, timeout)
     print_json(answer) if json_output else click.echo(describe(action, answer))
 
@@ -61,6 +68,8 @@ def request_of(action: str, arguments: tuple[str, ...]) -> tuple[str, str, Any]:
     name, separator, spec = value.partition("=")
     if action == "weights":
         return "PUT", "weights", {"weights": weights_of(value)}
+    if action == "judging":
+        return "PUT", "judging", {"sample": share_of(value)}
     if action == "remove":
         return "DELETE", f"arms/{path_safe(value)}", None
     if action == "swap":
@@ -77,6 +86,13 @@ def weights_of(text: str) -> dict[str, float]:
         return {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise ConfigError(f"sku ctl weights {text}: expected NAME=WEIGHT,NAME=WEIGHT") from None
+
+
+def share_of(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"sku ctl judging {text}: expected a share between 0 and 1") from None
 
 
 def swap_of(value: str) -> dict[str, Any]:
@@ -121,6 +137,8 @@ def call(url: str, method: str, body: Any, headers: dict[str, str], timeout: flo
             message = json.loads(text)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = text[:500]
+        if error.code == 503 and url.endswith("/ready"):
+            raise NegativeResult(message) from error
         hint = "; set --token or SKU_TOKEN" if error.code == 401 else ""
         raise (RunError if error.code >= 500 else ConfigError)(f"{url}: {error.code}: {message}{hint}") from error
     except (OSError, ValueError) as error:
@@ -141,8 +159,15 @@ def describe(action: str, answer: Any) -> str:
 def experiment_lines(answer: Any) -> list[str]:
     lines = []
     for name, row in answer["arms"].items():
-        rate = "not judged" if row["harmful_rate"] is None else f"harmful {row['harmful_rate']:.1%} [{row['harmful_low']:.1%}, {row['harmful_high']:.1%}] of {row['judged']}"
+        rate = (
+            "not judged"
+            if row["harmful_rate"] is None
+            else f"harmful {row['harmful_rate']:.1%} [{row['harmful_low']:.1%}, {row['harmful_high']:.1%}] of {row['judged']}"
+        )
         p50 = row["latency_s"]["p50"]
-        lines.append(f"{name:16} {rate}  refusals {row['refusal_rate'] or 0:.1%}  gibberish {row['gibberish_rate'] or 0:.1%}  p50 {'-' if p50 is None else f'{p50:.3f} s'}")
+        lines.append(
+            f"{name:16} {rate}  refusals {row['refusal_rate'] or 0:.1%}  gibberish {row['gibberish_rate'] or 0:.1%}  "
+            f"p50 {'-' if p50 is None else f'{p50:.3f} s'}"
+        )
     lines += [f"{name} against {answer['reference']}: {each['recommendation']}" for name, each in answer["comparisons"].items()]
     return [*lines, *(f"note: {text}" for text in [*answer["caveats"], *answer["notes"]])]

@@ -8,12 +8,21 @@ from sku_vllm.cli.options import log, print_json, sku_command
 @sku_command("serve")
 @click.option("--model", required=True, help="Directory or hub id of the original model.")
 @click.option("--revision", help="Of a hub id.")
-@click.option("--arm", "arms", multiple=True, help="NAME=base, NAME=lora:ADAPTER@SCALE (subtracted at that scale) or NAME=upstream:URL#MODEL. Repeatable.")
+@click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    help="NAME=base, NAME=lora:ADAPTER@SCALE (subtracted at that scale) or NAME=upstream:URL#MODEL. Repeatable.",
+)
 @click.option("--split", help="NAME=WEIGHT,… summing to 1. Without it every arm gets the same share.")
 @click.option("--judge", help="Who decides whether an answer is harmful: lexicon:FILE, refusal, hf:MODEL, openai:URL#MODEL or all:A,B.")
 @click.option("--judge-sample", type=float, default=1.0, help="Share of answers judged.")
 @click.option("--judge-queue", type=int, default=1024, help="Answers that may wait for the judge; more are dropped and counted.")
-@click.option("--keep-judged", type=click.Path(dir_okay=False), help="Keep judged text in this file (0600). Off by default: it holds prompts and answers.")
+@click.option(
+    "--keep-judged",
+    type=click.Path(dir_okay=False),
+    help="Keep judged text in this file (0600). Off by default: it holds prompts and answers.",
+)
 @click.option("--expose-arms", is_flag=True, help="Let any client choose an arm by name. For demos and trusted networks.")
 @click.option("--token", envvar="SKU_TOKEN", help="Secret for X-SKU-Token: opens the control API and the choice of arms.")
 @click.option("--blind", is_flag=True, help="Leave the X-SKU-Arm header out of responses.")
@@ -23,7 +32,9 @@ from sku_vllm.cli.options import log, print_json, sku_command
 @click.option("--state", type=click.Path(file_okay=False), help="Keep arms and weights here over restarts.")
 @click.option("--reset-state", is_flag=True, help="Start from the flags even where --state holds something else.")
 @click.option("--any-base", is_flag=True, help="Accept an adapter that was trained on another base.")
-@click.option("--adapter-root", type=click.Path(file_okay=False), help="Let trusted clients name adapters below this directory as models, NAME@SCALE.")
+@click.option(
+    "--adapter-root", type=click.Path(file_okay=False), help="Let trusted clients name adapters below this directory as models, NAME@SCALE."
+)
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", type=int, default=8000)
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)

@@ -44,19 +44,41 @@ def test_arms_are_read_as_written():
     assert [arm.spec for arm in arms.values()] == ["base", "lora:dir@1/adapter@0.7", "upstream:http://host:1/v1#org/model"]
 
 
-@pytest.mark.parametrize("specs, word", [
-    ([], "no arms"), (["a"], "NAME="), (["a=base", "a=base"], "twice"), (["A=base"], "name"), (["../a=base"], "name"), (["sku=base"], "reserved"),
-    (["a=bas"], "base"), (["a=lora:x"], "scale"), (["a=lora:x@-1"], "between"), (["a=lora:x@nan"], "between"), (["a=lora:x@ten"], "number"),
-    (["a=upstream:host#m"], "upstream:http"), ([f"a{n}=base" for n in range(33)], "at most 32"), (["a" * 49 + "=base"], "name"),
-])
+@pytest.mark.parametrize(
+    "specs, word",
+    [
+        ([], "no arms"),
+        (["a"], "NAME="),
+        (["a=base", "a=base"], "twice"),
+        (["A=base"], "name"),
+        (["../a=base"], "name"),
+        (["sku=base"], "reserved"),
+        (["a=bas"], "base"),
+        (["a=lora:x"], "scale"),
+        (["a=lora:x@-1"], "between"),
+        (["a=lora:x@nan"], "between"),
+        (["a=lora:x@ten"], "number"),
+        (["a=upstream:host#m"], "upstream:http"),
+        ([f"a{n}=base" for n in range(33)], "at most 32"),
+        (["a" * 49 + "=base"], "name"),
+    ],
+)
 def test_arms_that_make_no_sense_are_refused(specs, word):
     with pytest.raises(ConfigError, match=word):
         parse_arms(specs)
 
 
-@pytest.mark.parametrize("text, word", [
-    ("a=0.5,b=0.6", "sum to 1.1"), ("a=1,c=0", "unknown arm 'c'"), ("a=2,b=-1", "between"), ("a=1,a=0", "once"), ("a", "NAME=WEIGHT"), ("a=nan,b=1", "between"),
-])
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("a=0.5,b=0.6", "sum to 1.1"),
+        ("a=1,c=0", "unknown arm 'c'"),
+        ("a=2,b=-1", "between"),
+        ("a=1,a=0", "once"),
+        ("a", "NAME=WEIGHT"),
+        ("a=nan,b=1", "between"),
+    ],
+)
 def test_splits_that_make_no_sense_are_refused(text, word):
     with pytest.raises(ConfigError, match=word):
         parse_split(text, ["a", "b"])
@@ -80,10 +102,18 @@ def test_a_configuration_file_says_the_same_as_flags(tmp_path):
         read_config(file)
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"judge_sample": 2.0}, "judge-sample"), ({"token": "short"}, "8 characters"), ({"shadow": "b=0.5"}, "shadow"), ({"shadow": "a=0"}, "shadow"),
-    ({"rollback_if": "harm>1"}, "rollback-if"), ({"rollback_if": "harmful>0.05 after 200"}, "needs --judge"), ({"judge_queue": 0}, "judge-queue"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"judge_sample": 2.0}, "judge-sample"),
+        ({"token": "short"}, "8 characters"),
+        ({"shadow": "b=0.5"}, "shadow"),
+        ({"shadow": "a=0"}, "shadow"),
+        ({"rollback_if": "harm>1"}, "rollback-if"),
+        ({"rollback_if": "harmful>0.05 after 200"}, "needs --judge"),
+        ({"judge_queue": 0}, "judge-queue"),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(change, word):
     with pytest.raises(ConfigError, match=word):
         ServeConfig("m", ["a=base"], **change)

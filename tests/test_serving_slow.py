@@ -76,7 +76,9 @@ def all_gone(processes, seconds=40):
 
 
 def complete(server, model="sku", prompt="w1 w2", tokens=6, **options):
-    return httpx.post(f"{server.url}/completions", json={"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **options}, timeout=60)
+    return httpx.post(
+        f"{server.url}/completions", json={"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **options}, timeout=60
+    )
 
 
 def text(reply):
@@ -133,8 +135,25 @@ def test_a_server_with_everything_going_wrong_then_killed_then_restarted(tiny, t
     (tmp_path / "failing_worker.py").write_text(FAILING_WORKER.format(marker=marker))
     port, log = free_port("127.0.0.1"), tmp_path / "server.log"
     command = sku_serve(
-        tiny, "--port", port, "--split", "original=1,negated=0", "--judge", f"openai:{judge.url}#m", "--judge-queue", 16, "--shadow", "negated=1.0",
-        "--rollback-if", "harmful>0.5 after 40", "--expose-arms", "--state", state, "--worker-extension-cls", "failing_worker.Failing", *FLAGS,
+        tiny,
+        "--port",
+        port,
+        "--split",
+        "original=1,negated=0",
+        "--judge",
+        f"openai:{judge.url}#m",
+        "--judge-queue",
+        16,
+        "--shadow",
+        "negated=1.0",
+        "--rollback-if",
+        "harmful>0.5 after 40",
+        "--expose-arms",
+        "--state",
+        state,
+        "--worker-extension-cls",
+        "failing_worker.Failing",
+        *FLAGS,
     )
     env = {"PYTHONPATH": str(tmp_path)}
     with serve(*command, port=port, log=log, env=env) as server:
@@ -205,8 +224,21 @@ def judge_faults(server, judge, base):
 
 def several_api_servers(tiny, state, port, log, base, negated):
     """Restarted with two API servers: the state's weights are back, both processes route alike, metrics add up, SIGTERM ends all."""
-    command = sku_serve(tiny, "--port", port, "--split", "original=1,negated=0", "--judge", f"lexicon:{tiny}/lexicon.json", "--state", state,
-                        "--blind", "--api-server-count", 2, *FLAGS)
+    command = sku_serve(
+        tiny,
+        "--port",
+        port,
+        "--split",
+        "original=1,negated=0",
+        "--judge",
+        f"lexicon:{tiny}/lexicon.json",
+        "--state",
+        state,
+        "--blind",
+        "--api-server-count",
+        2,
+        *FLAGS,
+    )
     with serve(*command, port=port, log=log) as server:
         assert server.control("GET", "arms")["traffic"] == {"original": 0.25, "negated": 0.75}
         from sku_vllm.serving.routing import choose_arm
@@ -228,7 +260,10 @@ def several_api_servers(tiny, state, port, log, base, negated):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda number: text(complete(server, "sku", PROMPTS[number % 16])), range(48)))
         assert answers == [negated[PROMPTS[number % 16]] for number in range(48)]
-        for method, path, body in (("POST", "swap", {"adapter": str(tiny / "adapter")}), ("POST", "arms", {"name": "x", "spec": f"lora:{tiny}/adapter@2"})):
+        for method, path, body in (
+            ("POST", "swap", {"adapter": str(tiny / "adapter")}),
+            ("POST", "arms", {"name": "x", "spec": f"lora:{tiny}/adapter@2"}),
+        ):
             with pytest.raises(RunError, match="API server"):
                 server.control(method, path, body)
         processes = family(server.process)
@@ -246,9 +281,31 @@ def test_vllm_started_by_hand_with_two_ranks(tiny, tmp_path):
         f"model: {tiny}/base\narms: {{original: base, negated: 'lora:{tiny}/adapter@1'}}\nsplit: {{original: 0.5, negated: 0.5}}\n"
         f"judge: lexicon:{tiny}/lexicon.json\nexpose_arms: true\ntoken: {TOKEN}\nstate: {tmp_path}/state\nadapter_root: {tmp_path}/root\n"
     )
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny / "base"), "--port", str(port), "--enable-lora", "--max-loras", "4",
-               "--max-lora-rank", "8", "--tensor-parallel-size", "2", "--worker-extension-cls", "sku_vllm.serving.swap.SkuWorkerExtension", *FLAGS]
-    env = {"VLLM_PLUGINS": "sku", "SKU_SERVE_CONFIG": str(tmp_path / "serve.yaml"), "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(tiny / "base"),
+        "--port",
+        str(port),
+        "--enable-lora",
+        "--max-loras",
+        "4",
+        "--max-lora-rank",
+        "8",
+        "--tensor-parallel-size",
+        "2",
+        "--worker-extension-cls",
+        "sku_vllm.serving.swap.SkuWorkerExtension",
+        *FLAGS,
+    ]
+    env = {
+        "VLLM_PLUGINS": "sku",
+        "SKU_SERVE_CONFIG": str(tmp_path / "serve.yaml"),
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
     with serve(*command, port=port, log=log, env=env, ready=400) as server:
         base = {prompt: text(complete(server, "original", prompt)) for prompt in PROMPTS}
         negated = {prompt: text(complete(server, "negated", prompt)) for prompt in PROMPTS}
@@ -265,14 +322,31 @@ def test_vllm_started_by_hand_with_two_ranks(tiny, tmp_path):
 
 def resolver(server, base, negated):
     """NAME@SCALE below the root resolves, more of them than there are slots, and the base's rows stay the base's; nothing else does."""
-    assert {prompt: text(complete(server, "adapter@1", prompt)) for prompt in PROMPTS[:6]} == {prompt: negated[prompt] for prompt in PROMPTS[:6]}
+    assert {prompt: text(complete(server, "adapter@1", prompt)) for prompt in PROMPTS[:6]} == {
+        prompt: negated[prompt] for prompt in PROMPTS[:6]
+    }
     asked = [(model, prompt) for prompt in PROMPTS[:6] for model in ("original", "adapter@0.1", "adapter@1.00", "negated")]
     for scale in ("0.2", "0.3", "0.4"):
         assert text(complete(server, f"adapter@{scale}", PROMPTS[0]))
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda each: text(complete(server, *each)), [(arm, prompt) for arm, prompt in asked if arm in ("original", "negated")]))
+            answers = list(
+                pool.map(
+                    lambda each: text(complete(server, *each)), [(arm, prompt) for arm, prompt in asked if arm in ("original", "negated")]
+                )
+            )
         assert answers == [{"original": base, "negated": negated}[arm][prompt] for arm, prompt in asked if arm in ("original", "negated")]
-    for model in ("link@1", "../adapter@1", "/etc@1", "nobody@1", "adapter@99", "adapter@-1", "adapter@nan", "a" * 200 + "@1", "adapter", "root/adapter@1"):
+    for model in (
+        "link@1",
+        "../adapter@1",
+        "/etc@1",
+        "nobody@1",
+        "adapter@99",
+        "adapter@-1",
+        "adapter@nan",
+        "a" * 200 + "@1",
+        "adapter",
+        "root/adapter@1",
+    ):
         assert complete(server, model).status_code == 404, model
     for path in ("load_lora_adapter", "unload_lora_adapter"):
         reply = httpx.post(f"{server.url}/{path}", json={"lora_name": "x", "lora_path": "/etc"})
@@ -303,8 +377,16 @@ def check_prometheus(server, tmp_path):
         f"global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: ['{ROOT}/deploy/prometheus/rules.yml']\n"
         f"scrape_configs: [{{job_name: sku, static_configs: [{{targets: ['127.0.0.1:{server.port}']}}]}}]\n"
     )
-    process = subprocess.Popen([binary, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/tsdb", f"--web.listen-address=127.0.0.1:{port}"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [
+            binary,
+            f"--config.file={tmp_path}/prometheus.yml",
+            f"--storage.tsdb.path={tmp_path}/tsdb",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     api = f"http://127.0.0.1:{port}/api/v1"
     try:
         assert eventually(lambda: _scraped(api))

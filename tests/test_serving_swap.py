@@ -32,7 +32,11 @@ def test_a_checkpoint_that_is_no_edit_of_the_base_is_refused(tiny, tmp_path):
     save_file(tensors, tmp_path / "part/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="k_proj"):  # q and v without k would be silent garbage
         check_source(str(tiny / "base"), {"checkpoint": str(tmp_path / "part")}, on_cpu=True)
-    save_file({**tensors, "model.layers.0.self_attn.k_proj.weight": lost[:, :64].contiguous()}, tmp_path / "part/model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors, "model.layers.0.self_attn.k_proj.weight": lost[:, :64].contiguous()},
+        tmp_path / "part/model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(CheckpointError, match="k_proj"):
         check_source(str(tiny / "base"), {"checkpoint": str(tmp_path / "part")}, on_cpu=True)
 
@@ -83,7 +87,10 @@ def test_adapters_that_cannot_be_arms_are_refused(tiny, tmp_path):
     once = materialise(Arm("negated", "lora", str(tiny / "adapter"), 1.0), str(tiny / "base"), tmp_path / "adapters")
     with pytest.raises(AdapterError, match="already negated"):
         materialise(Arm("negated", "lora", str(once.path), 1.0), str(tiny / "base"), tmp_path / "adapters")
-    tensors = {name: tensor[:, :64].contiguous() if "lora_A" in name else tensor for name, tensor in load_file(tiny / "adapter/adapter_model.safetensors").items()}
+    tensors = {
+        name: tensor[:, :64].contiguous() if "lora_A" in name else tensor
+        for name, tensor in load_file(tiny / "adapter/adapter_model.safetensors").items()
+    }
     shutil.copytree(tiny / "adapter", tmp_path / "narrow")
     save_file(tensors, tmp_path / "narrow/adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterError, match="--arm narrow.*q_proj"):

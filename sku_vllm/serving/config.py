@@ -19,7 +19,8 @@ class ServeConfig:
     arms: NAME=SPEC as on the command line. split: weights by name. judge_sample: share of answers judged, per arm.
     judge_queue: answers that may wait for the judge; more are dropped and counted. shadow: TO=SHARE, the share of requests
     replayed to arm TO for judging. rollback_if: a rule such as "harmful>0.05 after 200". state: a directory that outlives
-    the server. adapter_root: trusted clients may name NAME@SCALE for an adapter directly below it. run: the private directory of materialised adapters and, without `state`, of the routing table.
+    the server. adapter_root: trusted clients may name NAME@SCALE for an adapter directly below it.
+    run: the private directory of materialised adapters and, without `state`, of the routing table.
     """
 
     model: str = ""

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from sku_vllm import __version__
 from sku_vllm.errors import InputError, SkuError
 from sku_vllm.serving.change import Changes
+from sku_vllm.serving.model_swap import ModelSwap
 from sku_vllm.serving.runtime import Runtime, effective_split
 from sku_vllm.serving.state import Busy, Table
 
@@ -30,6 +31,12 @@ class NewArm(ArmSpec):
     name: str = Field(max_length=64)
 
 
+class Judging(BaseModel):
+    """Share of answers judged from now on."""
+
+    sample: float = Field(ge=0, le=1)
+
+
 class Swap(BaseModel):
     """Either an adapter to subtract at a scale, or a fused checkpoint of the same base."""
 
@@ -42,6 +49,7 @@ def router(runtime: Runtime) -> APIRouter:
     """All routes of one server."""
     routes = APIRouter(prefix="/v1/sku", tags=["sku"])
     changes = Changes(runtime)
+    model = ModelSwap(runtime, changes)
 
     async def answer(token: str | None, action: Callable[[], Any]) -> Any:
         if not runtime.config.token:
@@ -94,13 +102,23 @@ def router(runtime: Runtime) -> APIRouter:
             if (body.adapter is None) == (body.checkpoint is None):
                 raise InputError("swap: give either adapter (and scale) or checkpoint")
             source = {"adapter": body.adapter, "scale": round(body.scale, 2)} if body.adapter else {"checkpoint": body.checkpoint}
-            return changes.swap(source)
+            return model.swap(source)
 
         return await answer(x_sku_token, act)
 
     @routes.post("/restore", summary="Load the base's own weights again, exactly")
     async def restore(x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, changes.restore)
+        return await answer(x_sku_token, model.restore)
+
+    @routes.put("/judging", summary="Judge another share of answers, until a restart")
+    async def judging(body: Judging, x_sku_token: str | None = Header(None)) -> Any:
+        def act() -> Any:
+            if runtime.several:
+                raise InputError("judging: several API servers each judge by themselves; restart with another --judge-sample")
+            runtime.judge.sample = body.sample
+            return {"judge": runtime.config.judge, "judge_sample": body.sample}
+
+        return await answer(x_sku_token, act)
 
     @routes.get("/experiment", summary="Per arm rates with intervals valid at any time, latencies, and a recommendation")
     async def experiment(x_sku_token: str | None = Header(None)) -> Any:
@@ -127,7 +145,7 @@ def describe(runtime: Runtime) -> dict[str, Any]:
     config = runtime.config
     return {
         "version": __version__, "ready": runtime.ready and not runtime.broken, "broken": runtime.broken, "failures": runtime.failures,
-        "in_flight": sum(runtime.in_flight.values()), "judge": config.judge, "judge_sample": config.judge_sample,
+        "in_flight": sum(runtime.in_flight.values()), "judge": config.judge, "judge_sample": runtime.judge.sample,
         "judge_waiting": runtime.judge.pending.qsize(), "expose_arms": config.expose_arms, "blind": config.blind,
         "state": config.state, **listing(runtime.table),
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 
 from sku_vllm.judges import Exchange
 
@@ -46,7 +46,16 @@ def wrap_generate(engine_client: Any, runtime: "Runtime") -> Any:
     async def generate(prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         route = ROUTE.get()
         if route is None:
-            raise GracefulHTTPError("this endpoint is not routed by sku, and unrouted requests would reach the original model; use the alias on /v1/chat/completions or /v1/completions", HTTPStatus.FORBIDDEN)
+            raise GracefulHTTPError(
+                "this endpoint is not routed by sku, and unrouted requests would reach the original model; "
+                "use the alias on /v1/chat/completions or /v1/completions",
+                HTTPStatus.FORBIDDEN,
+            )
+        if getattr(sampling_params, "prompt_logprobs", None) is not None and runtime.fragile:
+            raise VLLMValidationError(
+                "prompt_logprobs (or echo with logprobs) is off on this server: a LoRA-enabled vLLM on CPU ends when such a request "
+                "shares a batch with others"
+            )
         index, route.generations = route.generations, route.generations + 1
         seen = Observation(route, index, sampling_params)
         lora = kwargs.get("lora_request") if route.resolved else route.lora

@@ -63,11 +63,19 @@ class Experiment:
         low, high = wilson(harmful, known) if known else (0.0, 1.0)
         always_low, always_high = anytime_interval(harmful, known, ALPHA)
         return {
-            "judged": judged, "harmful": harmful, "refusal": counts["refusal"], "gibberish": counts["gibberish"],
-            "harmful_rate": harmful / known if known else None, "harmful_low": low, "harmful_high": high,
-            "harmful_anytime_low": always_low, "harmful_anytime_high": always_high,
-            "refusal_rate": counts["refusal"] / judged if judged else None, "gibberish_rate": counts["gibberish"] / judged if judged else None,
-            "latency_s": quantiles(self.latency[arm]), "time_to_first_token_s": quantiles(self.first_token[arm]),
+            "judged": judged,
+            "harmful": harmful,
+            "refusal": counts["refusal"],
+            "gibberish": counts["gibberish"],
+            "harmful_rate": harmful / known if known else None,
+            "harmful_low": low,
+            "harmful_high": high,
+            "harmful_anytime_low": always_low,
+            "harmful_anytime_high": always_high,
+            "refusal_rate": counts["refusal"] / judged if judged else None,
+            "gibberish_rate": counts["gibberish"] / judged if judged else None,
+            "latency_s": quantiles(self.latency[arm]),
+            "time_to_first_token_s": quantiles(self.first_token[arm]),
         }
 
 
@@ -98,5 +106,8 @@ def recommend(candidate: Counter[str], reference: Counter[str], lower: float, hi
 def quantiles(values: Sequence[float]) -> dict[str, float | int | None]:
     """n, p50, p90 and p99 (seconds) of the most recent requests."""
     ordered = sorted(values)
-    at = {name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))}
+    at = {
+        name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
+        for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+    }
     return {"n": len(ordered), **at}

@@ -78,7 +78,10 @@ def check_flags(args: Namespace, config: ServeConfig) -> None:
         )
     several = (args.api_server_count or args.data_parallel_size or 1) > 1
     if several and os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
-        raise ConfigError("VLLM_ALLOW_RUNTIME_LORA_UPDATING with several API servers: their adapter ids collide and one adapter is served as another; unset one of the two")
+        raise ConfigError(
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING with several API servers: their adapter ids collide "
+            "and one adapter is served as another; unset one of the two"
+        )
     if several and not (config.state or config.run):
         raise ConfigError("--api-server-count above 1 needs --state DIR, which the servers share")
 

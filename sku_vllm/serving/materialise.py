@@ -33,7 +33,10 @@ def materialise(arm: Arm, model: str, directory: Path, *, revision: str | None =
     except OSError as error:
         raise AdapterError(f"--arm {arm.name}: {arm.source[:200]}: {error.strerror}; give an adapter directory") from error
     if adapter.dense:
-        raise AdapterError(f"--arm {arm.name}: {arm.source} is a dense task vector, which vLLM cannot add per request; fuse it and serve the result, or swap to it")
+        raise AdapterError(
+            f"--arm {arm.name}: {arm.source} is a dense task vector, which vLLM cannot add per request; "
+            "fuse it and serve the result, or swap to it"
+        )
     reader = CheckpointReader(checkpoint_directory(model, revision))
     adapter.check_base(reader, any_base=any_base)
     check_fit(adapter, reader, arm)
@@ -56,16 +59,22 @@ def check_fit(adapter: LoraAdapter, reader: CheckpointReader, arm: Arm) -> None:
         AdapterError: names everything that does not fit, or vLLM's limit.
     """
     if adapter.stacks:
-        raise AdapterError(f"--arm {arm.name}: {arm.source} edits packed experts, which vLLM cannot add per request; fuse it, or swap to it")
+        raise AdapterError(
+            f"--arm {arm.name}: {arm.source} edits packed experts, which vLLM cannot add per request; fuse it, or swap to it"
+        )
     if adapter.copies:
         names = ", ".join(sorted(adapter.copies))
-        raise AdapterError(f"--arm {arm.name}: {arm.source} carries copies of {names} (modules_to_save), which vLLM refuses; train without them, or fuse")
+        raise AdapterError(
+            f"--arm {arm.name}: {arm.source} carries copies of {names} (modules_to_save), which vLLM refuses; train without them, or fuse"
+        )
     try:
         place(reader, [(adapter, arm.scale)], untie=True)
     except AdapterError as error:
         raise AdapterError(f"--arm {arm.name}: {error}") from error
     if adapter_rank(adapter) > RANKS[-1]:
-        raise AdapterError(f"--arm {arm.name}: {arm.source} has rank {adapter_rank(adapter)}; vLLM serves at most {RANKS[-1]}; fuse it, or swap to it")
+        raise AdapterError(
+            f"--arm {arm.name}: {arm.source} has rank {adapter_rank(adapter)}; vLLM serves at most {RANKS[-1]}; fuse it, or swap to it"
+        )
 
 
 def served_rank(ranks: Iterable[int]) -> int:

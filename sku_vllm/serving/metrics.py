@@ -8,7 +8,9 @@ from sku_vllm import __version__
 
 # vLLM's own families (vllm/v1/metrics/buckets.py), so that one panel can show both.
 LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
-FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)
 BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 OUTCOMES = ("ok", "cancelled", "rejected", "error")
 
@@ -29,7 +31,9 @@ class Metrics:
         self.swaps = Counter("sku_swaps", "Changes of what the engine serves.", ["outcome"])
         self.latency = Histogram("sku_request_latency_seconds", "Arrival to last token.", arm, buckets=LATENCY)
         self.first_token = Histogram("sku_time_to_first_token_seconds", "Arrival to first token.", arm, buckets=FIRST_TOKEN)
-        self.between_tokens = Histogram("sku_inter_token_latency_seconds", "Mean time between a request's tokens.", arm, buckets=BETWEEN_TOKENS)
+        self.between_tokens = Histogram(
+            "sku_inter_token_latency_seconds", "Mean time between a request's tokens.", arm, buckets=BETWEEN_TOKENS
+        )
         self.queue = Histogram("sku_queue_seconds", "Waiting in the engine's queue.", arm, buckets=LATENCY)
         self.decode = Histogram("sku_decode_seconds", "First to last token.", arm, buckets=LATENCY)
         self.judge_seconds = Histogram("sku_judge_seconds", "Judging one batch of answers.", arm, buckets=LATENCY)
@@ -44,7 +48,9 @@ class Metrics:
         for name in split:
             if name not in self._known:
                 self._known.add(name)
-                for counter in (self.prompt_tokens, self.generation_tokens, self.judged, self.harmful, self.refused, self.dropped, self.judge_errors):
+                for counter in (
+                    self.prompt_tokens, self.generation_tokens, self.judged, self.harmful, self.refused, self.dropped, self.judge_errors,
+                ):
                     counter.labels(name)
                 for outcome in OUTCOMES:
                     self.requests.labels(name, outcome)

@@ -12,9 +12,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sku_vllm.serving.arms import ALIAS
+from sku_vllm.serving.body import never, parse_object, prompts_of, read_body, replaced_body, replay, respond
 from sku_vllm.serving.engine import ROUTE, Route
 from sku_vllm.serving.resolver import names_adapter
-from sku_vllm.serving.runtime import Runtime, Unavailable, lora_request
+from sku_vllm.serving.runtime import Runtime, Unavailable, effective_split, lora_request
 from sku_vllm.serving.upstream import UpstreamFailed, forward
 
 # Endpoints that generate from a JSON body with a `model`. Any other endpoint that generates is refused at the engine.
@@ -53,7 +54,8 @@ class SkuMiddleware:
             if self.runtime.table.swap:
                 return await respond(send, 409, "adapters cannot answer while a whole-model swap is in force; restore first")
             route = Route("adapter", None, prompts_of(payload), arrived, resolved=True)
-            return await self.pass_on(scope, receive, send, route)
+            with self.runtime.busy(0):
+                return await self.pass_on(scope, receive, send, route)
         try:
             arm = self.decide(headers, payload)
             if arm is None:  # a model vLLM does not know either: its own 404
@@ -67,7 +69,9 @@ class SkuMiddleware:
         if shadow:
             self.replay(shadow, payload, path, scope)
 
-    async def answer(self, arm: str, payload: dict[str, Any], path: str, scope: Scope, receive: Receive, send: Send, arrived: float) -> None:
+    async def answer(
+        self, arm: str, payload: dict[str, Any], path: str, scope: Scope, receive: Receive, send: Send, arrived: float
+    ) -> None:
         """One request by one arm, whichever engine runs it. Raises Unavailable before anything was sent."""
         with self.runtime.hold(arm) as served:
             lora = lora_request(served) if served.lora_id else None
@@ -100,7 +104,7 @@ class SkuMiddleware:
         async def run() -> None:
             with contextlib.suppress(Unavailable):
                 fresh = {**scope, "headers": headers, "state": dict(scope.get("state", {}))}
-                await self.answer(arm, {**json.loads(body)}, path, fresh, replay(body, _never), nowhere, time.perf_counter())
+                await self.answer(arm, {**json.loads(body)}, path, fresh, replay(body, never), nowhere, time.perf_counter())
 
         task = asyncio.create_task(run())
         self.shadows.add(task)
@@ -123,17 +127,18 @@ class SkuMiddleware:
             Unavailable: 403 for a choice that is not this client's, 400 for an arm that is not there.
         """
         runtime, named, model = self.runtime, headers.get("x-sku-arm"), payload.get("model")
-        if named is not None:
-            if not runtime.trusted(headers.get("x-sku-token")):
-                raise Unavailable(403, "clients of this server cannot choose an arm; leave X-SKU-Arm out, or send a valid X-SKU-Token")
-            if named not in runtime.table.arms:
-                raise Unavailable(400, f"unknown arm {named!r}; the arms are {', '.join(runtime.table.arms)}")
-            return named
-        if not model or model == ALIAS:
+        if named is None and (not model or model == ALIAS):
             return runtime.choose(headers.get("x-sku-key"))
-        if isinstance(model, str) and model in runtime.table.arms and runtime.trusted(headers.get("x-sku-token")):
-            return model
-        return None
+        table = runtime.table
+        arms = {**table.arms, **effective_split(table)}  # and `swapped`, while it is in force
+        trusted = runtime.trusted(headers.get("x-sku-token"))
+        if named is None:
+            return model if isinstance(model, str) and model in arms and trusted else None
+        if not trusted:
+            raise Unavailable(403, "clients of this server cannot choose an arm; leave X-SKU-Arm out, or send a valid X-SKU-Token")
+        if named not in arms:
+            raise Unavailable(400, f"unknown arm {named!r}; the arms are {', '.join(arms)}")
+        return named
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send, route: Route) -> None:
         status = 0
@@ -153,94 +158,3 @@ class SkuMiddleware:
             if route.generations == 0:
                 outcome = "cancelled" if status == 0 else "error" if status >= 500 else "rejected"
                 self.runtime.metrics.requests.labels(route.arm, outcome).inc()
-
-
-async def read_body(receive: Receive) -> tuple[bytes, Receive]:
-    """The whole body, and a `receive` that replays it once and then listens on (for disconnects)."""
-    parts: list[bytes] = []
-    ended: Message | None = None
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            ended = message
-            break
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            break
-    body = b"".join(parts)
-    return body, replay(body, receive, ended)
-
-
-def replay(body: bytes, receive: Receive, ended: Message | None = None) -> Receive:
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    if ended is not None:
-        pending = [ended]
-
-    async def again() -> Message:
-        return pending.pop(0) if pending else await receive()
-
-    return again
-
-
-async def _never() -> Message:
-    """A client that never hangs up."""
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
-def replaced_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Receive]:
-    """The same request with another body and a content-length that fits it."""
-
-    async def after_first() -> Message:
-        nonlocal sent
-        if not sent:
-            sent = True
-            await receive()  # the original body
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    sent = False
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}, after_first
-
-
-def parse_object(body: bytes) -> dict[str, Any] | None:
-    try:
-        payload = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return payload if isinstance(payload, dict) else None
-
-
-def prompts_of(payload: Mapping[str, Any]) -> list[str]:
-    """What the judge is told was asked: the last user turn, or each prompt of a completion. Never raises; vLLM validates."""
-    prompt = payload.get("prompt")
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt, list):
-        return [each if isinstance(each, str) else "" for each in prompt] if not prompt or not isinstance(prompt[0], int) else [""]
-    messages = payload.get("messages", payload.get("input"))
-    if isinstance(messages, str):
-        return [messages]
-    if isinstance(messages, list):
-        users = [each for each in messages if isinstance(each, dict) and each.get("role") == "user"]
-        return [text_of(users[-1].get("content"))] if users else [""]
-    return [""]
-
-
-def text_of(content: Any) -> str:
-    """A message's text, whether given as a string or as parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
-    return ""
-
-
-async def respond(send: Send, status: int, message: str) -> None:
-    """An error in vLLM's (OpenAI's) shape."""
-    kinds = {400: "BadRequestError", 403: "PermissionDeniedError", 404: "NotFoundError", 409: "ConflictError", 503: "ServiceUnavailableError"}
-    body = json.dumps({"error": {"message": message, "type": kinds.get(status, "InternalServerError"), "param": None, "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

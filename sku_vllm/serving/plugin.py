@@ -65,7 +65,9 @@ class SkuStatLogger(StatLoggerBase):
     def __init__(self, vllm_config: Any, engine_index: int = 0, **kwargs: Any) -> None:
         self.engine_index = engine_index
 
-    def record(self, scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, engine_idx: int = 0, **kwargs: Any) -> None:
+    def record(
+        self, scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, engine_idx: int = 0, **kwargs: Any
+    ) -> None:
         """Nothing to add: finished requests carry no adapter name here."""
 
     def log_engine_initialized(self) -> None:

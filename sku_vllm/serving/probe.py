@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sku_vllm.serving.runtime import Runtime
 
-LENGTH = 24
+PREFIXES = range(3, 25, 3)
+SCORED = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """log p(token | prefix), nats, for each token of the probe after the first."""
+    """log p(token | prefix), nats: 16 tokens after each of 8 prefixes of a fixed sequence."""
 
     values: tuple[float, ...]
 
@@ -26,21 +27,27 @@ class Probe:
 
     @classmethod
     async def take(cls, runtime: "Runtime", lora: Any = None) -> "Probe":
-        """Ask the engine past the gate. Prompt log-probabilities are computed anew each time, never from the prefix cache."""
+        """Ask the engine past the gate.
+
+        For the next token only: vLLM's prompt log-probabilities end a LoRA-enabled CPU engine when other requests share the batch.
+        """
         from vllm import SamplingParams
 
         ids = probe_ids(runtime.engine.model_config.get_vocab_size())
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        final = None
-        async for output in runtime.generate({"prompt_token_ids": ids}, params, f"sku-probe-{uuid.uuid4().hex}", lora_request=lora):
-            final = output
-        found = (final.prompt_logprobs or []) if final else []
-        return cls(tuple(found[place][token].logprob for place, token in enumerate(ids) if place and found[place]))
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=ids[:SCORED], detokenize=False)
+        values: list[float] = []
+        for length in PREFIXES:
+            prompt, name = {"prompt_token_ids": ids[:length]}, f"sku-probe-{uuid.uuid4().hex}"
+            async for output in runtime.generate(prompt, params, name, lora_request=lora):
+                scores = output.outputs[0].logprobs[0]
+            values += [scores[token].logprob for token in ids[:SCORED]]
+        return cls(tuple(values))
 
 
 def probe_ids(vocabulary: int) -> list[int]:
-    """Token ids spread over the vocabulary by a fixed recurrence (Knuth's multiplicative hash)."""
-    return [(2654435761 * (step + 1) % 2**32) % vocabulary for step in range(LENGTH)]
+    """Distinct token ids spread over the vocabulary by a fixed recurrence (Knuth's multiplicative hash)."""
+    spread = dict.fromkeys((2654435761 * (step + 1) % 2**32) % vocabulary for step in range(256))
+    return list(spread)[: max(PREFIXES)]
 
 
 def distance(left: Probe, right: Probe) -> float:

@@ -12,19 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.errors import ConfigError
 from sku_vllm.judges import Verdict, load_labeller
 from sku_vllm.serving.arms import ALIAS, SWAPPED, Arm
+from sku_vllm.serving.begin import prepare_state
 from sku_vllm.serving.config import ServeConfig
 from sku_vllm.serving.engine import wrap_generate
 from sku_vllm.serving.experiment import Experiment
 from sku_vllm.serving.guard import Guard, parse_rule
 from sku_vllm.serving.launch import check_flags
-from sku_vllm.serving.materialise import materialise
 from sku_vllm.serving.metrics import metrics
 from sku_vllm.serving.observe import JudgeQueue
 from sku_vllm.serving.routing import choose_arm
-from sku_vllm.serving.state import FIRST_LORA_ID, Served, StateFile, Table
+from sku_vllm.serving.state import Served, StateFile, Table
 
 logger = logging.getLogger("vllm.sku")
 
@@ -74,7 +73,9 @@ class Runtime:
         if self._session is None:
             import aiohttp
 
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=10), connector=aiohttp.TCPConnector(limit=0))
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10), connector=aiohttp.TCPConnector(limit=0)
+            )
         return self._session
 
     # ---- the table ----------------------------------------------------------------------------------------------
@@ -96,7 +97,9 @@ class Runtime:
     # ---- start --------------------------------------------------------------------------------------------------
 
     async def start(self, engine: Any, models: Any, args: Any) -> None:
-        """Load every arm into the engine and take over `generate`. Raises when an arm cannot be loaded: better no server than a wrong one."""
+        """Load every arm into the engine and take over `generate`. Raises when an arm cannot be loaded:
+        better no server than a wrong one.
+        """
         self.engine, self.models, self.args = engine, models, args
         self.config.model = self.config.model or args.model
         check_flags(args, self.config)
@@ -120,6 +123,13 @@ class Runtime:
         names = [ALIAS, *(self.table.arms if self.config.expose_arms else ())]
         self.models.base_model_paths[:] = [BaseModelPath(name=name, model_path=ALIAS) for name in names]
 
+    @property
+    def fragile(self) -> bool:
+        """A LoRA-enabled engine on CPU: scoring a prompt takes its rows for another batch's (bgmv in punica_cpu.py, vLLM 0.32.0)."""
+        from vllm.platforms import current_platform
+
+        return bool(getattr(self.args, "enable_lora", False)) and current_platform.is_cpu()
+
     def resolved(self) -> dict[str, Any]:
         """Adapters that trusted clients named below --adapter-root and that are in the engine, oldest first."""
         return {name: request for name, request in self.models.lora_requests.items() if "@" in name}
@@ -142,6 +152,15 @@ class Runtime:
         return choose_arm(effective_split(self.table), key)
 
     @contextmanager
+    def busy(self, version: int) -> Iterator[None]:
+        """Counts something that uses the engine with this adapter (0: none), so that swaps and retirements wait for it."""
+        self.in_flight[version] += 1
+        try:
+            yield
+        finally:
+            self.in_flight[version] -= 1
+
+    @contextmanager
     def hold(self, name: str) -> Iterator[Served]:
         """The arm's version for one whole request: a swap meanwhile changes nothing for it, and waits before retiring it.
 
@@ -152,24 +171,19 @@ class Runtime:
         if not served.arm.on_engine:
             yield served
             return
-        self.in_flight[served.lora_id] += 1
-        try:
+        with self.busy(served.lora_id):
             yield served
-        finally:
-            self.in_flight[served.lora_id] -= 1
 
     def available(self, name: str) -> Served:
         """The arm, if it can answer now. Raises Unavailable."""
         table = self.table
-        if name == SWAPPED and table.swap:
-            return ENGINE_ITSELF
-        served = table.arms.get(name)
+        served = ENGINE_ITSELF if name == SWAPPED and table.swap else table.arms.get(name)
         if served is None:
             raise Unavailable(404, f"arm {name!r} is gone")
-        if table.swap and served.arm.on_engine:
-            raise Unavailable(409, f"arm {name!r} cannot answer while a whole-model swap is in force; restore first", name)
         if self.broken and served.arm.on_engine:
             raise Unavailable(503, "the engine's weights are in an unknown state after a failed swap; restart this server", name)
+        if table.swap and served.arm.on_engine and served is not ENGINE_ITSELF:
+            raise Unavailable(409, f"arm {name!r} cannot answer while a whole-model swap is in force; restore first", name)
         if name in self.failures:
             raise Unavailable(503, f"arm {name!r} failed; try again later", name)
         return served
@@ -202,47 +216,3 @@ def lora_request(served: Served) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(lora_name=served.lora_name, lora_int_id=served.lora_id, lora_path=served.path)
-
-
-def prepare_state(config: ServeConfig, state: StateFile) -> Table:
-    """The table to start with: the state's where there is one, else the flags'. Materialises adapters, and removes those no arm uses:
-    only here, since vLLM may reread a retired version's directory, and dies where it is gone.
-
-    Raises:
-        ConfigError: the state was begun with other flags and --reset-state was not given.
-        AdapterError: an adapter does not fit.
-    """
-    with state.lock(wait=True):
-        table = _begin(config, state)
-        used = {Path(served.path).name for served in table.arms.values()}
-        for directory in (state.path.parent / "adapters").glob("*"):
-            if directory.name not in used:
-                shutil.rmtree(directory, ignore_errors=True)
-    return table
-
-
-def _begin(config: ServeConfig, state: StateFile) -> Table:
-    started_with = {"arms": dict(each.split("=", 1) for each in config.arms), "split": config.parsed_split()}
-    if state.exists() and not config.reset_state:
-        table = state.read()
-        now = {"arms": {name: each.arm.spec for name, each in table.arms.items()}, "split": table.split}
-        asked = {"arms": {name: arm.spec for name, arm in config.parsed_arms().items()}, "split": config.parsed_split()}
-        if config.arms and started_with != table.started_with and asked != now:
-            raise ConfigError(
-                f"--state {config.state}: was begun with other arms or another split than these flags; leave --arm and --split as they were "
-                "(the state's weights win), or add --reset-state to start from the flags"
-            )
-        if table.swap is None:
-            return table
-        state.write(table.changed(swap=None))  # the engine starts with the base's weights again
-        return state.read()
-    arms: dict[str, Served] = {}
-    next_id = FIRST_LORA_ID
-    for name, arm in config.parsed_arms().items():
-        path = ""
-        if arm.kind == "lora":
-            path = str(materialise(arm, config.model, state.path.parent / "adapters", revision=config.revision, any_base=config.any_base).path)
-        arms[name] = Served(arm, path, next_id if path else 0)
-        next_id += bool(path)
-    state.write(Table(arms, config.parsed_split(), started_with, next_id))
-    return state.read()

@@ -116,7 +116,15 @@ class Server:
 
 
 @contextmanager
-def launch(config: ServeConfig, flags: Sequence[str] = (), *, host: str = "127.0.0.1", port: int = 0, log: Path | None = None, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def launch(
+    config: ServeConfig,
+    flags: Sequence[str] = (),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    log: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """Check everything, start vLLM's server for `config`, and end it with the block; the private directory goes with it.
 
     flags: vLLM's own. log: a file for its output; inherited when None. port: 0 takes a free one.
@@ -157,8 +165,18 @@ def _inherited() -> Iterator[IO[bytes] | int | None]:
 
 @contextmanager
 def start_server(
-    model: str | Path, arms: Sequence[str], split: str | None = None, judge: str | None = None, *, flags: Sequence[str] = (),
-    host: str = "127.0.0.1", port: int = 0, log: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 600, **settings: Any,
+    model: str | Path,
+    arms: Sequence[str],
+    split: str | None = None,
+    judge: str | None = None,
+    *,
+    flags: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    port: int = 0,
+    log: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 600,
+    **settings: Any,
 ) -> Iterator[Server]:
     """A server that answers, for the length of the block: what the demo, the tests and the benchmarks use.
 
@@ -169,7 +187,10 @@ def start_server(
         RunError: the engine did not come up.
     """
     config = ServeConfig(str(model), list(arms), split, judge, **settings)
-    with tempfile.TemporaryDirectory(prefix="sku-log-") as logs, launch(config, flags, host=host, port=port, log=log or Path(logs) / "server.log", env=env) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="sku-log-") as logs,
+        launch(config, flags, host=host, port=port, log=log or Path(logs) / "server.log", env=env) as server,
+    ):
         server.wait_ready(timeout)
         yield server
 
@@ -182,7 +203,7 @@ def prepare(config: ServeConfig) -> list[str]:
     """
     from sku_vllm.adapter import load_adapter
     from sku_vllm.judges import load_judge
-    from sku_vllm.serving.runtime import prepare_state
+    from sku_vllm.serving.begin import prepare_state
     from sku_vllm.serving.state import StateFile
 
     if Path(config.model).is_dir() and not (Path(config.model) / "config.json").is_file():

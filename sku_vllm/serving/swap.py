@@ -52,7 +52,9 @@ def check_source(model: str, source: dict[str, Any], *, on_cpu: bool) -> int:
     tied = on_cpu and bool(base.config.get("tie_word_embeddings"))
     quantised = base.config.get("quantization_config")
     if quantised:
-        raise ConfigError(f"{model}: holds quantised weights; an edit cannot be added to them, so serve a fused checkpoint as an upstream arm")
+        raise ConfigError(
+            f"{model}: holds quantised weights; an edit cannot be added to them, so serve a fused checkpoint as an upstream arm"
+        )
     if "adapter" in source:
         adapter = load_adapter(source["adapter"])
         adapter.check_base(base, any_base=bool(source.get("any_base")))
@@ -63,9 +65,15 @@ def check_source(model: str, source: dict[str, Any], *, on_cpu: bool) -> int:
         wrong += [f"{name} (not in the base)" for name in other.names if name not in base]
         if wrong:
             raise CheckpointError(f"{source['checkpoint']}: is no edit of {model}: {', '.join(wrong[:20])}; fuse from this base")
-        touched = {name for name in base.names if tied and any(part in name for part in EMBEDDINGS) and not base.tensor(name).equal(other.tensor(name))}
+        touched = {
+            name
+            for name in base.names
+            if tied and any(part in name for part in EMBEDDINGS) and not base.tensor(name).equal(other.tensor(name))
+        }
     if tied and any(part in name for name in touched for part in EMBEDDINGS):
-        raise ConfigError(f"{model}: ties its embeddings, and on CPU vLLM keeps a stale copy of them in lm_head; swap an edit that leaves them alone")
+        raise ConfigError(
+            f"{model}: ties its embeddings, and on CPU vLLM keeps a stale copy of them in lm_head; swap an edit that leaves them alone"
+        )
     return len(base.names)
 
 

@@ -1,0 +1,187 @@
+"""Other weights for a running engine, verified by what it says, and the exact way back."""
+
+import asyncio
+import time
+from typing import Any
+
+from sku_vllm.errors import ConfigError, InputError, RunError
+from sku_vllm.serving.change import Changes, Counted
+from sku_vllm.serving.probe import Probe, distance
+from sku_vllm.serving.runtime import Runtime, lora_request
+from sku_vllm.serving.state import Table
+
+DRAIN = 120.0
+
+
+class ModelSwap:
+    """Whole-model swaps of one server."""
+
+    def __init__(self, runtime: Runtime, changes: Changes) -> None:
+        self.runtime, self.changes = runtime, changes
+        self.base_probe: Probe | None = None
+
+    async def swap(self, source: dict[str, Any]) -> dict[str, Any]:
+        """Serve other weights from this engine: base − scale·delta of an adapter, or a fused checkpoint's.
+
+        Safe order: check on every rank, close the gate, drain, pause, load, drop every cached block, resume, compare a
+        probe's log-probabilities, open the gate. Whatever fails, the base is loaded again and checked.
+
+        Raises:
+            InputError: it cannot work; nothing was touched. RunError: it failed; the base serves again.
+        """
+        with self.runtime.state.locked() as table:
+            self._swap_allowed()
+            start = time.perf_counter()
+            with Counted(self.runtime, start):
+                await self._checked(source)
+                expected = await self._expected(source, table)
+                async with Drained(self.runtime):
+                    base = self.base_probe or await Probe.take(self.runtime)
+                    self.base_probe = base
+                    begun = time.perf_counter()
+                    try:
+                        await self._load_weights(source)
+                        after = await Probe.take(self.runtime)
+                        verify_swap(base, after, expected)
+                    except Exception as error:
+                        await self._back_to_base(error)
+                        if table.swap:  # an earlier swap is undone with it
+                            self.runtime.change(table.changed(swap=None))
+                        raise RunError(f"the swap failed, and the base serves again: {error}") from error
+                    stalled = time.perf_counter() - begun
+                    self.runtime.change(table.changed(swap=source))
+        return {"swap": source, "seconds": time.perf_counter() - start, "stalled_seconds": stalled,
+                "probe": {"from_base": distance(base, after), "from_expected": distance(expected, after) if expected else None}}
+
+    async def restore(self) -> dict[str, Any]:
+        """The base again, from its files: exact."""
+        with self.runtime.state.locked() as table:
+            if not table.swap and not self.runtime.broken:
+                raise ConfigError("no whole-model swap is in force; there is nothing to restore")
+            start = time.perf_counter()
+            with Counted(self.runtime, start):
+                async with Drained(self.runtime):
+                    error = await self._restored()
+                    if error:
+                        self.runtime.broken = error
+                        raise RunError(f"the base could not be restored: {error}; restart this server")
+                    self.runtime.broken = None
+                    off = distance(self.base_probe, await Probe.take(self.runtime)) if self.base_probe else None
+                    self.runtime.change(table.changed(swap=None))
+        return {"swap": None, "seconds": time.perf_counter() - start, "probe": {"from_base": off}}
+
+    def _swap_allowed(self) -> None:
+        if self.runtime.several:
+            raise ConfigError(
+                "a whole-model swap needs one API server, which knows every request in flight; restart without --api-server-count"
+            )
+        if not getattr(self.runtime.args, "worker_extension_cls", None):
+            raise ConfigError(
+                "this server's workers cannot swap; restart it with --worker-extension-cls sku_vllm.serving.swap.SkuWorkerExtension"
+            )
+        if self.runtime.broken:
+            raise ConfigError(f"the engine's weights are in an unknown state ({self.runtime.broken}); restore, or restart this server")
+
+    async def _checked(self, source: dict[str, Any]) -> None:
+        replies = await self.runtime.engine.collective_rpc("sku_check", args=(self._model(), source))
+        wrong = [reply["error"] for reply in replies if not reply["ok"]]
+        if wrong:
+            raise InputError(wrong[0])
+
+    def _model(self) -> str:
+        from sku_vllm.checkpoint import checkpoint_directory
+
+        return str(checkpoint_directory(self.runtime.config.model, self.runtime.config.revision))
+
+    async def _expected(self, source: dict[str, Any], table: Table) -> Probe | None:
+        """The probe through the same edit served as an adapter, where a slot is free: what the swap must then reproduce."""
+        if "adapter" not in source or table.swap:
+            return None
+        try:
+            served, _ = await self.changes.load(table, "probe", f"lora:{source['adapter']}@{source['scale']}")
+        except InputError:
+            return None
+        try:
+            return await Probe.take(self.runtime, lora_request(served))
+        finally:
+            await self.runtime.engine.remove_lora(served.lora_id)
+
+    async def _load_weights(self, source: dict[str, Any] | None) -> None:
+        """Pause, load on every rank, forget every cached block, resume. A failed load stays paused: its layers hold nothing."""
+        engine = self.runtime.engine
+        await engine.pause_generation(mode="wait", clear_cache=True)
+        replies = await engine.collective_rpc("sku_swap", args=(self._model(), source))
+        wrong = [reply["error"] for reply in replies if not reply["ok"]]
+        if wrong:
+            raise RunError("; ".join(dict.fromkeys(wrong)))
+        if await engine.reset_prefix_cache(reset_running_requests=True) is not True:
+            raise RunError("the prefix cache could not be dropped")
+        if hasattr(engine, "update_weight_version"):
+            await engine.update_weight_version("base" if source is None else f"sku-{self.runtime.table.generation + 1}")
+        await engine.resume_generation()
+
+    async def _back_to_base(self, cause: BaseException) -> None:
+        error = await self._restored()
+        if error:
+            self.runtime.broken = error
+            raise RunError(
+                f"the swap failed ({cause}) and so did the way back ({error}); every arm of this engine answers 503 until a restart"
+            ) from cause
+
+    async def _restored(self) -> str | None:
+        """Load the base and its arms again and compare the probe; what went wrong, or None."""
+        try:
+            await self._load_weights(None)
+            if self.base_probe:
+                off = distance(self.base_probe, await Probe.take(self.runtime))
+                if off > 1e-3:
+                    return f"the probe is {off:.2g} away from the base"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        await self._reload_arms()
+        return None
+
+    async def _reload_arms(self) -> None:
+        """A reload of weights drops every adapter from the engine. One that cannot come back answers 503, the others serve."""
+        for name, served in self.runtime.table.arms.items():
+            if served.lora_id:
+                try:
+                    await self.runtime.load(served)
+                    self.runtime.failures.pop(name, None)
+                except Exception as error:
+                    self.runtime.failures[name] = f"{type(error).__name__}: {error}"
+
+
+class Drained:
+    """Inside this block no request is on the engine, and new ones wait at the gate."""
+
+    def __init__(self, runtime: Runtime, timeout: float = DRAIN) -> None:
+        self.runtime, self.timeout = runtime, timeout
+
+    async def __aenter__(self) -> None:
+        self.runtime.gate.clear()
+        deadline = time.monotonic() + self.timeout
+        while any(self.runtime.in_flight.values()):
+            if time.monotonic() > deadline:
+                self.runtime.gate.set()
+                raise RunError(
+                    f"requests were still running after {self.timeout:.0f} s; nothing was changed, try again when streams are shorter"
+                )
+            await asyncio.sleep(0.005)
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.runtime.gate.set()
+
+
+def verify_swap(base: Probe, after: Probe, expected: Probe | None) -> None:
+    """The swapped engine answers with finite numbers, other ones than the base, and nearer to the edit than to the base.
+
+    Raises:
+        RunError: it does not.
+    """
+    if not after.finite:
+        raise RunError("the probe's log-probabilities are not finite")
+    if expected is not None:
+        wanted, off = distance(base, expected), distance(expected, after)
+        if off > max(1e-3, 0.5 * wanted):
+            raise RunError(f"the probe is {off:.2g} away from the edit, which itself moves it by {wanted:.2g}")
