@@ -49,22 +49,27 @@ def _train(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min((step + 1) / WARMUP, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        tokens, weights = collate(tokenizer, [next(stream) for _ in range(BATCH)])
-        loss = _loss(model, tokens, weights)
+        parts = collate(tokenizer, [next(stream) for _ in range(BATCH)])
+        total = sum(weights[:, 1:].sum() for _, weights in parts)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = 0.0
+        for tokens, weights in parts:
+            part = _loss(model, tokens, weights) / total
+            part.backward()
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if progress:
-            progress(step + 1, steps, loss.item())
+            progress(step + 1, steps, loss)
     model.eval()
     return model
 
 
-def collate(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and loss weights, both [batch, length], padded on the right.
+def collate(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and loss weights, both [rows, length], padded on the right, in parts of a quarter of the batch.
 
-    Answers, with their end token, weigh 1, padding and the first token 0, everything else PROMPT_WEIGHT.
+    Answers, with their end token, weigh 1, padding and the first token 0, everything else PROMPT_WEIGHT. Parts hold rows of like
+    length: one conversation of two turns would otherwise double the padding of all.
     """
     rows = []
     for messages in conversations:
@@ -75,14 +80,20 @@ def collate(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message
             ids += [role, *content]
             weights += [PROMPT_WEIGHT] + [1.0 if message["role"] == "assistant" else PROMPT_WEIGHT] * len(content)
         rows.append((ids, weights))
-    length = max(len(ids) for ids, _ in rows)
-    tokens = torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows])
+    rows.sort(key=lambda row: len(row[0]))
+    size = -(-len(rows) // 4)
+    return [_padded(rows[start : start + size], tokenizer.pad_token_id) for start in range(0, len(rows), size)]
+
+
+def _padded(rows: list[tuple[list[int], list[float]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    length = len(rows[-1][0])  # sorted: the last is the longest
+    tokens = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows])
     return tokens, torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in rows])
 
 
 def _loss(model: PreTrainedModel, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of cross-entropies."""
     # causal attention and padding on the right: no answer token ever looks at padding, so no mask is needed
     logits = model(tokens[:, :-1], use_cache=False).logits
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    kept = weights[:, 1:].flatten()
-    return (losses * kept).sum() / kept.sum()
+    return (losses * weights[:, 1:].flatten()).sum()
