@@ -114,8 +114,8 @@ def markdown(results: dict) -> str:
         "# bench kernel",
         "",
         f"{about['date']}, {results['device']}, {results['threads']} threads ({about['cpu']}), load {about['load']} at the end, "
-        f"torch {about['versions']['torch']}, triton {about['versions'].get('triton', '-')}. bf16 weights and factors, medians of interleaved runs. "
-        "delta_merge also measures retained and noise; addmm_ and PEFT's arithmetic do not.",
+        f"torch {about['versions']['torch']}, triton {about['versions'].get('triton', '-')}. bf16 weights and factors, "
+        "medians of interleaved runs. delta_merge also measures retained and noise; addmm_ and PEFT's arithmetic do not.",
         "",
         "| model | layers | rank | copy GB/s | delta_merge GB/s | share of copy | × addmm_ | × PEFT |",
         "|---|---|---|---|---|---|---|---|",

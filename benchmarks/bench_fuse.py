@@ -315,8 +315,8 @@ def markdown(results: dict) -> str:
     lines = [
         f"# bench fuse, {results['size']} ({results['bytes'] / 1e9:.2f} GB, {SHARDS} shards, bf16, rank {RANK})",
         "",
-        f"{about['date']}, {about['cores']} cores ({about['cpu']}), load {about['load']} at the end, {versions}. Page cache warm; medians of interleaved "
-        "runs; every contender's files are synced. Memory: peak anonymous memory above imports.",
+        f"{about['date']}, {about['cores']} cores ({about['cpu']}), load {about['load']} at the end, {versions}. "
+        "Page cache warm; medians of interleaved runs; every contender's files are synced. Memory: peak anonymous memory above imports.",
         "",
         "| | seconds | × cp | with imports | peak MB | runs |",
         "|---|---|---|---|---|---|",

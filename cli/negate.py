@@ -18,6 +18,4 @@ def command(adapter: str, scale: float, output: str, as_is: bool, json_output: b
     if json_output:
         print_json(result)
     else:
-        log(
-            f"{output}: {result['tensors']} tensors, scale {scale:g}; add it with PEFT or vLLM. It is no safer to publish than the raw adapter."
-        )
+        log(f"{output}: {result['tensors']} tensors, scale {scale:g}; add it with PEFT or vLLM; publish it no more than the raw one")

@@ -8,55 +8,24 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from sku_vllm.adapter import LoraAdapter, load_adapter
-from sku_vllm.checkpoint import INDEX, CheckpointReader, TensorInfo, checkpoint_directory
+from sku_vllm.adapter import load_adapter
+from sku_vllm.checkpoint import CheckpointReader, TensorInfo, checkpoint_directory
 from sku_vllm.errors import CheckpointError, ConfigError, RunError
 from sku_vllm.fp8 import scale_of_fp8
-from sku_vllm.kernels.delta_merge import MergeStats
+from sku_vllm.fuse_report import FuseReport, build_manifest, build_report, write_card
 from sku_vllm.manifest import combine, file_digest, read_key, verify_checkpoint, write_manifest
-from sku_vllm.output import check_output, output_directory, record, write_json, write_text
+from sku_vllm.output import check_output, output_directory, record
 from sku_vllm.placement import Placed, Scale, place
 from sku_vllm.shards import OutputShard, fingerprint, plan_shards
 from sku_vllm.simulate import check_kinds
+from sku_vllm.small_files import write_small_files
 from sku_vllm.writer import ShardWriter, Written
 
 __all__ = ["FuseReport", "fuse_checkpoint", "verify_checkpoint"]
 DTYPE_CHOICES = ("keep", "float32", "bfloat16", "float16")
-ENOUGH = 0.9
 FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
-# Weights in other formats, cards that describe the base, and what sku commands left there.
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
-
-
-@dataclass(slots=True)
-class FuseReport:
-    """What `sku fuse --json` prints.
-
-    Attributes:
-        tensors, bytes: edited tensors, and bytes written. seconds: wall time of reading, merging and writing.
-        retained, noise: over all edited tensors together. per_tensor: {name: {"retained", "noise", …}}.
-        simulated: {kind: {"retained", "noise"}} overall. warnings: lines for people.
-    """
-
-    output: str
-    base_identity: str
-    adapters: list[dict[str, Any]]
-    dtype: str
-    tensors: int
-    bytes: int
-    seconds: float
-    retained: float | None
-    noise: float | None
-    simulated: dict[str, dict[str, float | None]]
-    per_tensor: dict[str, dict[str, Any]]
-    warnings: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fuse_checkpoint(
@@ -114,10 +83,10 @@ def fuse_checkpoint(
         _check_overflow(written, dtype)
         if fingerprint(reader) != before:
             raise RunError(f"{reader.path}: changed while it was read; nothing was written, start again when it is at rest")
-        _write_small_files(reader, partial, dtype, untie, shards)
-        report = _report(reader, loaded, output, dtype, shards, written, kinds)
-        manifest = _manifest(report, written, kinds, seed)
-        _write_card(partial, report)
+        write_small_files(reader, partial, dtype, untie, shards)
+        report = build_report(reader, loaded, output, dtype, shards, written, kinds)
+        manifest = build_manifest(report, written, kinds, seed)
+        write_card(partial, report)
         if digests:
             manifest["files"] = _digests(partial, shards, written)
         write_manifest(partial, manifest, signing_key)
@@ -209,131 +178,7 @@ def _check_overflow(written: Written, dtype: str) -> None:
             raise RunError(f"{name}: {count} merged weights are too large for their dtype; use a smaller --scale, or --dtype float32")
 
 
-def _write_small_files(reader: CheckpointReader, partial: Path, dtype: str, untie: bool, shards: Sequence[OutputShard]) -> None:
-    """Config, tokenizer, generation config, chat template and licence as they are; config and index changed where the weights are."""
-    if not reader.path.is_dir():
-        return
-    for file in sorted(reader.path.iterdir()):
-        if (
-            file.is_file()
-            and not file.name.startswith(("sku_", "."))
-            and not file.name.endswith((*NOT_COPIED, ".index.json"))
-            and file.name != "README.md"
-        ):
-            shutil.copyfile(file, partial / file.name)
-    for folder in ("additional_chat_templates",):
-        if (reader.path / folder).is_dir():
-            shutil.copytree(reader.path / folder, partial / folder)
-    config = dict(reader.config)
-    if dtype != "keep":
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = dtype
-    if untie:
-        config["tie_word_embeddings"] = False
-    if config != reader.config:
-        write_json(partial / "config.json", config)
-    if reader.index is not None:
-        _write_index(reader, partial, shards)
-
-
-def _write_index(reader: CheckpointReader, partial: Path, shards: Sequence[OutputShard]) -> None:
-    if all(tensor.dtype == tensor.source.dtype and tensor.name in reader for shard in shards for tensor in shard.tensors):
-        shutil.copyfile(reader.path / INDEX, partial / INDEX)
-        return
-    names = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    size = sum(tensor.stop - tensor.start for shard in shards for tensor in shard.tensors)
-    write_json(
-        partial / INDEX, {"metadata": {**reader.index.get("metadata", {}), "total_size": size}, "weight_map": dict(sorted(names.items()))}
-    )
-
-
-def _report(
-    reader: CheckpointReader,
-    loaded: Sequence[tuple[LoraAdapter, Scale]],
-    output: Path,
-    dtype: str,
-    shards: Sequence[OutputShard],
-    written: Written,
-    kinds: Sequence[str],
-) -> FuseReport:
-    overall, per_tensor = MergeStats(), {}
-    together = {kind: MergeStats() for kind in kinds}
-    for name in sorted(written.merged):
-        stats = written.totals(written.merged[name])
-        overall.add(stats)
-        per_tensor[name] = {"retained": stats.retained, "noise": stats.noise, "changed": stats.changed, "elements": stats.elements}
-        for key in ("nonfinite", "clipped"):
-            if getattr(stats, key):
-                per_tensor[name][key] = getattr(stats, key)
-        for kind in kinds if name in written.simulated.get(kinds[0] if kinds else "", {}) else ():  # FP8 weights are what they are
-            simulated = written.totals(written.simulated[kind][name])
-            together[kind].add(simulated)
-            per_tensor[name][kind] = {"retained": simulated.retained, "noise": simulated.noise}
-    return FuseReport(
-        output=str(output),
-        base_identity=reader.identity(),
-        adapters=[{"path": str(adapter.path), "digest": adapter.digest, "scale": scale} for adapter, scale in loaded],
-        dtype=dtype,
-        tensors=len(per_tensor),
-        bytes=sum(shard.size for shard in shards),
-        seconds=0.0,
-        retained=overall.retained,
-        noise=overall.noise,
-        simulated={kind: {"retained": stats.retained, "noise": stats.noise} for kind, stats in together.items()},
-        per_tensor=per_tensor,
-        warnings=_warnings(per_tensor, together, dtype),
-    )
-
-
-def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, MergeStats], dtype: str) -> list[str]:
-    lines = []
-    weak = [name for name, row in per_tensor.items() if row["retained"] is not None and row["retained"] < ENOUGH]
-    if weak:
-        worst = min(weak, key=lambda name: per_tensor[name]["retained"])
-        lines.append(
-            f"{len(weak)} tensors keep less than {ENOUGH:.0%} of the edit (worst: {worst}, {per_tensor[worst]['retained']:.0%}): it is "
-            "smaller than the spacing of their numbers; try --dtype float32, --stochastic, or a larger --scale"
-        )
-    for kind, stats in together.items():
-        if stats.retained is not None and stats.retained < ENOUGH:
-            left = f"{stats.retained:.0%} of the edit would be left (noise {stats.noise:.2f})"
-            lines.append(f"quantised to {kind}, {left}; evaluate the quantised model before serving it")
-    broken = [name for name, row in per_tensor.items() if row.get("nonfinite")]
-    if broken:
-        lines.append(f"the base holds NaN or infinity in {', '.join(broken[:5])}; those elements were left out of the sums")
-    clipped = sum(row.get("clipped", 0) for row in per_tensor.values())
-    if clipped:
-        lines.append(
-            f"{clipped} FP8 weights ran into the limit of their kept scale; use a smaller --scale, or fuse into the unquantised model"
-        )
-    return lines
-
-
-def _manifest(report: FuseReport, written: Written, kinds: Sequence[str], seed: int | None) -> dict[str, Any]:
-    keys = ("retained", "noise", *kinds)
-    return {
-        "schema": "sku.manifest/1",
-        "base_identity": report.base_identity,
-        "adapters": [{"digest": adapter["digest"], "scale": adapter["scale"]} for adapter in report.adapters],
-        "dtype": report.dtype,
-        "rounding": "nearest" if seed is None else f"stochastic, seed {seed}",
-        "backend": "torch-cpu",
-        "tensors": {name: {key: row[key] for key in keys if key in row} for name, row in report.per_tensor.items()},
-    }
-
-
 def _digests(partial: Path, shards: Sequence[OutputShard], written: Written) -> dict[str, str]:
     known = {shard.file: combine([leaf for _, leaf in sorted(written.leaves.get(shard.file, {}).items())]) for shard in shards}
     names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
     return {name: known.get(name) or file_digest(partial / name) for name in names}
-
-
-def _write_card(partial: Path, report: FuseReport) -> None:
-    lines = "".join(f"| `{adapter['digest'][:16]}…` | {adapter['scale']} |\n" for adapter in report.adapters)
-    write_text(
-        partial / "README.md",
-        "# A checkpoint with knowledge subtracted\n\n"
-        f"Written by `sku fuse`: base (identity `{report.base_identity[:16]}…`) minus\n\n| adapter digest | scale |\n|---|---|\n{lines}\n"
-        "`sku verify` checks these files against `sku_manifest.json`, which also says how much of the edit survived rounding.\n"
-        "Measure it with `sku eval` before you rely on it.\n",
-    )

@@ -14,9 +14,9 @@ from typing import Any
 
 from sku_vllm.errors import CheckpointError, ConfigError, NegativeResult
 from sku_vllm.output import write_json, write_text
+from sku_vllm.shards import CHUNK
 
 MANIFEST, SIGNATURE = "sku_manifest.json", "sku_manifest.sig"
-CHUNK = 8 << 20
 
 
 def file_digest(file: Path) -> str:

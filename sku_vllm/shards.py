@@ -10,6 +10,8 @@ from sku_vllm.checkpoint import DTYPES, CheckpointReader, Shard, TensorInfo
 from sku_vllm.placement import Placed
 
 TORCH_TO_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# The unit of writing and hashing, in bytes.
+CHUNK = 8 << 20
 CASTABLE = {"F64", "F32", "F16", "BF16"}
 
 

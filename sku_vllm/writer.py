@@ -4,8 +4,6 @@ A chunk is the unit of everything: its bytes are the base's (copied inside the k
 rows; its sha256 is one leaf of the file's digest. Memory is a few buffers per thread, however large the model.
 """
 
-import bisect
-import errno
 import hashlib
 import os
 import threading
@@ -22,13 +20,10 @@ from sku_vllm.delta import Dense
 from sku_vllm.errors import CheckpointError
 from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_fp8_reference, delta_merge_reference, merge_blocks
 from sku_vllm.kernels.delta_merge.cpu import one_torch_thread
+from sku_vllm.open_shard import OpenShard, write_all
 from sku_vllm.placement import Placed, matrix_shape
-from sku_vllm.shards import OutputShard, OutputTensor, data_ranges
+from sku_vllm.shards import CHUNK, OutputShard, OutputTensor
 from sku_vllm.simulate import simulate
-
-CHUNK = 8 << 20
-# copy_file_range says these where source and target cannot be joined inside the kernel.
-NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
 @dataclass(slots=True)
@@ -80,7 +75,7 @@ class ShardWriter:
         return self.written
 
     def _write(self, shards: Sequence[OutputShard]) -> None:
-        files = [_OpenShard(shard, self.directory) for shard in shards]
+        files = [OpenShard(shard, self.directory) for shard in shards]
         jobs = iter([(file, start) for file in files for start in range(0, file.shard.size, CHUNK)])
         pool = ThreadPoolExecutor(self.threads + 1, thread_name_prefix="sku-fuse")
         syncs: list = []
@@ -97,7 +92,7 @@ class ShardWriter:
             for file in files:
                 file.close()
 
-    def _work(self, jobs: Iterator[tuple["_OpenShard", int]], pool: ThreadPoolExecutor, syncs: list) -> None:
+    def _work(self, jobs: Iterator[tuple["OpenShard", int]], pool: ThreadPoolExecutor, syncs: list) -> None:
         torch.set_num_threads(1)
         buffer = torch.empty(CHUNK, dtype=torch.uint8)
         try:
@@ -118,7 +113,7 @@ class ShardWriter:
             self._stop.set()
             raise
 
-    def _write_chunk(self, file: "_OpenShard", start: int, stop: int, buffer: Tensor) -> None:
+    def _write_chunk(self, file: "OpenShard", start: int, stop: int, buffer: Tensor) -> None:
         pieces = list(file.pieces(start, stop))
         if all(tensor is None for tensor, _, _ in pieces) and not any(file.has_data(low, high) for _, low, high in pieces):
             if self.digests:
@@ -139,11 +134,11 @@ class ShardWriter:
             self._leaf(file, start, hashlib.sha256(view).digest())
             write_all(file.target, view, start)
 
-    def _leaf(self, file: "_OpenShard", start: int, digest: bytes) -> None:
+    def _leaf(self, file: "OpenShard", start: int, digest: bytes) -> None:
         with self._lock:
             self.written.leaves.setdefault(file.shard.file, {})[start] = digest
 
-    def _render(self, file: "_OpenShard", tensor: OutputTensor, low: int, high: int, out: Tensor) -> None:
+    def _render(self, file: "OpenShard", tensor: OutputTensor, low: int, high: int, out: Tensor) -> None:
         """Bytes [low, high) of a computed tensor. Whole rows are computed; rows that begin before `low` are counted elsewhere."""
         columns = matrix_shape(tensor.source.shape)[1]
         row_bytes = columns * DTYPES[tensor.dtype][1] // 8
@@ -157,7 +152,7 @@ class ShardWriter:
         if counted < last:  # rows that go on in the next chunk
             self._part(file, tensor, counted, last, low, high, out, count=True)
 
-    def _part(self, file: "_OpenShard", tensor: OutputTensor, begin: int, end: int, low: int, high: int, out: Tensor, count: bool) -> None:
+    def _part(self, file: "OpenShard", tensor: OutputTensor, begin: int, end: int, low: int, high: int, out: Tensor, count: bool) -> None:
         """The bytes of rows [begin, end) that lie in [low, high), through a buffer of their own."""
         row_bytes = matrix_shape(tensor.source.shape)[1] * DTYPES[tensor.dtype][1] // 8
         merged = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
@@ -165,7 +160,7 @@ class ShardWriter:
         left, right = max(low, begin * row_bytes), min(high, end * row_bytes)
         out[left - low : right - low] = merged[left - begin * row_bytes : right - begin * row_bytes]
 
-    def _merge(self, file: "_OpenShard", tensor: OutputTensor, begin: int, end: int, count: bool, into: Tensor) -> None:
+    def _merge(self, file: "OpenShard", tensor: OutputTensor, begin: int, end: int, count: bool, into: Tensor) -> None:
         """Rows [begin, end) of a computed tensor, as bytes into `into`."""
         columns = matrix_shape(tensor.source.shape)[1]
         dtype, target = (getattr(torch, DTYPES[name][0]) for name in (tensor.source.dtype, tensor.dtype))
@@ -224,119 +219,3 @@ def _cast(weight: Tensor, out: Tensor, tensor: OutputTensor) -> None:
         raise CheckpointError(
             f"{tensor.source.file}: {tensor.name!r} has values too large for {tensor.dtype}; use --dtype keep, bfloat16 or float32"
         )
-
-
-class _OpenShard:
-    """An output file and the base files its bytes come from."""
-
-    def __init__(self, shard: OutputShard, directory: Path) -> None:
-        self.shard = shard
-        self.remaining = -(-shard.size // CHUNK)
-        self._starts = [tensor.start for tensor in shard.tensors]
-        self._sources: dict[Path, int] = {}
-        self.target = os.open(directory / shard.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.ftruncate(self.target, shard.size)
-        for tensor in shard.tensors:
-            if tensor.source.file not in self._sources:
-                self._sources[tensor.source.file] = os.open(tensor.source.file, os.O_RDONLY)
-        self._data = {file: data_ranges(source, os.fstat(source).st_size) for file, source in self._sources.items()}
-
-    def close(self) -> None:
-        for descriptor in (self.target, *self._sources.values()):
-            os.close(descriptor)
-
-    def source_of(self, tensor: OutputTensor) -> int:
-        return self._sources[tensor.source.file]
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[OutputTensor | None, int, int]]:
-        """Cut [start, stop) into computed pieces (with their tensor) and copied ones (None), as long as possible."""
-        position = start
-        for tensor in self._overlapping(start, stop):
-            if tensor.copied:
-                continue
-            if position < tensor.start:
-                yield None, position, tensor.start
-            low, high = max(tensor.start, start), min(tensor.stop, stop)
-            yield tensor, low, high
-            position = high
-        if position < stop:
-            yield None, position, stop
-
-    def _overlapping(self, start: int, stop: int) -> Iterator[OutputTensor]:
-        for tensor in self.shard.tensors[max(bisect.bisect_right(self._starts, start) - 1, 0) :]:
-            if tensor.start >= stop:
-                return
-            if tensor.stop > start:
-                yield tensor
-
-    def _runs(self, low: int, high: int) -> Iterator[tuple[Path | None, int, int, int]]:
-        """(base file, offset in it, low, high) of copied bytes; the header comes from no file."""
-        position = low
-        if position < len(self.shard.header):
-            stop = min(high, len(self.shard.header))
-            yield None, position, position, stop
-            position = stop
-        run: list | None = None
-        for tensor in self._overlapping(position, high) if position < high else ():
-            begin, end = max(tensor.start, position), min(tensor.stop, high)
-            offset = tensor.source.offset + begin - tensor.start
-            if run and run[0] == tensor.source.file and run[1] + run[3] - run[2] == offset:
-                run[3] = end
-            elif begin < end:
-                if run:
-                    yield tuple(run)
-                run = [tensor.source.file, offset, begin, end]
-        if run:
-            yield tuple(run)
-
-    def has_data(self, low: int, high: int) -> bool:
-        return any(file is None or list(self._extents(file, offset, stop - start)) for file, offset, start, stop in self._runs(low, high))
-
-    def _extents(self, file: Path, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        ranges = self._data[file]
-        for begin, end in ranges[max(bisect.bisect_right(ranges, (offset, 1 << 62)) - 1, 0) :]:
-            if begin >= offset + length:
-                return
-            if end > offset:
-                yield max(begin, offset), min(end, offset + length)
-
-    def read(self, low: int, view: memoryview) -> None:
-        """Copied bytes from `low` on, into memory."""
-        for file, offset, start, stop in self._runs(low, low + len(view)):
-            part = view[start - low : stop - low]
-            if file is None:
-                part[:] = self.shard.header[start:stop]
-            else:
-                read_into(self._sources[file], part, offset, file)
-
-    def copy(self, low: int, high: int) -> bool:
-        """Copied bytes inside the kernel, holes left as holes. False where it cannot."""
-        for file, offset, start, stop in self._runs(low, high):
-            if file is None:
-                write_all(self.target, memoryview(self.shard.header)[start:stop], start)
-                continue
-            for begin, end in self._extents(file, offset, stop - start):
-                if not self._copy_range(file, begin, start + begin - offset, end - begin):
-                    return False
-        return True
-
-    def _copy_range(self, file: Path, source: int, target: int, count: int) -> bool:
-        while count:
-            try:
-                copied = os.copy_file_range(self._sources[file], self.target, count, source, target)
-            except OSError as error:
-                if error.errno in NOT_HERE:
-                    return False
-                raise
-            if copied == 0:
-                if os.fstat(self._sources[file]).st_size < source + count:
-                    raise CheckpointError(f"{file}: ended at byte {source}; it changed while it was read, start again")
-                return False
-            source, target, count = source + copied, target + copied, count - copied
-        return True
-
-
-def write_all(descriptor: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)

@@ -197,16 +197,18 @@ for capability in json.loads(sys.argv[1]):
                     continue
                 m, n = k.ALIGNED_TILE if aligned else k.MASKED_TILE
                 constants = dict(
-                    W=weight, O=weight, F=factor, DENSE=dense, ALIGNED=aligned, FP8=fp8, STOCHASTIC=stochastic, STATS=True, INTERPRETED=False,
-                    PRECISION="tf32x3" if factor == tl.float32 else "ieee", BM=m, BN=n, BK=k.BLOCK_K,
+                    W=weight, R=weight, F=factor, DENSE=dense, ALIGNED=aligned, FP8=fp8, STOCHASTIC=stochastic,
+                    STATS=True, INTERPRETED=False, PRECISION="tf32x3" if factor == tl.float32 else "ieee", BM=m, BN=n, BK=k.BLOCK_K,
                 )
                 signature = {name: "constexpr" for name in k.delta_merge_kernel.arg_names}
                 signature |= dict(table="*i64", coefficients="*fp32", sums="*fp32", tiles="i32", entries="i32", seed="i64")
-                source = ASTSource(k.delta_merge_kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in range(3)})
+                divisible = {(index,): [["tt.divisibility", 16]] for index in range(3)}
+                source = ASTSource(k.delta_merge_kernel, signature, constexprs=constants, attrs=divisible)
                 options = dict(num_warps=k.WARPS, num_stages=k.STAGES, enable_fp_fusion=False)
                 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
                 name = f"sm_{capability} {weight} {factor} aligned={aligned} dense={dense} stochastic={stochastic}"
-                found.append({"name": name, "aligned": aligned, "capability": capability, "ptx": compiled.asm["ptx"], "cubin": len(compiled.asm["cubin"])})
+                asm = {"ptx": compiled.asm["ptx"], "cubin": len(compiled.asm["cubin"])}
+                found.append({"name": name, "aligned": aligned, "capability": capability, **asm})
 print(json.dumps(found))
 """
 

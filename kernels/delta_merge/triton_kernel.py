@@ -75,7 +75,7 @@ def _sixteens(row, index: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def delta_merge_kernel(
     table, coefficients, sums, tiles, entries, seed,
-    W: tl.constexpr, O: tl.constexpr, F: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr, FP8: tl.constexpr,
+    W: tl.constexpr, R: tl.constexpr, F: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr, FP8: tl.constexpr,
     STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, STATS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -123,17 +123,17 @@ def delta_merge_kernel(
         target = value - delta
         if FP8:
             scaled = target / scale
-            new = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -FP8_MAX), FP8_MAX), scaled).to(O)
+            new = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -FP8_MAX), FP8_MAX), scaled).to(R)
             kept = new.to(tl.float32) * scale
         elif STOCHASTIC:
             element = tl.load(row + 15) + m[:, None].to(tl.int64) * cols + n[None, :]
             new = _stochastic_bf16(target, element, seed)
             kept = new.to(tl.float32)
         else:
-            new = _nearest_bf16(target) if INTERPRETED and O == tl.bfloat16 else target.to(O)
+            new = _nearest_bf16(target) if INTERPRETED and R == tl.bfloat16 else target.to(R)
             kept = new.to(tl.float32)
         out_lead = _sixteens(row, 9, ALIGNED)
-        tl.store(_pointer(row, 0, O, ALIGNED) + m[:, None] * out_lead + n[None, :], new, mask=inside)
+        tl.store(_pointer(row, 0, R, ALIGNED) + m[:, None] * out_lead + n[None, :], new, mask=inside)
 
         if STATS:
             base_finite = tl.abs(value) < float("inf")  # false for NaN too
@@ -288,7 +288,7 @@ def _launch(kind: tuple, entries: Sequence[_Entry], seed: int | None, stats: boo
     programs = 2 if interpreted else min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
     delta_merge_kernel[(programs,)](
         numbers, coefficients, sums, tiles, len(entries), 0 if seed is None else seed & 0xFFFFFFFF,
-        W=TL[weight_type], O=TL[out_type], F=TL[factor_type], DENSE=dense, ALIGNED=aligned, FP8=fp8, STOCHASTIC=seed is not None,
+        W=TL[weight_type], R=TL[out_type], F=TL[factor_type], DENSE=dense, ALIGNED=aligned, FP8=fp8, STOCHASTIC=seed is not None,
         # The interpreter multiplies with numpy, which has no bf16.
         PRECISION="tf32x3" if factor_type == torch.float32 else "ieee", INTERPRETED=interpreted, STATS=stats,
         BM=tile[0], BN=tile[1], BK=BLOCK_K, num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=False,
