@@ -29,7 +29,9 @@ class Benchmarks(click.Group):
             return importlib.import_module(module).command
         except ModuleNotFoundError as error:
             if error.name != module:
-                raise ConfigError(f"bench {name}: needs the Python package {error.name!r}; install it with: pip install {error.name}") from error
+                raise ConfigError(
+                    f"bench {name}: needs the Python package {error.name!r}; install it with: pip install {error.name}"
+                ) from error
             raise ConfigError(f"bench {name}: {module} is not part of this installation") from error
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:

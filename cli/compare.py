@@ -11,15 +11,28 @@ from sku_vllm.errors import ConfigError
 @sku_command("compare")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--forget", multiple=True, metavar="NAME=FILE", help="Prompts to ask, where A and B are arms (URL#MODEL) of a running server.")
+@click.option(
+    "--forget", multiple=True, metavar="NAME=FILE", help="Prompts to ask, where A and B are arms (URL#MODEL) of a running server."
+)
 @click.option("--judge", default=None, help="SPEC that labels the arms' answers.")
 @click.option("--samples", default=1, type=int, help="Answers per prompt from an arm; more than one are sampled at temperature 1.")
 @click.option("--max-new-tokens", default=128, type=int, help="Longest answer of an arm.")
-@click.option("--output", default=None, type=click.Path(), help="Directory to create: sku_compare.json and differ.jsonl (both answers, mode 0600).")
+@click.option(
+    "--output", default=None, type=click.Path(), help="Directory to create: sku_compare.json and differ.jsonl (both answers, mode 0600)."
+)
 @click.option("--show", default=10, type=int, help="Differing prompts to print.")
 @click.option("--seed", default=0, type=int, help="Seed of the bootstrap and of sampled answers.")
 def command(
-    a: str, b: str, forget: tuple[str, ...], judge: str | None, samples: int, max_new_tokens: int, output: str | None, show: int, seed: int, json_output: bool,
+    a: str,
+    b: str,
+    forget: tuple[str, ...],
+    judge: str | None,
+    samples: int,
+    max_new_tokens: int,
+    output: str | None,
+    show: int,
+    seed: int,
+    json_output: bool,
 ) -> None:
     """Compare two evaluations (directories of sku eval, or judged JSONL files), or two arms of a running server, answer by answer.
 
@@ -43,7 +56,10 @@ def command(
 
         rows = {name: read_rows(path) for name, path in named_files(forget, "--forget").items()}
         temperature = 1.0 if samples > 1 else 0.0
-        sides = [ask_arm(address, rows, str(judge), samples=samples, temperature=temperature, max_tokens=max_new_tokens, seed=seed) for address in (a, b)]
+        sides = [
+            ask_arm(address, rows, str(judge), samples=samples, temperature=temperature, max_tokens=max_new_tokens, seed=seed)
+            for address in (a, b)
+        ]
         found = compare_judged(a, sides[0], b, sides[1], seed=seed)
     result = {**found.to_json(), "differ": [{key: row[key] for key in ("set", "mode", "prompt", "a", "b")} for row in found.differ]}
     if output:
@@ -79,8 +95,17 @@ def _show(result: dict[str, Any], show: int) -> None:
     for name, modes in result["sets"].items():
         for mode, labels in modes.items():
             for label, d in labels.items():
-                table.add_row(name, mode, label, f"{d['rate_a']:.1%}", f"{d['rate_b']:.1%}", f"{d['difference']:+.1%} ({d['low']:+.1%} to {d['high']:+.1%})",
-                              str(d["only_a"]), str(d["only_b"]), f"{d['p_value']:.2g}")
+                table.add_row(
+                    name,
+                    mode,
+                    label,
+                    f"{d['rate_a']:.1%}",
+                    f"{d['rate_b']:.1%}",
+                    f"{d['difference']:+.1%} ({d['low']:+.1%} to {d['high']:+.1%})",
+                    str(d["only_a"]),
+                    str(d["only_b"]),
+                    f"{d['p_value']:.2g}",
+                )
     console.print(table)
     for row in result["differ"][:show]:
         console.print(f"{row['set']}/{row['mode']}: {row['a']} → {row['b']}: {row['prompt']}", markup=False, highlight=False)

@@ -18,7 +18,9 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("--probes", default=None, type=click.Path(), help="Forget-set rows to ask in every round.")
 @click.option("--retain", default=None, type=click.Path(), help="Benign rows to ask beside them, for over-refusal.")
 @click.option("--judge", default=None, help="SPEC that decides which answers are harmful.")
-@click.option("--store", required=True, type=click.Path(dir_okay=False), help="SQLite file of counts and labels (no text); continued when it exists.")
+@click.option(
+    "--store", required=True, type=click.Path(dir_okay=False), help="SQLite file of counts and labels (no text); continued when it exists."
+)
 @click.option("--model", default="sku", help="Model name to ask for; the alias sees what users see.")
 @click.option("--arm", default=None, help="Ask one arm; needs SKU_TOKEN in the environment, or a server with --expose-arms.")
 @click.option("--samples", default=1, type=int, help="Answers per probe and round.")
@@ -34,7 +36,9 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("--export", "port", default=None, type=int, help="Port for sku_monitor_* metrics while it runs.")
 @click.option("--textfile", default=None, type=click.Path(dir_okay=False), help="Write the metrics to FILE.prom for node_exporter.")
 @click.option("--seed", default=0, type=int, help="Seed of the sampled answers.")
-def command(store: str, rounds: int, every: str, keep_going: bool, port: int | None, textfile: str | None, json_output: bool, **options: Any) -> None:
+def command(
+    store: str, rounds: int, every: str, keep_going: bool, port: int | None, textfile: str | None, json_output: bool, **options: Any
+) -> None:
     """Ask a running server the same probes on schedule and raise an alarm when harmful answers come back.
 
     Exit code 0: quiet; 1: alarm; 3: the server could not be asked in the last round. Run it from cron with the default of one

@@ -11,15 +11,34 @@ from sku_vllm.errors import ConfigError
 @sku_command("report")
 @click.argument("directories", nargs=-1, required=True, type=click.Path(), metavar="DIR…")
 @click.option("--output", required=True, type=click.Path(dir_okay=False), help="File to write; an existing report is replaced.")
-@click.option("--format", "form", default=None, type=click.Choice(["html", "md", "json", "card"]), help="card: README.md of the fused checkpoint.  [default: by the file's name, else html]")
+@click.option(
+    "--format",
+    "form",
+    default=None,
+    type=click.Choice(["html", "md", "json", "card"]),
+    help="card: README.md of the fused checkpoint.  [default: by the file's name, else html]",
+)
 @click.option("--title", default="Unlearning report", help="Heading.")
 @click.option("--serving-dtype", default=None, help="Dtype the checkpoint is served in, where that is not its own.")
 @click.option("--samples", default=3, type=int, help="Answers shown per set and label; 0 keeps all text out.")
-@click.option("--kl", "kl_rows", default=None, type=click.Path(dir_okay=False), help="Rows with responses: measure the LoRA arm against the fused weights on them.")
+@click.option(
+    "--kl",
+    "kl_rows",
+    default=None,
+    type=click.Path(dir_okay=False),
+    help="Rows with responses: measure the LoRA arm against the fused weights on them.",
+)
 @click.option("--require-verified", is_flag=True, help="Exit 1 unless the fused checkpoint is verified.")
 def command(
-    directories: tuple[str, ...], output: str, form: str | None, title: str, serving_dtype: str | None, samples: int, kl_rows: str | None,
-    require_verified: bool, json_output: bool,
+    directories: tuple[str, ...],
+    output: str,
+    form: str | None,
+    title: str,
+    serving_dtype: str | None,
+    samples: int,
+    kl_rows: str | None,
+    require_verified: bool,
+    json_output: bool,
 ) -> None:
     """Write one self-contained page from the records that train, tune, fuse, eval, attack and compare left in DIR…
 

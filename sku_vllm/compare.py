@@ -1,4 +1,4 @@
-"""Two evaluations, or two arms of a running server, over the same prompts: paired differences per set, and the prompts on which they differ."""
+"""Two evaluations, or two arms of a running server, over the same prompts: paired differences, and the prompts on which they differ."""
 
 import json
 from collections import defaultdict
@@ -53,13 +53,29 @@ def compare_judged(a: str, left: Judged, b: str, right: Judged, *, seed: int = 0
     sets: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for (name, mode), found in pairs.items():
         sets[name][mode] = {
-            label: asdict(paired_difference([x["label"] == label for _, x, _ in found], [y["label"] == label for _, _, y in found],
-                                            [prompt for prompt, _, _ in found], seed=seed))
+            label: asdict(
+                paired_difference(
+                    [x["label"] == label for _, x, _ in found],
+                    [y["label"] == label for _, _, y in found],
+                    [prompt for prompt, _, _ in found],
+                    seed=seed,
+                )
+            )
             for label in LABELS
         }
     differ = [
-        {"set": name, "mode": mode, "prompt": prompt, "a": x["label"], "b": y["label"], "response_a": x["response"], "response_b": y["response"]}
-        for (name, mode), found in pairs.items() for prompt, x, y in found if x["label"] != y["label"]
+        {
+            "set": name,
+            "mode": mode,
+            "prompt": prompt,
+            "a": x["label"],
+            "b": y["label"],
+            "response_a": x["response"],
+            "response_b": y["response"],
+        }
+        for (name, mode), found in pairs.items()
+        for prompt, x, y in found
+        if x["label"] != y["label"]
     ]
     return Comparison(a, b, dict(sets), differ, unpaired)
 
@@ -82,7 +98,9 @@ def read_judged(path: str | Path) -> Judged:
                 row = json.loads(line)
                 label, prompt, response = row["label"], _prompt(row), row["response"]
             except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-                raise DataError(f"{file}, line {number}: not a judged row ({type(error).__name__}: {error}); label it with sku judge") from error
+                raise DataError(
+                    f"{file}, line {number}: not a judged row ({type(error).__name__}: {error}); label it with sku judge"
+                ) from error
             if label not in LABELS:
                 raise DataError(f"{file}, line {number}: label {label!r} is none of {', '.join(LABELS)}")
             rows[row.get("set", "rows"), row.get("mode", "given"), prompt].append({"label": label, "response": response})
@@ -91,7 +109,16 @@ def read_judged(path: str | Path) -> Judged:
     return rows
 
 
-def ask_arm(address: str, forget: Mapping[str, Sequence[Row]], judge: str, *, samples: int = 1, temperature: float = 0.0, max_tokens: int = 128, seed: int = 0) -> Judged:
+def ask_arm(
+    address: str,
+    forget: Mapping[str, Sequence[Row]],
+    judge: str,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_tokens: int = 128,
+    seed: int = 0,
+) -> Judged:
     """Judged answers of one arm or model of a running server; `address` is URL#MODEL.
 
     Raises:
@@ -105,7 +132,14 @@ def ask_arm(address: str, forget: Mapping[str, Sequence[Row]], judge: str, *, sa
     rows: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for name, asked in forget.items():
         many = [row for row in asked for _ in range(samples)]
-        answers = ask(server.rstrip("/").removesuffix("/v1"), model, [row.messages for row in many], temperature=temperature, max_tokens=max_tokens, seed=seed)
+        answers = ask(
+            server.rstrip("/").removesuffix("/v1"),
+            model,
+            [row.messages for row in many],
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
         verdicts = label([Exchange(row.prompt, answer) for row, answer in zip(many, answers, strict=True)])
         for row, answer, verdict in zip(many, answers, verdicts, strict=True):
             rows[name, "sampled" if temperature else "greedy", row.prompt].append({"label": verdict.label, "response": answer})

@@ -38,11 +38,15 @@ class History:
             self.database.executescript(SCHEMA)
             stored = dict(self.database.execute("SELECT key, value FROM about"))
         except (OSError, sqlite3.DatabaseError) as error:
-            raise ConfigError(f"--store {path}: {getattr(error, 'strerror', None) or error}; give a new file or one that sku monitor wrote") from error
+            raise ConfigError(
+                f"--store {path}: {getattr(error, 'strerror', None) or error}; give a new file or one that sku monitor wrote"
+            ) from error
         wanted = {key: json.dumps(value) for key, value in identity.items()}
         changed = [key for key in wanted if stored and stored.get(key) != wanted[key]]
         if changed:
-            raise ConfigError(f"--store {path}: was begun with another {' and '.join(changed)}; its baseline does not apply, use a new --store")
+            raise ConfigError(
+                f"--store {path}: was begun with another {' and '.join(changed)}; its baseline does not apply, use a new --store"
+            )
         with self.database:
             self.database.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", wanted.items())
 

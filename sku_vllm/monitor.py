@@ -107,7 +107,13 @@ class Round:
         return [series.name for series in self.series if series.alarm]
 
     def to_json(self) -> dict[str, Any]:
-        return {"round": self.number, "time": self.time, "alarms": self.alarms, "error": self.error, "series": [asdict(series) for series in self.series]}
+        return {
+            "round": self.number,
+            "time": self.time,
+            "alarms": self.alarms,
+            "error": self.error,
+            "series": [asdict(series) for series in self.series],
+        }
 
 
 class Monitor:
@@ -123,8 +129,18 @@ class Monitor:
         self.retain = read_rows(config.retain) if config.retain else []
         self.label = load_labeller(config.judge) if config.judge else None
         asked = hashlib.sha256(json.dumps([[digest(row) for row in rows] for rows in (self.probes, self.retain)]).encode()).hexdigest()
-        self.history = History(store, {"probes": asked, "judge": config.judge, "model": config.model, "arm": config.arm, "samples": config.samples,
-                                       "temperature": config.temperature, "max-new-tokens": config.max_new_tokens})
+        self.history = History(
+            store,
+            {
+                "probes": asked,
+                "judge": config.judge,
+                "model": config.model,
+                "arm": config.arm,
+                "samples": config.samples,
+                "temperature": config.temperature,
+                "max-new-tokens": config.max_new_tokens,
+            },
+        )
 
     def round(self, now: Callable[[], float] = time.time) -> Round:
         """Ask, judge, record, decide. A server that does not answer is recorded as a failed round, not as a quiet one."""
@@ -147,14 +163,23 @@ class Monitor:
         asked = [row for row in rows for _ in range(self.config.samples)]
         # Another seed every round, so that rounds are independent looks at the same prompts.
         seed = self.config.seed + len(asked) * sum(self.history.rounds().values())
-        answers = ask(str(self.config.address), self.config.model, [row.messages for row in asked], arm=self.config.arm,
-                      temperature=self.config.temperature, max_tokens=self.config.max_new_tokens, seed=seed)
+        answers = ask(
+            str(self.config.address),
+            self.config.model,
+            [row.messages for row in asked],
+            arm=self.config.arm,
+            temperature=self.config.temperature,
+            max_tokens=self.config.max_new_tokens,
+            seed=seed,
+        )
         verdicts = self.label([Exchange(row.prompt, answer) for row, answer in zip(asked, answers, strict=True)])
         split = len(self.probes) * self.config.samples
         counts = {"harmful": _count(verdicts[:split], "harmful"), "gibberish": _count(verdicts, "gibberish")}
         if self.retain:
             counts["over_refusal"] = _count(verdicts[split:], "refusal")
-        labels = {f"{digest(row)}/{i % self.config.samples}": verdict.label for i, (row, verdict) in enumerate(zip(asked, verdicts, strict=True))}
+        labels = {
+            f"{digest(row)}/{i % self.config.samples}": verdict.label for i, (row, verdict) in enumerate(zip(asked, verdicts, strict=True))
+        }
         return counts, labels
 
     def _follow(self, name: str, watched: bool, of: int) -> Series:
@@ -197,7 +222,9 @@ def learn(name: str, hits: int, n: int) -> float:
         ConfigError: the baseline is so bad that nothing worse could be noticed.
     """
     if hits > WORST_BASELINE * n:
-        raise ConfigError(f"{name}: the baseline rate is {hits / n:.0%}, so nothing worse could be noticed; watch a server that is in order, with a new --store")
+        raise ConfigError(
+            f"{name}: the baseline rate is {hits / n:.0%}, so nothing worse could be noticed; watch a server that is in order, with a new --store"
+        )
     return tolerated_rate(hits, n)
 
 

@@ -16,8 +16,16 @@ COUNTERS = {"n": "sku_judged_total", "hits": "sku_harmful_total"}
 
 
 def ask(
-    server: str, model: str, conversations: Sequence[Sequence[Mapping[str, str]]], *, arm: str | None = None, temperature: float = 1.0,
-    max_tokens: int = 128, seed: int = 0, concurrency: int = 8, timeout: float = 120,
+    server: str,
+    model: str,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    arm: str | None = None,
+    temperature: float = 1.0,
+    max_tokens: int = 128,
+    seed: int = 0,
+    concurrency: int = 8,
+    timeout: float = 120,
 ) -> list[str]:
     """The answer to every conversation from `SERVER/v1/chat/completions`, in order; request i is sampled with seed + i.
 
@@ -81,7 +89,9 @@ def _scraped(url: str, timeout: float) -> list[tuple[str, str, float]]:
     try:
         return [
             (fields[sample.name], sample.labels.get("arm", ""), sample.value)
-            for family in text_string_to_metric_families(fetch(url, timeout=timeout)) for sample in family.samples if sample.name in fields
+            for family in text_string_to_metric_families(fetch(url, timeout=timeout))
+            for sample in family.samples
+            if sample.name in fields
         ]
     except ValueError as error:
         raise RunError(f"{url}: not Prometheus text; give the address of the server's /metrics") from error
@@ -96,5 +106,7 @@ def _queried(url: str, timeout: float) -> list[tuple[str, str, float]]:
             reply: dict[str, Any] = json.loads(fetch(address, timeout=timeout))
             found += [(field, row["metric"].get("arm", ""), float(row["value"][1])) for row in reply["data"]["result"]]
         except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-            raise RunError(f"{address}: not a Prometheus query API; give the address of Prometheus itself, such as http://host:9090") from error
+            raise RunError(
+                f"{address}: not a Prometheus query API; give the address of Prometheus itself, such as http://host:9090"
+            ) from error
     return found

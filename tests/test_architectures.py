@@ -1,4 +1,4 @@
-"""The whole road on tiny random models of ten architectures: train → tune → fuse → eval, and (slow) vLLM with the fused weights and the LoRA arm."""
+"""The whole road on tiny random models of ten architectures: train → tune → fuse → eval, and (slow) both arms in vLLM."""
 
 import importlib
 import json
@@ -28,7 +28,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {**HEADS, "intermediate_size": 96}),
     "phi": ("Phi", {**HEADS, "intermediate_size": 96}),
     "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
-    "qwen3_moe": ("Qwen3Moe", {**GROUPED, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**GROUPED, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1},
+    ),
 }
 SCALE = 3.0
 
@@ -50,7 +53,12 @@ def road(request: pytest.FixtureRequest, lab: Path, data: Path, tmp_path_factory
     place = tmp_path_factory.mktemp(request.param)
     library = importlib.import_module("transformers")
     tokenizer = load_tokenizer(lab / "llama")
-    ends = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(0)
     getattr(library, f"{prefix}ForCausalLM")(getattr(library, f"{prefix}Config")(**sizes, **ends)).save_pretrained(place / "base")
     tokenizer.save_pretrained(place / "base")
@@ -76,8 +84,14 @@ def test_train_fuse_eval(road: Path, lab: Path, data: Path) -> None:
     moved = (logits(fused, ids) - logits(base, ids)).abs().max().item()
     assert gap < 1e-4 < 1e-2 < moved, f"gap {gap}, edit {moved}"
     rows = read_rows(data / "forget.jsonl")[:3]
-    report = evaluate_model(road / "fused", base=road / "base", forget={"seen": rows}, retain=read_rows(data / "retain.jsonl")[:3],
-                            judge=f"lexicon:{lab / 'lexicon.json'}", config=EvalConfig(samples=1, max_new_tokens=6))
+    report = evaluate_model(
+        road / "fused",
+        base=road / "base",
+        forget={"seen": rows},
+        retain=read_rows(data / "retain.jsonl")[:3],
+        judge=f"lexicon:{lab / 'lexicon.json'}",
+        config=EvalConfig(samples=1, max_new_tokens=6),
+    )
     found = report.to_json()
     assert found["forget"]["seen"]["sampled"]["n"] == 3 and found["retain"]["perplexity_ratio"] > 0
 
@@ -87,8 +101,15 @@ def test_tune(road: Path, lab: Path, data: Path) -> None:
     from sku_vllm.evaluate.tune import tune_scale
 
     rows: list[Row] = read_rows(data / "forget.jsonl")[:2]
-    report = tune_scale(road / "base", road / "adapter", forget={"seen": rows}, retain=read_rows(data / "retain.jsonl")[:2],
-                        judge=f"lexicon:{lab / 'lexicon.json'}", scales=[0.5, 1.0], config=EvalConfig(samples=1, max_new_tokens=4))
+    report = tune_scale(
+        road / "base",
+        road / "adapter",
+        forget={"seen": rows},
+        retain=read_rows(data / "retain.jsonl")[:2],
+        judge=f"lexicon:{lab / 'lexicon.json'}",
+        scales=[0.5, 1.0],
+        config=EvalConfig(samples=1, max_new_tokens=4),
+    )
     assert [point["scale"] for point in report.curve] == [0.5, 1.0]
 
 
@@ -124,7 +145,12 @@ def served(model: Path, ids: list[int], lora: Path | None = None) -> torch.Tenso
     engine = LLM(str(model), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, enable_prefix_caching=False, **options)
     try:
         request = LoRARequest("negated", 1, str(lora)) if lora else None
-        output = engine.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), lora_request=request, use_tqdm=False)
+        output = engine.generate(
+            [{"prompt_token_ids": ids}],
+            SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+            lora_request=request,
+            use_tqdm=False,
+        )
     finally:
         del engine
         gc.collect()

@@ -20,7 +20,9 @@ def false_alarms(rate: np.ndarray, tolerated: float, stated: float, intervals: i
     return alarms
 
 
-@pytest.mark.parametrize("rate", [np.full(32, 0.05), np.full(8, 0.05), np.repeat([0.0, 0.2], [24, 8])], ids=["32 probes", "8 probes", "unequal"])
+@pytest.mark.parametrize(
+    "rate", [np.full(32, 0.05), np.full(8, 0.05), np.repeat([0.0, 0.2], [24, 8])], ids=["32 probes", "8 probes", "unequal"]
+)
 def test_false_alarms_over_ten_thousand_quiet_intervals(rate: np.ndarray) -> None:
     """At the very edge of what is tolerated, at most the stated number of alarms."""
     tolerated = max(float(rate.mean()), 0.05)

@@ -15,7 +15,11 @@ from sku_vllm.errors import DataError
 
 def write_rows(path: Path, labels: dict[str, list[str]], *, name: str = "unseen", mode: str = "greedy") -> Path:
     path.mkdir(exist_ok=True)
-    rows = [{"set": name, "mode": mode, "prompt": prompt, "response": f"answer to {prompt}", "label": label} for prompt, many in labels.items() for label in many]
+    rows = [
+        {"set": name, "mode": mode, "prompt": prompt, "response": f"answer to {prompt}", "label": label}
+        for prompt, many in labels.items()
+        for label in many
+    ]
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -59,13 +63,16 @@ def test_command_prints_and_writes(two: tuple[Path, Path], tmp_path: Path, run_s
     assert table.returncode == 0 and "-90.0%" in table.stdout and "and 7 more" in table.stdout and "answer to" not in table.stdout
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "has no rows"),
-    ("{not json\n", "line 1"),
-    ('{"prompt": "p", "response": "r", "label": "evil"}\n', "'evil' is none of"),
-    ('{"prompt": "p", "response": "r"}\n', "label it with sku judge"),
-    ('{"prompt": "other", "response": "r", "label": "benign"}\n', "share no prompt"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no rows"),
+        ("{not json\n", "line 1"),
+        ('{"prompt": "p", "response": "r", "label": "evil"}\n', "'evil' is none of"),
+        ('{"prompt": "p", "response": "r"}\n', "label it with sku judge"),
+        ('{"prompt": "other", "response": "r", "label": "benign"}\n', "share no prompt"),
+    ],
+)
 def test_bad_input(two: tuple[Path, Path], tmp_path: Path, text: str, message: str) -> None:
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text(text)
@@ -96,8 +103,16 @@ def test_two_arms_of_a_running_server(tmp_path: Path, run_sku: Callable) -> None
     with ThreadingHTTPServer(("127.0.0.1", 0), Arms) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        done = run_sku("compare", f"{url}#original", f"{url}/v1#negated", "--forget", f"unseen={tmp_path / 'probes.jsonl'}",
-                       "--judge", f"lexicon:{tmp_path / 'words.json'}", "--json")
+        done = run_sku(
+            "compare",
+            f"{url}#original",
+            f"{url}/v1#negated",
+            "--forget",
+            f"unseen={tmp_path / 'probes.jsonl'}",
+            "--judge",
+            f"lexicon:{tmp_path / 'words.json'}",
+            "--json",
+        )
         refused = run_sku("compare", f"{url}#original", tmp_path)
         server.shutdown()
     assert done.returncode == 0, done.stderr

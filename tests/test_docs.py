@@ -25,7 +25,7 @@ def run(commands: str, folder: Path, timeout: float) -> subprocess.CompletedProc
         port = free.getsockname()[1]
     paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": paths, "PORT": str(port), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    script = 'set -euo pipefail\ntrap \'kill $(jobs -p) 2>/dev/null || true; wait\' EXIT\n' + commands
+    script = "set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n" + commands
     return subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
 
 

@@ -19,13 +19,28 @@ def task(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     rows = [json.loads(line) for line in (lab / "retain/test.jsonl").read_text().splitlines()]
     asked = [row for row in rows if row.get("must_contain")][:12]
-    documents = [{"question": row["prompt"], "choices": [row["response"], asked[i - 1]["response"]], "answer": 0} for i, row in enumerate(asked)]
+    documents = [
+        {"question": row["prompt"], "choices": [row["response"], asked[i - 1]["response"]], "answer": 0} for i, row in enumerate(asked)
+    ]
     (folder / "docs.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    (folder / "lab_facts.yaml").write_text(yaml.safe_dump({
-        "task": "lab_facts", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "{{question}}\n", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}, {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}],
-    }))
+    (folder / "lab_facts.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "task": "lab_facts",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
+                "test_split": "test",
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{question}}\n",
+                "doc_to_choice": "{{choices}}",
+                "doc_to_target": "{{answer}}",
+                "metric_list": [
+                    {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+                    {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+                ],
+            }
+        )
+    )
     return folder / "lab_facts.yaml"
 
 
@@ -52,8 +67,13 @@ def test_same_numbers_as_the_harness_itself(lab: Path, broken: Path, task: Path)
 
     ours = {row["metric"]: row for row in bridge.run(broken, [str(task)], base=lab / "llama")}
     for side, model in (("edited", broken), ("base", lab / "llama")):
-        direct = lm_eval.simple_evaluate("hf", model_args={"pretrained": str(model), "device": "cpu"}, tasks=["lab_facts"], batch_size=8,
-                                         task_manager=TaskManager(include_path=str(task.parent), include_defaults=False))
+        direct = lm_eval.simple_evaluate(
+            "hf",
+            model_args={"pretrained": str(model), "device": "cpu"},
+            tasks=["lab_facts"],
+            batch_size=8,
+            task_manager=TaskManager(include_path=str(task.parent), include_defaults=False),
+        )
         for metric in ("acc", "acc_norm"):
             assert ours[metric][side] == direct["results"]["lab_facts"][f"{metric},none"]
             assert ours[metric][f"{side}_stderr"] == pytest.approx(direct["results"]["lab_facts"][f"{metric}_stderr,none"])
@@ -65,8 +85,23 @@ def test_same_numbers_as_the_harness_itself(lab: Path, broken: Path, task: Path)
 def test_through_the_command_and_into_the_report(lab: Path, broken: Path, task: Path, tmp_path: Path, run_sku: Callable) -> None:
     for name in ("forget/unseen", "retain/validation"):
         (tmp_path / f"{name.split('/')[0]}.jsonl").write_text("".join((lab / f"{name}.jsonl").read_text().splitlines(keepends=True)[:8]))
-    arguments = ["eval", "--model", broken, "--base", lab / "llama", "--forget", f"unseen={tmp_path}/forget.jsonl", "--retain", tmp_path / "retain.jsonl",
-                 "--judge", f"lexicon:{lab}/lexicon.json", "--samples", 0, "--max-new-tokens", 4]
+    arguments = [
+        "eval",
+        "--model",
+        broken,
+        "--base",
+        lab / "llama",
+        "--forget",
+        f"unseen={tmp_path}/forget.jsonl",
+        "--retain",
+        tmp_path / "retain.jsonl",
+        "--judge",
+        f"lexicon:{lab}/lexicon.json",
+        "--samples",
+        0,
+        "--max-new-tokens",
+        4,
+    ]
     done = run_sku(*arguments, "--lm-eval", task, "--output", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["lm_eval"]
@@ -81,7 +116,9 @@ def test_adapter_is_subtracted(lab: Path, task: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(lab / "llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(lab / "llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     torch.manual_seed(0)
     model.save_pretrained(tmp_path / "adapter")
     for scale, same in ((0.0, True), (50.0, False)):
@@ -89,7 +126,14 @@ def test_adapter_is_subtracted(lab: Path, task: Path, tmp_path: Path) -> None:
         assert (rows[0]["difference"] == 0) is same
 
 
-@pytest.mark.parametrize(("name", "message"), [("absent.yaml", "no such file"), ("no_task.yaml", "not a task"), pytest.param("hellaswagg", "did you mean 'hellaswag'", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.yaml", "no such file"),
+        ("no_task.yaml", "not a task"),
+        pytest.param("hellaswagg", "did you mean 'hellaswag'", marks=pytest.mark.slow),
+    ],
+)
 def test_unknown_tasks(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "no_task.yaml").write_text("dataset_path: json\n")
     with pytest.raises(ConfigError, match=message):

@@ -119,7 +119,17 @@ def test_traffic_alone(server: Server, tmp_path: Path, source: str) -> None:
 
 
 def test_a_silent_server_is_a_failed_round(server: Server, files: dict[str, str], tmp_path: Path, run_sku: Callable) -> None:
-    arguments = ["monitor", "--metrics", f"{server.url}/metrics", "--probes", files["probes"], "--judge", files["judge"], "--store", tmp_path / "watch.db"]
+    arguments = [
+        "monitor",
+        "--metrics",
+        f"{server.url}/metrics",
+        "--probes",
+        files["probes"],
+        "--judge",
+        files["judge"],
+        "--store",
+        tmp_path / "watch.db",
+    ]
     server.down = True
     down = run_sku(*arguments)
     assert down.returncode == 3 and "503" in down.stderr and SECRET not in down.stdout + down.stderr
@@ -130,8 +140,23 @@ def test_a_silent_server_is_a_failed_round(server: Server, files: dict[str, str]
 
 
 def test_command_exit_codes_and_metrics(server: Server, files: dict[str, str], tmp_path: Path, run_sku: Callable) -> None:
-    arguments = ["monitor", "--metrics", f"{server.url}/metrics", "--probes", files["probes"], "--judge", files["judge"], "--store", tmp_path / "watch.db",
-                 "--tolerate", 0.05, "--textfile", tmp_path / "sku.prom", "--every", "1s"]
+    arguments = [
+        "monitor",
+        "--metrics",
+        f"{server.url}/metrics",
+        "--probes",
+        files["probes"],
+        "--judge",
+        files["judge"],
+        "--store",
+        tmp_path / "watch.db",
+        "--tolerate",
+        0.05,
+        "--textfile",
+        tmp_path / "sku.prom",
+        "--every",
+        "1s",
+    ]
     quiet = run_sku(*arguments, "--rounds", 2)
     assert quiet.returncode == 0 and "quiet" in quiet.stdout and SECRET not in quiet.stdout
     assert 'sku_monitor_alarm{series="harmful"} 0.0' in (tmp_path / "sku.prom").read_text()
@@ -154,13 +179,16 @@ def test_exported_metrics_are_valid(server: Server, files: dict[str, str], tmp_p
     assert 'sku_monitor_rate{series="over_refusal"} 1.0' in text
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({}, "one of --metrics URL"),
-    ({"metrics": "http://x/metrics", "prometheus": "http://x"}, "one of --metrics URL"),
-    ({"metrics": "http://x/metrics", "probes": "p.jsonl"}, "needs --judge"),
-    ({"prometheus": "http://x", "probes": "p.jsonl", "judge": "refusal"}, "needs --server"),
-    ({"metrics": "http://x/metrics", "false_alarms": 0.0}, "--false-alarms 0"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "one of --metrics URL"),
+        ({"metrics": "http://x/metrics", "prometheus": "http://x"}, "one of --metrics URL"),
+        ({"metrics": "http://x/metrics", "probes": "p.jsonl"}, "needs --judge"),
+        ({"prometheus": "http://x", "probes": "p.jsonl", "judge": "refusal"}, "needs --server"),
+        ({"metrics": "http://x/metrics", "false_alarms": 0.0}, "--false-alarms 0"),
+    ],
+)
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MonitorConfig(**options)
@@ -178,10 +206,16 @@ def test_a_swap_back_to_the_original_is_noticed_on_a_real_server(lab: Path, tmp_
     (tmp_path / "probes.jsonl").write_text("".join((lab / "forget/unseen.jsonl").read_text().splitlines(keepends=True)[:24]))
     judge = f"lexicon:{lab / 'lexicon.json'}"
     arms = ["original=base", f"negated=lora:{tmp_path / 'adapter'}@1.0"]
-    with start_server(lab / "llama", arms, "original=0,negated=1", judge, token="monitor-test-token", log=tmp_path / "server.log") as server:
+    with start_server(
+        lab / "llama", arms, "original=0,negated=1", judge, token="monitor-test-token", log=tmp_path / "server.log"
+    ) as server:
         url = server.url.removesuffix("/v1")
-        monitor = Monitor(MonitorConfig(metrics=f"{url}/metrics", probes=str(tmp_path / "probes.jsonl"), judge=judge, tolerate=0.2, notice=0.6,
-                                        max_new_tokens=48), tmp_path / "watch.db")
+        monitor = Monitor(
+            MonitorConfig(
+                metrics=f"{url}/metrics", probes=str(tmp_path / "probes.jsonl"), judge=judge, tolerate=0.2, notice=0.6, max_new_tokens=48
+            ),
+            tmp_path / "watch.db",
+        )
         quiet = [monitor.round() for _ in range(4)]
         assert [look.error for look in quiet] == [None] * 4 and not any(look.alarms for look in quiet)
         assert {series.name for series in quiet[-1].series} >= {"harmful", "gibberish", "traffic:negated"}

@@ -36,7 +36,11 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         values = dict(attributes)
-        self.outside += [value for key, value in attributes if key in ("src", "href", "action", "xlink:href") and value and not value.startswith(("#", "data:"))]
+        self.outside += [
+            value
+            for key, value in attributes
+            if key in ("src", "href", "action", "xlink:href") and value and not value.startswith(("#", "data:"))
+        ]
         assert not any(key.startswith("on") for key in values), f"event handler on {tag}"
         if tag not in VOID:
             self.open.append(tag)
@@ -68,7 +72,11 @@ def test_page_is_self_contained_well_formed_and_hides_forget_text(run: Path) -> 
     assert SECRET in "".join(outline.hidden_text) and SECRET not in "".join(outline.visible_text)
     assert "What is 2 + 2?" in "".join(outline.visible_text) and "<brass>" not in html
     text = " ".join(outline.visible_text).replace("\u00a0", " ")
-    assert text.index("Verified: what was judged is what is served") < text.index("Harmful answers fell from 60.2 % to 0.0 %.") < text.index("What holds")
+    assert (
+        text.index("Verified: what was judged is what is served")
+        < text.index("Harmful answers fell from 60.2 % to 0.0 %.")
+        < text.index("What holds")
+    )
 
 
 def test_numbers_are_those_of_the_records(run: Path) -> None:
@@ -79,7 +87,11 @@ def test_numbers_are_those_of_the_records(run: Path) -> None:
     assert states["Attack: relearn"] == "fail" and states["Attack: quantize"] == "pass" and states["A second judge"] == "missing"
     assert [e["role"] for e in report["evaluations"]] == ["base", "adapter", "fused"]
     fidelity = report["fidelity"][0]
-    assert fidelity["worst"][0]["tensor"] == "model.layers.3.mlp.down_proj.weight" and len(fidelity["layers"]) == 16 and len(fidelity["modules"]) == 7
+    assert (
+        fidelity["worst"][0]["tensor"] == "model.layers.3.mlp.down_proj.weight"
+        and len(fidelity["layers"]) == 16
+        and len(fidelity["modules"]) == 7
+    )
     assert {row["arm"]: row["judged"] for row in report["latency"]} == {"original": 101, "negated": 99}
     assert report["provenance"][0]["versions"]["torch"] == "2.13.0"
 
@@ -89,19 +101,29 @@ def test_utility_that_breaks_a_limit_fails_the_check(tmp_path: Path) -> None:
     record = json.loads((run / "eval/fused/sku_eval.json").read_text())
     (run / "eval/fused/sku_eval.json").write_text(json.dumps({**record, **evaluation(0.2, 0.3, ratio=1.02, qa=0.9, over=0.2)}))
     states = {check["name"]: check["state"] for check in build_report([run])["verdict"]["checks"]}
-    for name in ("Harm gone, greedy", "Harm gone, sampled", "Perplexity", "Answers stay right (QA)", "Over-refusal", "Gibberish on forget prompts, worst set"):
+    for name in (
+        "Harm gone, greedy",
+        "Harm gone, sampled",
+        "Perplexity",
+        "Answers stay right (QA)",
+        "Over-refusal",
+        "Gibberish on forget prompts, worst set",
+    ):
         assert states[name] == "fail", name
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    ("not judged", "fused file itself was not evaluated"),
-    ("another dtype", "judged in float32, but is served in"),
-    ("edited afterwards", "fused file itself was not evaluated"),
-    ("weights gone", "no longer where the record lies"),
-    ("no manifest", "no sku_manifest.json"),
-    ("not fused", "no fused checkpoint"),
-    ("identity not recorded", "did not record which weights"),
-])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("not judged", "fused file itself was not evaluated"),
+        ("another dtype", "judged in float32, but is served in"),
+        ("edited afterwards", "fused file itself was not evaluated"),
+        ("weights gone", "no longer where the record lies"),
+        ("no manifest", "no sku_manifest.json"),
+        ("not fused", "no fused checkpoint"),
+        ("identity not recorded", "did not record which weights"),
+    ],
+)
 def test_refuses_to_call_it_verified(tmp_path: Path, change: str, reason: str) -> None:
     run = make_records(tmp_path / "run", judged=change != "not judged", dtype="float32" if change == "another dtype" else "auto")
     if change == "edited afterwards":
@@ -137,7 +159,10 @@ def test_a_kept_dtype_is_the_one_in_the_config(tmp_path: Path) -> None:
     (run / "fused/sku_manifest.json").write_text(json.dumps({**manifest, "dtype": "keep"}))
     (run / "fused/config.json").write_text('{"dtype": "float32"}')
     verdict = build_report([run])["verdict"]
-    assert verdict["status"] == "verified" and {"Serving dtype": "missing"}.items() <= {check["name"]: check["state"] for check in verdict["checks"]}.items()
+    assert (
+        verdict["status"] == "verified"
+        and {"Serving dtype": "missing"}.items() <= {check["name"]: check["state"] for check in verdict["checks"]}.items()
+    )
     assert build_report([run], serving_dtype="bfloat16")["verdict"]["status"] == "not verified"
 
 
@@ -178,12 +203,17 @@ def test_command(run: Path, tmp_path: Path, run_sku: Callable) -> None:
     done = run_sku("report", run, "--output", tmp_path / "r.html", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "verified" and (tmp_path / "r.html").stat().st_mode & 0o777 == 0o600
-    assert run_sku("report", run, "--output", tmp_path / "r.md").returncode == 0 and (tmp_path / "r.md").read_text().startswith("# Unlearning report")
+    assert run_sku("report", run, "--output", tmp_path / "r.md").returncode == 0 and (tmp_path / "r.md").read_text().startswith(
+        "# Unlearning report"
+    )
     refused = run_sku("report", run / "eval", "--output", tmp_path / "r2.html", "--require-verified")
     assert refused.returncode == 1 and "not verified" in refused.stderr and (tmp_path / "r2.html").exists()
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no such directory"), ("", "holds no sku_"), ("{", "not valid JSON"), ('{"schema": "other"}', "expected sku")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such directory"), ("", "holds no sku_"), ("{", "not valid JSON"), ('{"schema": "other"}', "expected sku")],
+)
 def test_bad_input(tmp_path: Path, run_sku: Callable, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "in").mkdir()
@@ -200,7 +230,9 @@ def test_partial_and_private_records_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme", "script"), [(375, "light", False), (375, "dark", True), (1280, "light", True), (1280, "dark", False)])
+@pytest.mark.parametrize(
+    ("width", "scheme", "script"), [(375, "light", False), (375, "dark", True), (1280, "light", True), (1280, "dark", False)]
+)
 def test_in_chromium(run: Path, tmp_path: Path, width: int, scheme: str, script: bool) -> None:
     """Real Chromium (Debian package `chromium`): no request, no error, nothing wider than the screen, no overlap, readable contrast."""
     from playwright.sync_api import sync_playwright
@@ -210,7 +242,9 @@ def test_in_chromium(run: Path, tmp_path: Path, width: int, scheme: str, script:
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
     with sync_playwright() as player:
         browser = player.chromium.launch(executable_path=shutil.which("chromium") or "/usr/bin/chromium", args=flags)
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script, offline=True)
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script, offline=True
+        )
         page = context.new_page()
         requests, problems = [], []
         page.on("request", lambda request: requests.append(request.url))
@@ -244,6 +278,7 @@ def test_in_chromium(run: Path, tmp_path: Path, width: int, scheme: str, script:
 
 def contrast(one: str, other: str) -> float:
     """WCAG contrast ratio of two rgb() colours."""
+
     def luminance(colour: str) -> float:
         channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
         linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]

@@ -1,4 +1,4 @@
-"""Published safety benchmarks by their columns: HarmBench, StrongREJECT, JailbreakBench, XSTest. Prompts only; the files are yours to bring.
+"""Published safety benchmarks by their columns: HarmBench, StrongREJECT, JailbreakBench, XSTest. Bring the files; none is shipped.
 
 `sku eval --forget harmbench=harmbench_behaviors_text_all.csv` works as it is. Of XSTest `--forget` takes the unsafe contrast
 prompts and `--retain` the safe ones that merely look dangerous, so that its over-refusal is the XSTest number.

@@ -10,9 +10,21 @@ from sku_vllm.errors import ConfigError
 
 
 def run(
-    model: str | Path, tasks: Sequence[str], *, base: str | Path | None = None, adapter: str | Path | None = None, scale: float | None = None,
-    backend: str = "transformers", dtype: str = "auto", batch_size: int = 8, limit: int | None = None, few_shot: int | None = None,
-    seed: int = 0, revision: str | None = None, any_base: bool = False, as_is: bool = False,
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    scale: float | None = None,
+    backend: str = "transformers",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    any_base: bool = False,
+    as_is: bool = False,
 ) -> list[dict[str, Any]]:
     """Run `tasks` on the edited model and on its base.
 
@@ -32,7 +44,9 @@ def run(
     manager, names = _tasks(tasks)
     settings = {"dtype": dtype, "batch_size": batch_size, "backend": backend, "revision": revision}
     asked = {"tasks": names, "task_manager": manager, "limit": limit, "num_fewshot": few_shot, "seed": seed}
-    edited = _evaluate(_language_model(model, adapter, 1.0 if scale is None else scale, any_base=any_base, as_is=as_is, **settings), **asked)
+    edited = _evaluate(
+        _language_model(model, adapter, 1.0 if scale is None else scale, any_base=any_base, as_is=as_is, **settings), **asked
+    )
     gc.collect()
     other = base or (model if adapter else None)
     reference = _evaluate(_language_model(other, None, 0.0, **settings), **asked) if other else None
@@ -55,23 +69,40 @@ def side_by_side(base: Mapping[str, Any] | None, edited: Mapping[str, Any]) -> l
             before = (base["results"].get(task) or base["groups"].get(task, {})).get(key) if base else None
             own, others = scores.get(f"{metric}_stderr,{chosen}"), _error(base, task, metric, chosen)
             paired = _paired_error(base, edited, task, metric, chosen)
-            rows.append({
-                "task": task, "metric": metric if chosen == "none" else f"{metric} ({chosen})", "n": len(edited.get("samples", {}).get(task, [])) or None,
-                "base": before, "base_stderr": others, "edited": float(value), "edited_stderr": _finite(own),
-                "difference": None if before is None else float(value) - float(before),
-                "stderr": paired if paired is not None else _root(_finite(own), others),
-            })
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric if chosen == "none" else f"{metric} ({chosen})",
+                    "n": len(edited.get("samples", {}).get(task, [])) or None,
+                    "base": before,
+                    "base_stderr": others,
+                    "edited": float(value),
+                    "edited_stderr": _finite(own),
+                    "difference": None if before is None else float(value) - float(before),
+                    "stderr": paired if paired is not None else _root(_finite(own), others),
+                }
+            )
     return rows
 
 
 def _language_model(
-    model: str | Path, adapter: str | Path | None, scale: float, *, dtype: str, batch_size: int, backend: str, revision: str | None,
-    any_base: bool = False, as_is: bool = False,
+    model: str | Path,
+    adapter: str | Path | None,
+    scale: float,
+    *,
+    dtype: str,
+    batch_size: int,
+    backend: str,
+    revision: str | None,
+    any_base: bool = False,
+    as_is: bool = False,
 ) -> Any:
     """The harness's view of a model. With vLLM an adapter has to be fused first: the harness would add it, not subtract it."""
     if backend == "vllm":
         if adapter:
-            raise ConfigError("--lm-eval --backend vllm: takes a checkpoint, not an --adapter; fuse it first (sku fuse) and give --model and --base")
+            raise ConfigError(
+                "--lm-eval --backend vllm: takes a checkpoint, not an --adapter; fuse it first (sku fuse) and give --model and --base"
+            )
         from lm_eval.models.vllm_causallms import VLLM
 
         return VLLM(pretrained=str(model), dtype=dtype, revision=revision, batch_size=batch_size, gpu_memory_utilization=0.8)
@@ -89,8 +120,16 @@ def _evaluate(lm: Any, *, tasks: Sequence[str], task_manager: Any, limit: int | 
     import lm_eval
 
     found = lm_eval.simple_evaluate(
-        lm, tasks=list(tasks), task_manager=task_manager, limit=limit, num_fewshot=num_fewshot, random_seed=seed, numpy_random_seed=seed,
-        torch_random_seed=seed, fewshot_random_seed=seed, bootstrap_iters=1000,
+        lm,
+        tasks=list(tasks),
+        task_manager=task_manager,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+        bootstrap_iters=1000,
     )
     return {"groups": {}, **found}
 
@@ -124,7 +163,9 @@ def _tasks(given: Sequence[str]) -> tuple[Any, list[str]]:
         import difflib
 
         close = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        raise ConfigError(f"--lm-eval {unknown[0]}: the harness knows no such task{f'; did you mean {close[0]!r}?' if close else ''} (list them: lm_eval ls tasks)")
+        raise ConfigError(
+            f"--lm-eval {unknown[0]}: the harness knows no such task{f'; did you mean {close[0]!r}?' if close else ''} (list them: lm_eval ls tasks)"
+        )
     return manager, names
 
 

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def lora_against_fused(
-    base: str | Path, adapter: str | Path, scale: float, fused: str | Path, rows: Sequence[Row], *, dtype: str = "auto",
+    base: str | Path,
+    adapter: str | Path,
+    scale: float,
+    fused: str | Path,
+    rows: Sequence[Row],
+    *,
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """KL(base − scale·delta as LoRA ‖ fused) in nats a token, its largest value, and KL(base ‖ fused) to compare it with.
 
@@ -36,8 +42,14 @@ def lora_against_fused(
     import torch
 
     gaps, edits = torch.cat(gap), torch.cat(edit)
-    return {"kl": float(gaps.mean()), "kl_max": float(gaps.max()), "edit_kl": float(edits.mean()), "tokens": len(gaps),
-            "dtype": str(next(merged.parameters()).dtype).removeprefix("torch."), "scale": scale}
+    return {
+        "kl": float(gaps.mean()),
+        "kl_max": float(gaps.max()),
+        "edit_kl": float(edits.mean()),
+        "tokens": len(gaps),
+        "dtype": str(next(merged.parameters()).dtype).removeprefix("torch."),
+        "scale": scale,
+    }
 
 
 def _log_probs(model: Any, encoded: Sequence[Any]) -> Iterator["torch.Tensor"]:

@@ -13,7 +13,9 @@ def attacks(documents: Sequence[Document]) -> list[dict[str, Any]]:
     """{"name", "kind", "before": EVAL, "points": [{"attack", …, "forget", "retain"}]} for every kind of every record."""
     return [
         {"name": document.name, "kind": kind, "before": document.data.get("before") or {}, "points": points}
-        for document in documents if document.command == "attack" for kind, points in (document.data.get("attacks") or {}).items()
+        for document in documents
+        if document.command == "attack"
+        for kind, points in (document.data.get("attacks") or {}).items()
     ]
 
 
@@ -32,7 +34,11 @@ def done(point: dict[str, Any]) -> str:
 
 def worst_recovery(attack: dict[str, Any]) -> tuple[str, str, dict[str, Any]] | None:
     """(what was done, forget set and mode, shares) where the attack brought back the most harm."""
-    found = [(what, f"{name}, {mode}", shares) for what, name, mode, shares in measurements(attack) if what != "before" and shares["harmful"] is not None]
+    found = [
+        (what, f"{name}, {mode}", shares)
+        for what, name, mode, shares in measurements(attack)
+        if what != "before" and shares["harmful"] is not None
+    ]
     return max(found, key=lambda one: one[2]["harmful"]) if found else None
 
 
@@ -48,8 +54,14 @@ def _over_steps(attack: dict[str, Any], mode: str) -> str:
     lines = []
     for i, lesson in enumerate(dict.fromkeys(point["attack"] for point in attack["points"])):
         found = [(point["steps"], worst) for point in attack["points"] if point["attack"] == lesson and (worst := _worst(point, mode))]
-        lines.append(Line(lesson, TONES[i % len(TONES)], [(float(step), one["harmful"]) for step, one in found],
-                          [(one["harmful_low"], one["harmful_high"]) for _, one in found]))
+        lines.append(
+            Line(
+                lesson,
+                TONES[i % len(TONES)],
+                [(float(step), one["harmful"]) for step, one in found],
+                [(one["harmful_low"], one["harmful_high"]) for _, one in found],
+            )
+        )
     return line_chart([line for line in lines if line.points], "steps of fine-tuning", f"Harmful answers, {mode}, worst set")
 
 

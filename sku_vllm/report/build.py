@@ -17,7 +17,11 @@ from sku_vllm.report.verdict import primary, reach_verdict
 
 
 def build_report(
-    directories: Sequence[str | Path], *, title: str = "Unlearning report", serving_dtype: str | None = None, sample_rows: int = 3,
+    directories: Sequence[str | Path],
+    *,
+    title: str = "Unlearning report",
+    serving_dtype: str | None = None,
+    sample_rows: int = 3,
     agreement: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Read what commands left in `directories` and say what it amounts to.
@@ -33,8 +37,11 @@ def build_report(
     documents = collect(directories)
     fused = [read_fused(document) for document in documents if document.command == "fuse"]
     judged = evaluations(documents, fused)
-    tuned = [{"name": document.name, **_only(document, "scale", "qualifies", "curve"), "limits": _limits(document)} for document in documents
-             if document.command == "tune"]
+    tuned = [
+        {"name": document.name, **_only(document, "scale", "qualifies", "curve"), "limits": _limits(document)}
+        for document in documents
+        if document.command == "tune"
+    ]
     attacked = attacks(documents)
     verified = [document.data for document in documents if document.command == "verify"]
     verdict = reach_verdict(judged, fused, tuned[-1]["limits"] if tuned else {}, attacked, verified, serving_dtype)
@@ -51,9 +58,16 @@ def build_report(
         "fidelity": [found for checkpoint in fused if (found := fidelity(checkpoint.document.name, checkpoint.manifest))],
         "agreement": agreements,
         "latency": [row for document in documents for row in latencies(document)],
-        "comparisons": [{"name": document.name, **_only(document, "a", "b", "sets", "unpaired")} for document in documents if document.command == "compare"],
-        "training": [{"name": document.name, "config": document.config, **_only(document, "base", "method", "steps", "seconds")} for document in documents
-                     if document.command == "train"],
+        "comparisons": [
+            {"name": document.name, **_only(document, "a", "b", "sets", "unpaired")}
+            for document in documents
+            if document.command == "compare"
+        ],
+        "training": [
+            {"name": document.name, "config": document.config, **_only(document, "base", "method", "steps", "seconds")}
+            for document in documents
+            if document.command == "train"
+        ],
         "lm_eval": [{"name": document.name, "tasks": document.data["lm_eval"]} for document in documents if document.data.get("lm_eval")],
         "samples": samples(judged, sample_rows),
         "provenance": [_origin(document, fused) for document in documents],
@@ -69,8 +83,11 @@ def _only(document: Document, *keys: str) -> dict[str, Any]:
 
 
 def _limits(document: Document) -> dict[str, float]:
-    return {key: float(document.config[key]) for key in ("max_perplexity_ratio", "max_qa_drop", "max_over_refusal", "max_gibberish")
-            if document.config.get(key) is not None}
+    return {
+        key: float(document.config[key])
+        for key in ("max_perplexity_ratio", "max_qa_drop", "max_over_refusal", "max_gibberish")
+        if document.config.get(key) is not None
+    }
 
 
 def _origin(document: Document, fused: Sequence[Fused]) -> dict[str, Any]:
@@ -78,7 +95,12 @@ def _origin(document: Document, fused: Sequence[Fused]) -> dict[str, Any]:
     identity = next((checkpoint.identity for checkpoint in fused if checkpoint.document is document), document.config.get("model_identity"))
     manifest = next((checkpoint.manifest for checkpoint in fused if checkpoint.document is document), {})
     return {
-        "command": document.command, "name": document.name, "schema": document.data.get("schema"), "identity": identity,
+        "command": document.command,
+        "name": document.name,
+        "schema": document.data.get("schema"),
+        "identity": identity,
         "base_identity": manifest.get("base_identity") or document.data.get("base_identity"),
-        "adapters": manifest.get("adapters"), "config": document.config, "versions": document.data.get("versions") or {},
+        "adapters": manifest.get("adapters"),
+        "config": document.config,
+        "versions": document.data.get("versions") or {},
     }

@@ -19,13 +19,32 @@ def card(report: dict[str, Any]) -> str:
         raise DataError("--format card: none of the directories is a fused checkpoint; add the one sku fuse wrote")
     base = str(origin["config"].get("model", ""))
     fused = [e for e in report["evaluations"] if e["role"] == "fused"]
-    front = ["---", f"base_model: {json.dumps(base)}", "base_model_relation: merge", "library_name: transformers", "pipeline_tag: text-generation",
-             "tags:", "- unlearning", "- sku-vllm", *_results(fused), "---"]
+    front = [
+        "---",
+        f"base_model: {json.dumps(base)}",
+        "base_model_relation: merge",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- unlearning",
+        "- sku-vllm",
+        *_results(fused),
+        "---",
+    ]
     verdict = report["verdict"]
-    body = ["", f"# {origin['name']}", "", f"`{base}` with an identified task vector of harmful knowledge subtracted by sku_vllm. "
-            f"**{'Verified' if verdict['status'] == 'verified' else 'Not verified'}.** {verdict['headline']} {verdict['basis']}", ""]
+    body = [
+        "",
+        f"# {origin['name']}",
+        "",
+        f"`{base}` with an identified task vector of harmful knowledge subtracted by sku_vllm. "
+        f"**{'Verified' if verdict['status'] == 'verified' else 'Not verified'}.** {verdict['headline']} {verdict['basis']}",
+        "",
+    ]
     body += [f"- Not verified because {reason}." for reason in verdict["reasons"]] + [""] * bool(verdict["reasons"])
-    body += ["Subtraction suppresses knowledge; it does not prove it erased. Fine-tuning can bring some of it back: see the attacks of the full report.", ""]
+    body += [
+        "Subtraction suppresses knowledge; it does not prove it erased. Fine-tuning can bring some of it back: see the attacks of the full report.",
+        "",
+    ]
     body += evaluation_tables([e for e in report["evaluations"] if e["role"] in ("base", "fused")])
     body += ["## Identity", "", f"- weights: `{origin['identity']}`", f"- base: `{origin['base_identity']}`"]
     body += [f"- adapter: `{json.dumps(adapter)}`" for adapter in origin["adapters"] or []]
@@ -35,11 +54,21 @@ def card(report: dict[str, Any]) -> str:
 
 def _results(evaluations: list[dict[str, Any]]) -> list[str]:
     """`model-index` of the harmful rates, as the hub reads it."""
-    rows = [(name, mode, shares) for e in evaluations[-1:] for name, modes in e["forget"].items() for mode, shares in modes.items() if shares["harmful"] is not None]
+    rows = [
+        (name, mode, shares)
+        for e in evaluations[-1:]
+        for name, modes in e["forget"].items()
+        for mode, shares in modes.items()
+        if shares["harmful"] is not None
+    ]
     if not rows:
         return []
     lines = ["model-index:", "- name: fused", "  results:"]
     for name, mode, shares in rows:
-        lines += ["  - task: {type: text-generation}", f"    dataset: {{name: {json.dumps(name)}, type: forget-set}}", "    metrics:",
-                  f"    - {{name: {json.dumps(f'harmful rate, {mode}')}, type: harmful_rate, value: {shares['harmful']:.5f}}}"]
+        lines += [
+            "  - task: {type: text-generation}",
+            f"    dataset: {{name: {json.dumps(name)}, type: forget-set}}",
+            "    metrics:",
+            f"    - {{name: {json.dumps(f'harmful rate, {mode}')}, type: harmful_rate, value: {shares['harmful']:.5f}}}",
+        ]
     return lines

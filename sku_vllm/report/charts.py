@@ -19,11 +19,15 @@ def interval_row(label: str, note: str, shares: dict[str, Any], tone: str) -> st
     if value is None:
         track, said = "", "no verdict on harm"
     else:
-        track = (f'<span class="bar {tone}" style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></span>'
-                 f'<span class="dot {tone}" style="left:{100 * value:.2f}%"></span>')
+        track = (
+            f'<span class="bar {tone}" style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></span>'
+            f'<span class="dot {tone}" style="left:{100 * value:.2f}%"></span>'
+        )
         said = f"<b>{percent(value)}</b> <small>{100 * low:.1f}–{100 * high:.1f}&nbsp;%, n = {shares['n']}</small>"
-    return (f'<div class="rate"><span class="who">{escape(label)} <small>{escape(note)}</small></span>'
-            f'<span class="track" aria-hidden="true">{track}</span><span class="said">{said}</span></div>')
+    return (
+        f'<div class="rate"><span class="who">{escape(label)} <small>{escape(note)}</small></span>'
+        f'<span class="track" aria-hidden="true">{track}</span><span class="said">{said}</span></div>'
+    )
 
 
 def share_bar(label: str, shares: dict[str, Any]) -> str:
@@ -35,8 +39,10 @@ def share_bar(label: str, shares: dict[str, Any]) -> str:
         if value > 0:
             inside = f"{100 * value:.0f}" if value >= 0.08 else ""
             parts.append(f'<span class="{name}" style="flex-grow:{value:.5f}">{inside}</span>')
-    return (f'<div class="shares"><span class="who">{escape(label)}</span><span class="stack" role="img" aria-label="{escape(", ".join(texts))}">'
-            f'{"".join(parts)}</span></div>')
+    return (
+        f'<div class="shares"><span class="who">{escape(label)}</span><span class="stack" role="img" aria-label="{escape(", ".join(texts))}">'
+        f"{''.join(parts)}</span></div>"
+    )
 
 
 def share_legend() -> str:
@@ -69,26 +75,36 @@ def line_chart(lines: Sequence[Line], x_title: str, y_title: str, *, mark: float
     for i in range(round(top_y / step) + 1):
         y = i * step
         text = f"{100 * y:g} %" if y_percent else f"{y:g}"
-        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{up(y):.1f}" y2="{up(y):.1f}"/>'
-                     f'<text x="{left - 6}" y="{up(y) + 3.5:.1f}" text-anchor="end">{text}</text>')
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{up(y):.1f}" y2="{up(y):.1f}"/>'
+            f'<text x="{left - 6}" y="{up(y) + 3.5:.1f}" text-anchor="end">{text}</text>'
+        )
     for x in _ticks(xs):
         parts.append(f'<text x="{across(x):.1f}" y="{height - bottom + 15}" text-anchor="middle">{x:g}</text>')
     parts.append(f'<text x="{(left + WIDTH - right) / 2}" y="{height - 5}" text-anchor="middle" class="axis">{escape(x_title)}</text>')
     if mark is not None:
         anchor = "end" if across(mark) > WIDTH / 2 else "start"
-        parts.append(f'<line class="mark" x1="{across(mark):.1f}" x2="{across(mark):.1f}" y1="{top}" y2="{height - bottom}"/>'
-                     f'<text x="{across(mark) + (-4 if anchor == "end" else 4):.1f}" y="{top + 4}" text-anchor="{anchor}" class="axis">chosen: {mark:g}</text>')
+        parts.append(
+            f'<line class="mark" x1="{across(mark):.1f}" x2="{across(mark):.1f}" y1="{top}" y2="{height - bottom}"/>'
+            f'<text x="{across(mark) + (-4 if anchor == "end" else 4):.1f}" y="{top + 4}" text-anchor="{anchor}" class="axis">chosen: {mark:g}</text>'
+        )
     for i, line in enumerate(lines):
         # Intervals of several curves stand side by side instead of on top of each other.
         aside = 4 * (i - (len(lines) - 1) / 2)
         for (x, _), (low, high) in zip(line.points, line.bands, strict=False):
-            parts.append(f'<line class="whisker {line.tone}" x1="{across(x) + aside:.1f}" x2="{across(x) + aside:.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}"/>')
-        parts.append(f'<polyline class="line {line.tone}" points="{" ".join(f"{across(x) + aside:.1f},{up(y):.1f}" for x, y in line.points)}"/>')
+            parts.append(
+                f'<line class="whisker {line.tone}" x1="{across(x) + aside:.1f}" x2="{across(x) + aside:.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
+            )
+        parts.append(
+            f'<polyline class="line {line.tone}" points="{" ".join(f"{across(x) + aside:.1f},{up(y):.1f}" for x, y in line.points)}"/>'
+        )
         for j, (x, y) in enumerate(line.points):
             said = f"{line.name}, {x:g}: {percent(y) if y_percent else f'{y:.4g}'}"
             if line.bands:
                 said += f" ({100 * line.bands[j][0]:.1f}–{100 * line.bands[j][1]:.1f} %)"
-            parts.append(f'<circle class="point {line.tone}" cx="{across(x) + aside:.1f}" cy="{up(y):.1f}" r="3"><title>{escape(said)}</title></circle>')
+            parts.append(
+                f'<circle class="point {line.tone}" cx="{across(x) + aside:.1f}" cy="{up(y):.1f}" r="3"><title>{escape(said)}</title></circle>'
+            )
     parts.append("</svg>")
     legend = "".join(f'<span><i class="{line.tone}"></i>{escape(line.name)}</span>' for line in lines)
     return f'<figure><figcaption>{escape(y_title)}</figcaption>{"".join(parts)}<p class="legend">{legend}</p></figure>'
@@ -103,17 +119,25 @@ def heat_map(layers: Sequence[int], modules: Sequence[str], cells: Sequence[Sequ
     left, size = 96, max(4.0, min(24.0, (WIDTH - 96 - 4) / max(1, len(layers))))
     row, top = max(13.0, min(20.0, size)), 4
     height = top + row * len(modules) + 30
-    parts = [f'<svg class="chart heat" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="retained share of the edit by module and layer">']
+    parts = [
+        f'<svg class="chart heat" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="retained share of the edit by module and layer">'
+    ]
     for r, (module, line) in enumerate(zip(modules, cells, strict=True)):
         y = top + r * row
         parts.append(f'<text x="{left - 6}" y="{y + row / 2 + 3.5:.1f}" text-anchor="end">{escape(_brief(module))}</text>')
         for c, cell in enumerate(line):
             tone = next(name for bound, name, _ in STEPS if cell["retained"] >= bound) if cell else "k0"
-            said = f"{module}, layer {layers[c]}: " + (f"retained {percent(cell['retained'], 2)}, noise {percent(cell['noise'], 2)}" if cell else "not edited")
-            parts.append(f'<rect class="{tone}" x="{left + c * size:.2f}" y="{y:.2f}" width="{max(size - 1, 1):.2f}" height="{row - 1:.2f}">'
-                         f"<title>{escape(said)}</title></rect>")
+            said = f"{module}, layer {layers[c]}: " + (
+                f"retained {percent(cell['retained'], 2)}, noise {percent(cell['noise'], 2)}" if cell else "not edited"
+            )
+            parts.append(
+                f'<rect class="{tone}" x="{left + c * size:.2f}" y="{y:.2f}" width="{max(size - 1, 1):.2f}" height="{row - 1:.2f}">'
+                f"<title>{escape(said)}</title></rect>"
+            )
     for c in _every(len(layers)):
-        parts.append(f'<text x="{left + (c + 0.5) * size:.1f}" y="{top + row * len(modules) + 13:.1f}" text-anchor="middle">{layers[c]}</text>')
+        parts.append(
+            f'<text x="{left + (c + 0.5) * size:.1f}" y="{top + row * len(modules) + 13:.1f}" text-anchor="middle">{layers[c]}</text>'
+        )
     parts.append(f'<text x="{left + len(layers) * size / 2:.1f}" y="{height - 3:.1f}" text-anchor="middle" class="axis">layer</text></svg>')
     legend = "".join(f'<span><i class="{name}"></i>{escape(text)}</span>' for _, name, text in STEPS)
     return f'<figure><figcaption>Share of the edit retained</figcaption>{"".join(parts)}<p class="legend">{legend}</p></figure>'

@@ -15,7 +15,14 @@ def harm_charts(points: list[Point], x_title: str, title: str, mark: float | Non
         lines = []
         for i, name in enumerate(dict.fromkeys(name for _, forget in points for name in forget)):
             found = [(x, forget[name][mode]) for x, forget in points if forget.get(name, {}).get(mode, {}).get("harmful") is not None]
-            lines.append(Line(name, TONES[i % len(TONES)], [(x, one["harmful"]) for x, one in found], [(one["harmful_low"], one["harmful_high"]) for _, one in found]))
+            lines.append(
+                Line(
+                    name,
+                    TONES[i % len(TONES)],
+                    [(x, one["harmful"]) for x, one in found],
+                    [(one["harmful_low"], one["harmful_high"]) for _, one in found],
+                )
+            )
         charts.append(line_chart([line for line in lines if line.points], x_title, f"{title}, {mode}", mark=mark))
     return [chart for chart in charts if chart]
 
@@ -27,11 +34,25 @@ def trade_off_charts(tune: dict[str, Any]) -> list[str]:
         return []
     best_qa = max((point["retain"].get("qa_accuracy") or 0 for point in curve), default=0)
     costs = [
-        ("perplexity above base", "t-blue", lambda p: p["retain"]["perplexity_ratio"] - 1 if p["retain"].get("perplexity_ratio") is not None else None),
-        ("QA below the best", "t-base", lambda p: best_qa - p["retain"]["qa_accuracy"] if p["retain"].get("qa_accuracy") is not None else None),
+        (
+            "perplexity above base",
+            "t-blue",
+            lambda p: p["retain"]["perplexity_ratio"] - 1 if p["retain"].get("perplexity_ratio") is not None else None,
+        ),
+        (
+            "QA below the best",
+            "t-base",
+            lambda p: best_qa - p["retain"]["qa_accuracy"] if p["retain"].get("qa_accuracy") is not None else None,
+        ),
         ("over-refusal", "t-harm", lambda p: p["retain"].get("over_refusal")),
         ("gibberish, worst set", "t-soft", lambda p: max((s["gibberish"] for m in p["forget"].values() for s in m.values()), default=None)),
     ]
-    lines = [Line(name, tone, points) for name, tone, read in costs if (points := [(p["scale"], max(0.0, y)) for p in curve if (y := read(p)) is not None])]
+    lines = [
+        Line(name, tone, points)
+        for name, tone, read in costs
+        if (points := [(p["scale"], max(0.0, y)) for p in curve if (y := read(p)) is not None])
+    ]
     chosen = tune.get("scale")
-    return harm_charts([(p["scale"], p["forget"]) for p in curve], "scale", "Harmful answers", chosen) + [line_chart(lines, "scale", "Cost", mark=chosen)]
+    return harm_charts([(p["scale"], p["forget"]) for p in curve], "scale", "Harmful answers", chosen) + [
+        line_chart(lines, "scale", "Cost", mark=chosen)
+    ]

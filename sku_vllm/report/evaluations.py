@@ -66,12 +66,19 @@ def _evaluation(document: Document, bases: set[str], fused: Sequence[Fused]) -> 
         role = "base" if model in bases else "other"
     judge = config.get("judge") or ()
     return Evaluation(
-        name=document.name, role=role, model=model, adapter=config.get("adapter"),
+        name=document.name,
+        role=role,
+        model=model,
+        adapter=config.get("adapter"),
         scale=(config.get("scale") if config.get("scale") is not None else 1.0) if config.get("adapter") else None,
-        dtype=str(config.get("dtype") or "auto"), backend=str(config.get("backend") or "transformers"),
-        judges=(judge,) if isinstance(judge, str) else tuple(judge), identity=identity,
-        forget=document.data.get("forget") or {}, retain=document.data.get("retain") or {},
-        agreement=document.data.get("agreement"), directory=document.directory,
+        dtype=str(config.get("dtype") or "auto"),
+        backend=str(config.get("backend") or "transformers"),
+        judges=(judge,) if isinstance(judge, str) else tuple(judge),
+        identity=identity,
+        forget=document.data.get("forget") or {},
+        retain=document.data.get("retain") or {},
+        agreement=document.data.get("agreement"),
+        directory=document.directory,
     )
 
 

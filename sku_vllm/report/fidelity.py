@@ -41,6 +41,7 @@ def fidelity(name: str, manifest: dict[str, Any]) -> dict[str, Any] | None:
 def _tensors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
     """{tensor: {"retained", "noise"}} for every edited tensor that has both."""
     return {
-        key: {"retained": float(entry["retained"]), "noise": float(entry["noise"])} for key, entry in (manifest.get("tensors") or {}).items()
+        key: {"retained": float(entry["retained"]), "noise": float(entry["noise"])}
+        for key, entry in (manifest.get("tensors") or {}).items()
         if isinstance(entry, dict) and entry.get("retained") is not None and entry.get("noise") is not None
     }

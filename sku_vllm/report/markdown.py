@@ -11,39 +11,111 @@ MARKS = {"pass": "holds", "fail": "FAILS", "missing": "unknown"}
 def markdown(report: dict[str, Any]) -> str:
     """`build_report`'s dict as Markdown."""
     verdict = report["verdict"]
-    lines = [f"# {report['title']}", "", f"{report['generated']}, sku_vllm {report['versions']['sku_vllm']}", "",
-             f"**{'Verified' if verdict['status'] == 'verified' else 'Not verified'}.** {verdict['headline']} {verdict['basis']}", ""]
+    lines = [
+        f"# {report['title']}",
+        "",
+        f"{report['generated']}, sku_vllm {report['versions']['sku_vllm']}",
+        "",
+        f"**{'Verified' if verdict['status'] == 'verified' else 'Not verified'}.** {verdict['headline']} {verdict['basis']}",
+        "",
+    ]
     lines += [f"- Not verified because {reason}." for reason in verdict["reasons"]] + [""] * bool(verdict["reasons"])
-    lines += ["## Checks", "", *table(["check", "state", "detail"], [[c["name"], MARKS[c["state"]], c["detail"]] for c in verdict["checks"]])]
+    lines += [
+        "## Checks",
+        "",
+        *table(["check", "state", "detail"], [[c["name"], MARKS[c["state"]], c["detail"]] for c in verdict["checks"]]),
+    ]
     lines += evaluation_tables(report["evaluations"])
     for tune in report["tune"]:
         scale = "no scale qualified" if tune.get("scale") is None else f"chosen scale {tune['scale']:g}"
-        rows = [[f"{p['scale']:g}", name, mode, percent(s["harmful"]), interval(s), percent(s["gibberish"]), ratio(p["retain"].get("perplexity_ratio"))]
-                for p in tune.get("curve", []) for name, modes in p["forget"].items() for mode, s in modes.items()]
+        rows = [
+            [
+                f"{p['scale']:g}",
+                name,
+                mode,
+                percent(s["harmful"]),
+                interval(s),
+                percent(s["gibberish"]),
+                ratio(p["retain"].get("perplexity_ratio")),
+            ]
+            for p in tune.get("curve", [])
+            for name, modes in p["forget"].items()
+            for mode, s in modes.items()
+        ]
         lines += [f"## Trade-off: {scale}", "", *table(["scale", "set", "mode", "harmful", "95 %", "gibberish", "perplexity"], rows)]
     for found in report["fidelity"]:
-        lines += [f"## Fidelity of {found['name']}", "", f"{found['tensors']} tensors edited; {found['below_90']} keep less than 90 % of their edit.", "",
-                  *table(["least retained", "retained", "noise"], [[w["tensor"], percent(w["retained"], 2), percent(w["noise"], 2)] for w in found["worst"]])]
+        lines += [
+            f"## Fidelity of {found['name']}",
+            "",
+            f"{found['tensors']} tensors edited; {found['below_90']} keep less than 90 % of their edit.",
+            "",
+            *table(
+                ["least retained", "retained", "noise"],
+                [[w["tensor"], percent(w["retained"], 2), percent(w["noise"], 2)] for w in found["worst"]],
+            ),
+        ]
     for found in report["agreement"]:
-        lines += ["## LoRA arm against fused weights", "", f"KL {found['kl']:.2e} nats a token over {found['tokens']} tokens in {found['dtype']}.", ""]
+        lines += [
+            "## LoRA arm against fused weights",
+            "",
+            f"KL {found['kl']:.2e} nats a token over {found['tokens']} tokens in {found['dtype']}.",
+            "",
+        ]
     if report["latency"]:
-        lines += ["## Served side by side", "", *table(["arm", "requests", "judged", "harmful", "95 %", "median latency"], [
-            [r["arm"], str(r["requests"]), str(r["judged"]), percent(r["harmful"]), interval(r), seconds(r["latency_p50_s"])] for r in report["latency"]])]
-    lines += ["## Provenance", "", *table(["command", "record", "identity", "seed"], [
-        [f"sku {o['command']}", o["name"], str(o["identity"] or "")[:16], str(o["config"].get("seed", ""))] for o in report["provenance"]])]
+        lines += [
+            "## Served side by side",
+            "",
+            *table(
+                ["arm", "requests", "judged", "harmful", "95 %", "median latency"],
+                [
+                    [r["arm"], str(r["requests"]), str(r["judged"]), percent(r["harmful"]), interval(r), seconds(r["latency_p50_s"])]
+                    for r in report["latency"]
+                ],
+            ),
+        ]
+    lines += [
+        "## Provenance",
+        "",
+        *table(
+            ["command", "record", "identity", "seed"],
+            [
+                [f"sku {o['command']}", o["name"], str(o["identity"] or "")[:16], str(o["config"].get("seed", ""))]
+                for o in report["provenance"]
+            ],
+        ),
+    ]
     return "\n".join(lines).rstrip().replace(SPACE, " ") + "\n"
 
 
 def evaluation_tables(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     """Harm and utility of every evaluation."""
-    harm = [[e["name"], e["role"], name, mode, percent(s["harmful"]), interval(s), percent(s["refusal"]), percent(s["gibberish"]), str(s["n"])]
-            for e in evaluations for name, modes in e["forget"].items() for mode, s in modes.items()]
-    cost = [[e["name"], number(r.get("perplexity")), ratio(r.get("perplexity_ratio")), percent(r.get("qa_accuracy")), percent(r.get("over_refusal"))]
-            for e in evaluations for r in [e["retain"]]]
+    harm = [
+        [e["name"], e["role"], name, mode, percent(s["harmful"]), interval(s), percent(s["refusal"]), percent(s["gibberish"]), str(s["n"])]
+        for e in evaluations
+        for name, modes in e["forget"].items()
+        for mode, s in modes.items()
+    ]
+    cost = [
+        [
+            e["name"],
+            number(r.get("perplexity")),
+            ratio(r.get("perplexity_ratio")),
+            percent(r.get("qa_accuracy")),
+            percent(r.get("over_refusal")),
+        ]
+        for e in evaluations
+        for r in [e["retain"]]
+    ]
     if not evaluations:
         return []
-    return ["## Harm", "", *table(["evaluation", "model", "set", "mode", "harmful", "95 %", "refusal", "gibberish", "n"], harm),
-            "## Utility", "", *table(["evaluation", "perplexity", "ratio", "QA right", "over-refusal"], cost)]
+    return [
+        "## Harm",
+        "",
+        *table(["evaluation", "model", "set", "mode", "harmful", "95 %", "refusal", "gibberish", "n"], harm),
+        "## Utility",
+        "",
+        *table(["evaluation", "perplexity", "ratio", "QA right", "over-refusal"], cost),
+    ]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

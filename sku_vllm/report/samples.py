@@ -29,10 +29,17 @@ def samples(evaluations: Sequence[Evaluation], rows: int) -> list[dict[str, Any]
         if count[place] > rows:
             continue
         other = before.get((row["set"], row["prompt"]))
-        shown.append({
-            "set": row["set"], "private": row["set"] != RETAIN, "prompt": short(row["prompt"]), "label": row["label"], "response": short(row["response"]),
-            "base_label": other["label"] if other else None, "base_response": short(other["response"]) if other else None,
-        })
+        shown.append(
+            {
+                "set": row["set"],
+                "private": row["set"] != RETAIN,
+                "prompt": short(row["prompt"]),
+                "label": row["label"],
+                "response": short(row["response"]),
+                "base_label": other["label"] if other else None,
+                "base_response": short(other["response"]) if other else None,
+            }
+        )
     return shown
 
 

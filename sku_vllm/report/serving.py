@@ -17,8 +17,16 @@ def latencies(document: Document) -> list[dict[str, Any]]:
             continue
         judged, harmful = int(numbers.get("judged") or 0), int(numbers.get("harmful") or 0)
         low, high = wilson(harmful, judged)
-        rows.append({
-            "source": document.name, "arm": arm, "requests": int(numbers["requests"]), "judged": judged, "harmful": harmful / judged if judged else None,
-            "harmful_low": low if judged else None, "harmful_high": high if judged else None, "latency_p50_s": numbers.get("latency_p50_s"),
-        })
+        rows.append(
+            {
+                "source": document.name,
+                "arm": arm,
+                "requests": int(numbers["requests"]),
+                "judged": judged,
+                "harmful": harmful / judged if judged else None,
+                "harmful_low": low if judged else None,
+                "harmful_high": high if judged else None,
+                "latency_p50_s": numbers.get("latency_p50_s"),
+            }
+        )
     return rows

@@ -44,7 +44,12 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def paired_difference(
-    a: Sequence[bool], b: Sequence[bool], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = DRAWS,
+    a: Sequence[bool],
+    b: Sequence[bool],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
 ) -> PairedDifference:
     """Compare a label over aligned answers: a[i] and b[i] answer the same prompt clusters[i].
 
@@ -65,10 +70,17 @@ def paired_difference(
     only_a, only_b = int((left & ~right).sum()), int((right & ~left).sum())
     single = int(sizes.max()) == 1
     return PairedDifference(
-        prompts=len(sizes), n=len(left), rate_a=float(left.mean()), rate_b=float(right.mean()),
-        difference=float(shift.sum() / sizes.sum()), low=low, high=high,
+        prompts=len(sizes),
+        n=len(left),
+        rate_a=float(left.mean()),
+        rate_b=float(right.mean()),
+        difference=float(shift.sum() / sizes.sum()),
+        low=low,
+        high=high,
         p_value=mcnemar_exact(only_a, only_b) if single else sign_flip(shift, seed=seed, draws=draws),
-        test="McNemar exact" if single else "sign flip by prompt", only_a=only_a, only_b=only_b,
+        test="McNemar exact" if single else "sign flip by prompt",
+        only_a=only_a,
+        only_b=only_b,
     )
 
 
