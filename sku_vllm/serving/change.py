@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sku_vllm.errors import ConfigError, InputError
 from sku_vllm.serving.arms import MAX_ARMS, check_split, parse_arm
-from sku_vllm.serving.materialise import materialise
+from sku_vllm.serving.materialise import materialise, served_rank
 from sku_vllm.serving.runtime import Runtime
 from sku_vllm.serving.state import Busy, Served, Table
 
@@ -37,18 +37,19 @@ class Changes:
                 raise ConfigError(f"arm {name!r} exists; replace it instead, or choose another name")
             if len(table.arms) >= MAX_ARMS:
                 raise ConfigError(f"there are {MAX_ARMS} arms already; remove one first")
-            served, next_id = await self.load(table, name, spec)
-            self.runtime.failures.pop(name, None)
+            served, next_id = await self.prepare(table, name, spec)
+            await self.load(served)
             return self.runtime.change(table.changed(arms={**table.arms, name: served}, split={**table.split, name: 0.0}, next_id=next_id))
 
     async def replace(self, name: str, spec: str) -> Table:
         """New version under a new name and path, flip, retire: requests in flight finish on the old one."""
-        start = time.perf_counter()
-        with self.runtime.state.locked() as table, Counted(self.runtime, start):
+        with self.runtime.state.locked() as table, Counted(self.runtime):
             old = _arm(table, name)
-            served, next_id = await self.load(table, name, spec)
+            served, next_id = await self.prepare(table, name, spec)
+            start = time.perf_counter()
+            await self.load(served)
             changed = self.runtime.change(table.changed(arms={**table.arms, name: served}, next_id=next_id))
-            self.runtime.failures.pop(name, None)
+            self.runtime.metrics.swap_seconds.observe(time.perf_counter() - start)
             self.runtime.experiment.forget(name)
             self._retire(old)
             return changed
@@ -67,26 +68,33 @@ class Changes:
             self._retire(old)
             return changed
 
-    async def load(self, table: Table, name: str, spec: str) -> tuple[Served, int]:
-        """An arm ready to serve, and the next free adapter id."""
+    async def prepare(self, table: Table, name: str, spec: str) -> tuple[Served, int]:
+        """An arm whose adapter lies on disk, and the next free adapter id. Nothing that serves has changed."""
         config = self.runtime.config
         arm = parse_arm(name, spec)
         if arm.kind != "lora":
             return Served(arm), table.next_id
         await self._adapters_allowed(table)
         directory = self.runtime.directory / "adapters"
-        negation = await asyncio.to_thread(materialise, arm, config.model, directory, revision=config.revision, any_base=config.any_base)
+        negation = await asyncio.to_thread(
+            materialise, arm, config.model, directory, revision=config.revision, any_base=config.any_base
+        )
         limit = self.runtime.args.max_lora_rank
         if negation.rank > int(limit):
             raise ConfigError(
-                f"arm {name}: rank {negation.rank} is above this server's {limit}; restart it with --max-lora-rank {negation.rank} or more"
+                f"arm {name}: rank {negation.rank} is above this server's {limit}; "
+                f"restart it with --max-lora-rank {served_rank([negation.rank])}"
             )
-        served = Served(arm, str(negation.path), table.next_id)
+        return Served(arm, str(negation.path), table.next_id), table.next_id + 1
+
+    async def load(self, served: Served) -> None:
+        """Put a prepared arm's adapter into the engine. Raises ConfigError with vLLM's reason when it cannot."""
         try:
-            await self.runtime.load(served)
+            if served.lora_id:
+                await self.runtime.load(served)
         except Exception as error:
-            raise ConfigError(f"arm {name}: vLLM cannot load {arm.source}: {error}") from error
-        return served, table.next_id + 1
+            raise ConfigError(f"arm {served.arm.name}: vLLM cannot load {served.arm.source}: {error}") from error
+        self.runtime.failures.pop(served.arm.name, None)
 
     async def _adapters_allowed(self, table: Table) -> None:
         """Refuse what has no slot; versions about to be retired are waited for, since swaps may follow each other closely."""
@@ -127,19 +135,16 @@ class Changes:
 
 
 class Counted:
-    """Counts a change of what is served by its outcome, and times the ones that worked."""
+    """Counts a change of what is served by its outcome."""
 
-    def __init__(self, runtime: Runtime, start: float) -> None:
-        self.metrics, self.start = runtime.metrics, start
+    def __init__(self, runtime: Runtime) -> None:
+        self.swaps = runtime.metrics.swaps
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        outcome = "ok" if kind is None else "refused" if issubclass(kind, InputError | Busy) else "failed"
-        self.metrics.swaps.labels(outcome).inc()
-        if kind is None:
-            self.metrics.swap_seconds.observe(time.perf_counter() - self.start)
+        self.swaps.labels("ok" if kind is None else "refused" if issubclass(kind, InputError | Busy) else "failed").inc()
 
 
 def _arm(table: Table, name: str) -> Served:

@@ -37,7 +37,7 @@ class Metrics:
         self.queue = Histogram("sku_queue_seconds", "Waiting in the engine's queue.", arm, buckets=LATENCY)
         self.decode = Histogram("sku_decode_seconds", "First to last token.", arm, buckets=LATENCY)
         self.judge_seconds = Histogram("sku_judge_seconds", "Judging one batch of answers.", arm, buckets=LATENCY)
-        self.swap_seconds = Histogram("sku_swap_seconds", "From request to new weights answering.", buckets=FIRST_TOKEN)
+        self.swap_seconds = Histogram("sku_swap_seconds", "From weights at hand to answers from them.", buckets=FIRST_TOKEN)
         # Every process knows the whole table, so the most recent value is the right merge.
         self.weight = Gauge("sku_arm_weight", "Share of the alias's traffic.", arm, multiprocess_mode="mostrecent")
         self.up = Gauge("sku_plugin_up", "1 while the plugin routes in this server.", ["version"], multiprocess_mode="max")

@@ -32,7 +32,7 @@ class ModelSwap:
         with self.runtime.state.locked() as table:
             self._swap_allowed()
             start = time.perf_counter()
-            with Counted(self.runtime, start):
+            with Counted(self.runtime):
                 await self._checked(source)
                 expected = await self._expected(source, table)
                 async with Drained(self.runtime):
@@ -50,7 +50,9 @@ class ModelSwap:
                         raise RunError(f"the swap failed, and the base serves again: {error}") from error
                     stalled = time.perf_counter() - begun
                     self.runtime.change(table.changed(swap=source))
-        return {"swap": source, "seconds": time.perf_counter() - start, "stalled_seconds": stalled,
+                    seconds = time.perf_counter() - start
+                    self.runtime.metrics.swap_seconds.observe(seconds)
+        return {"swap": source, "seconds": seconds, "stalled_seconds": stalled,
                 "probe": {"from_base": distance(base, after), "from_expected": distance(expected, after) if expected else None}}
 
     async def restore(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class ModelSwap:
             if not table.swap and not self.runtime.broken:
                 raise ConfigError("no whole-model swap is in force; there is nothing to restore")
             start = time.perf_counter()
-            with Counted(self.runtime, start):
+            with Counted(self.runtime):
                 async with Drained(self.runtime):
                     error = await self._restored()
                     if error:
@@ -98,7 +100,8 @@ class ModelSwap:
         if "adapter" not in source or table.swap:
             return None
         try:
-            served, _ = await self.changes.load(table, "probe", f"lora:{source['adapter']}@{source['scale']}")
+            served, _ = await self.changes.prepare(table, "probe", f"lora:{source['adapter']}@{source['scale']}")
+            await self.changes.load(served)
         except InputError:
             return None
         try:
