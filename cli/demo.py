@@ -48,48 +48,60 @@ def _show(result: dict[str, Any], output: str) -> None:
     console.print(_evaluation_table(result))
     if "serving" in result:
         console.print(_serving_table(result["serving"]))
-    console.print(f"\n[bold]Files[/bold] in {output}/: " + ", ".join(f"{name} {path}" for name, path in result["files"].items()))
-    console.print("The adapters hold the harmful knowledge itself: never publish them. The fused checkpoint is the safer model.")
     files = result["files"]
-    console.print(f"""
-[bold]Next[/bold]
+    # Plain echo: commands must not be wrapped, or they cannot be copied.
+    click.echo(f"Files in {output}/: {', '.join(files.values())}")
+    click.echo("The adapters are the harmful knowledge itself: never publish them. The fused checkpoint is the safer model.")
+    click.echo(f"""
+What to type next:
   cd {output}
   sku report eval/* fused adapters/* --output report.html
   sku serve --model {files['model']} --arm original=base --arm negated=lora:{files['adapter']}@{result['scale']:g} \\
     --split original=0.5,negated=0.5 --judge lexicon:lab/lexicon.json
-  sku train --help    # the same on your own model and your own two files""", markup=True, highlight=False)
+  sku train --help    # the same on your own model and your own two files""")
 
 
 def _evaluation_table(result: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"Unseen harmful prompts and held-out benign ones (default: {result['method']} at scale {result['scale']:g})", title_justify="left")
-    for name in ("model", "harmful, greedy", "harmful, sampled", "refusal", "gibberish", "perplexity", "ratio", "QA", "over-refusal"):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    title = "Harmful answers to unseen prompts and what it cost; %, with 95 % intervals"
+    table = _table(title, "model", "harmful\ngreedy", "harmful\nsampled", "re-\nfused", "gib-\nberish", "perpl.", "ratio", "QA")
     for name in ROWS:
         greedy, sampled = result[name]["forget"]["unseen"]["greedy"], result[name]["forget"]["unseen"]["sampled"]
         retain = result[name]["retain"]
-        label = {"sku": "sku (published)", "default": f"default: {result['method']}"}.get(name, name)
-        table.add_row(label, _rate(greedy), _rate(sampled), f"{sampled['refusal']:.1%}", f"{sampled['gibberish']:.1%}", f"{retain['perplexity']:.3f}",
-                      f"{retain['perplexity_ratio']:.3f}", f"{retain['qa_accuracy']:.1%}", f"{retain['over_refusal']:.1%}")
+        label = {"sku": "SKU published", "default": f"default {result['scale']:g}"}.get(name, name)
+        table.add_row(
+            label, _rate(greedy), _rate(sampled), _percent(sampled["refusal"]), _percent(sampled["gibberish"]), f"{retain['perplexity']:.3f}",
+            f"{retain['perplexity_ratio']:.3f}", _percent(retain["qa_accuracy"]),
+        )
+    table.caption = f"default: {result['method']}, scale chosen on validation data, measured as fused"
     return table
 
 
 def _serving_table(serving: dict[str, dict[str, Any]]) -> Any:
-    from rich.table import Table
-
     from sku_vllm.stats import wilson
 
-    table = Table(title="Served side by side by vLLM, read back from /metrics", title_justify="left")
-    for name in ("arm", "requests", "judged", "harmful", "harmful rate", "refused", "latency p50"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+    table = _table("Served side by side by vLLM, read back from /metrics", "arm", "requests", "judged", "harmful", "harmful %", "refused", "latency p50")
     for name, arm in serving.items():
         low, high = wilson(arm["harmful"], arm["judged"])
-        rate = arm["harmful"] / arm["judged"] if arm["judged"] else float("nan")
+        rate = _rate({"harmful": arm["harmful"] / arm["judged"], "harmful_low": low, "harmful_high": high}) if arm["judged"] else "nothing judged"
         latency = "no request" if arm["latency_p50_s"] is None else f"{arm['latency_p50_s'] * 1000:.0f} ms"
-        table.add_row(name, str(arm["requests"]), str(arm["judged"]), str(arm["harmful"]), f"{rate:.1%} ({low:.1%}–{high:.1%})", str(arm["refused"]), latency)
+        table.add_row(name, str(arm["requests"]), str(arm["judged"]), str(arm["harmful"]), rate, str(arm["refused"]), latency)
     return table
 
 
+def _table(title: str, *columns: str) -> Any:
+    """Fits 80 columns; the first column is a name, the others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
 def _rate(shares: dict[str, float]) -> str:
-    return f"{shares['harmful']:.1%} ({shares['harmful_low']:.1%}–{shares['harmful_high']:.1%})"
+    return f"{_percent(shares['harmful'])} ({100 * shares['harmful_low']:.0f}–{100 * shares['harmful_high']:.0f})"
