@@ -113,8 +113,9 @@ def test_tune(road: Path, lab: Path, data: Path) -> None:
     assert [point["scale"] for point in report.curve] == [0.5, 1.0]
 
 
-# Why an arm is not a LoRA there; the fused checkpoint serves all of them.
-NO_LORA_ARM: dict[str, str] = {}
+# The fused checkpoint serves all of them; on the CPU these have no LoRA arm.
+# With LoRA enabled vLLM 0.32 replaces a mixture's experts by a Triton kernel that its CPU build lacks.
+NO_LORA_ARM = {"mixtral", "qwen3_moe"}
 
 
 @pytest.mark.slow
