@@ -63,11 +63,11 @@ What to type next:
 
 def _evaluation_table(result: dict[str, Any]) -> Any:
     title = "Harmful answers to unseen prompts and what it cost; %, with 95 % intervals"
-    table = _table(title, "model", "harmful\ngreedy", "harmful\nsampled", "re-\nfused", "gib-\nberish", "perpl.", "ratio", "QA")
+    table = _table(title, "model", "harmful\ngreedy", "harmful\nsampled", "re-\nfused", "gib-\nberish", "ppl", "ratio", "QA")
     for name in ROWS:
         greedy, sampled = result[name]["forget"]["unseen"]["greedy"], result[name]["forget"]["unseen"]["sampled"]
         retain = result[name]["retain"]
-        label = {"sku": "SKU published", "default": f"default {result['scale']:g}"}.get(name, name)
+        label = {"sku": "SKU (paper)", "default": f"default {result['scale']:g}"}.get(name, name)
         table.add_row(
             label, _rate(greedy), _rate(sampled), _percent(sampled["refusal"]), _percent(sampled["gibberish"]), f"{retain['perplexity']:.3f}",
             f"{retain['perplexity_ratio']:.3f}", _percent(retain["qa_accuracy"]),
