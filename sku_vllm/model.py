@@ -1,5 +1,6 @@
 """Models and adapters in memory: loaded from safetensors, edited as base − scale·delta."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,11 +80,14 @@ def load_model(
         CheckpointError: no such model, pickled weights only, weights missing, or code of its own.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(model, revision)
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a bar's redraws fill a log
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -14,6 +14,17 @@ from sku_vllm.methods.method import Term
 from sku_vllm.methods.run import Run
 from sku_vllm.model import load_tokenizer
 
+@pytest.fixture(autouse=True)
+def exact_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' RMSNorm rounds to fp32 inside, so 1e-16 of input can become 1e-8 of output; here it stays in fp64."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def forward(self: LlamaRMSNorm, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
 TOLERANCE = 1e-9  # fp64; sums run in another order
 
 

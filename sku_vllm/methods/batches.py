@@ -9,6 +9,9 @@ from sku_vllm.data import Encoded, ForgetSet, PromptTemplate, RetainSet, Row
 from sku_vllm.errors import DataError
 from sku_vllm.methods.config import TrainConfig
 
+# Sets up to this many rows are encoded before training, so that a row that cannot be used stops the run before it begins.
+CHECKED_AHEAD = 10_000
+
 
 class Batches:
     """Encoded rows by kind and step. Rows are encoded when first used."""
@@ -37,12 +40,15 @@ class Batches:
         """Whether the sets can give the rows a method asks for.
 
         Raises:
-            DataError: too few different answers to mix up, no retain rows, no refusals.
+            DataError: too few different answers to mix up, no retain rows, no refusals, a prompt beyond --max-length.
         """
         if kinds & {"retain", "benign_answers"} and not self.retain:
             raise DataError(f"--retain: method {self.config.method} needs a retain set")
         if "refusals" in kinds and not self.refusals:
             raise DataError(f"--refusals: method {self.config.method} needs rows whose responses are refusals")
+        for kind in ("forget", "retain") if len(self.forget) + len(self.retain) <= CHECKED_AHEAD else ():
+            for number in range(len(getattr(self, kind))):
+                self._encode(kind, number)
         if "mismatched" in kinds:
             for row in self.forget:
                 if len(self.own_answers[_prompt(row)]) == len(self.answers):

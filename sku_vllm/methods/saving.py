@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     os.chmod(directory, PRIVATE)
     save_file({key: value.contiguous() for key, value in factors.items()}, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(directory))
+    # PEFT keeps a set, whose order differs from process to process.
+    replace(config, target_modules=sorted(config.target_modules)).save_pretrained(str(directory))
     _describe(directory, run, name)
 
 

@@ -25,5 +25,5 @@ def mirrored_preservation(weight: float) -> Term:
 
 METHOD = Method(
     "sku-mirrored", "Guided distortion, mirrored preservation, iterated negation.", one_phase(terms),
-    {"guided_weight": 1.0, "random_weight": 0.0, "preservation_weight": 5.0, "steps": 30, "rounds": 3, "lr": 2e-3},
+    {"guided_weight": 1.0, "random_weight": 0.0, "preservation_weight": 5.0, "steps": 30, "rounds": 3, "lr": 1.5e-3},
 )

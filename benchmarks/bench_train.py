@@ -1,0 +1,225 @@
+"""`sku bench train`: training against the published loop and against plain LoRA fine-tuning, on random models of 100M parameters.
+
+Same method (`sku`, LoRA r 32 on q_proj and v_proj, batch 2, K 5), same rows (PKU-like answer lengths, TruthfulQA-like retain
+rows), 32k words. Every contender runs in a process of its own, so that peaks of memory are its own; the rounds are interleaved
+and the medians count. Memory is counted above what the imports alone take.
+"""
+
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sku_vllm.cli.options import log, print_json, sku_command
+
+VOCABULARY, PADDED = 32_000, 512
+CONTENDERS = {  # contender: (steps it takes a round, what it is)
+    "published-512": (1, "published loop, tokenizer that pads to 512"),
+    "published-longest": (2, "published loop, tokenizer without a maximum"),
+    "ours": (4, "sku train, method sku"),
+    "ours-mirrored": (3, "sku train, method sku-mirrored, all linear layers, batch 8"),
+    "plain-lora": (3, "plain PEFT LoRA fine-tuning, all linear layers, unpadded blocks of 128 tokens"),
+}
+
+
+@sku_command("train")
+@click.option("--architectures", default="llama,opt", help="Of llama and opt.")
+@click.option("--rounds", default=1, help="Interleaved rounds.")
+@click.option("--layers", default=12, help="Layers of width 768 (12: 110M parameters with the embeddings).")
+@click.option("--threads", default=2, help="CPU threads of every contender.")
+@click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results.")
+def command(architectures: str, rounds: int, layers: int, threads: int, output: str | None, json_output: bool) -> None:
+    """Examples a second, peak memory and cost a token, as ratios measured side by side."""
+    results = {"machine": _machine(), "rounds": rounds, "architectures": {}}
+    with tempfile.TemporaryDirectory() as work:
+        for architecture in architectures.split(","):
+            make_model(Path(work) / architecture, architecture, layers)
+            measured: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+            for _ in range(rounds):
+                for name in CONTENDERS:
+                    measured[name].append(_in_process(name, Path(work) / architecture, threads))
+                    log(f"{architecture} {name}: {measured[name][-1]}")
+            results["architectures"][architecture] = summarise(measured)
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(markdown(results), encoding="utf-8")
+    print_json(results) if json_output else log(markdown(results))
+
+
+def summarise(measured: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians of each contender, and the ratios the goals are about."""
+    median = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in measured.items()}
+    ours, mirrored, plain = median["ours"], median["ours-mirrored"], median["plain-lora"]
+    return {
+        "medians": median,
+        "examples_ratio_512": ours["examples_per_second"] / median["published-512"]["examples_per_second"],
+        "examples_ratio_longest": ours["examples_per_second"] / median["published-longest"]["examples_per_second"],
+        "memory_ratio_512": ours["peak_bytes"] / median["published-512"]["peak_bytes"],
+        "memory_ratio_longest": ours["peak_bytes"] / median["published-longest"]["peak_bytes"],
+        "token_cost_ratio": mirrored["seconds_per_token"] / plain["seconds_per_token"],
+    }
+
+
+def make_model(path: Path, architecture: str, layers: int) -> None:
+    """A random model with a word-level tokenizer, so that a word is a token."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "###", "Question", "Answer", ":"]
+    words = [*special, *(f"w{number}" for number in range(VOCABULARY - len(special)))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 768, "num_hidden_layers": layers, "num_attention_heads": 12, "max_position_embeddings": 1024,
+             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=2048))
+    else:
+        model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=3072, word_embed_proj_dim=768))
+    model.save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(path)
+
+
+def make_rows(count: int = 200) -> tuple[list[Any], list[Any]]:
+    """Harmful rows as long as PKU-SafeRLHF's (prompt about 20 tokens, answer log-normal around 80), retain rows as TruthfulQA's (about 12 and 12)."""
+    from sku_vllm.data import Row
+
+    draw = random.Random(0)
+
+    def text(length: float) -> str:
+        return " ".join(f"w{draw.randrange(31_000)}" for _ in range(max(2, int(length))))
+
+    forget = [Row.ask(text(draw.gauss(20, 8)), text(min(400, draw.lognormvariate(4.2, 0.6)))) for _ in range(count)]
+    return forget, [Row.ask(text(draw.gauss(12, 4)), text(draw.gauss(12, 5))) for _ in range(count)]
+
+
+def _in_process(name: str, path: Path, threads: int) -> dict[str, float]:
+    code = f"from sku_vllm.benchmarks.bench_train import run_contender; run_contender({name!r}, {str(path)!r}, {threads})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_contender(name: str, path: str, threads: int) -> None:
+    """One contender in this process; prints examples/s, seconds per forward token and peak bytes above the imports."""
+    import torch
+    from accelerate import Accelerator
+
+    import sku_vllm.methods.run  # noqa: F401 (its imports belong to the baseline of memory)
+    from sku_vllm.benchmarks import published_loop  # noqa: F401
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    forget, retain = make_rows()
+    accelerator = Accelerator(cpu=True)
+    torch.randn(64, 64, requires_grad=True).matmul(torch.randn(64, 64)).sum().backward()  # thread pools
+    before = _peak()
+    steps = CONTENDERS[name][0]
+    if name.startswith("published"):
+        seconds, examples, tokens = _published(path, name.endswith("512"), forget, retain, steps)
+    elif name == "plain-lora":
+        seconds, examples, tokens = _plain_lora(path, forget, retain, steps)
+    else:
+        seconds, examples, tokens = _ours(name, path, forget, retain, steps, accelerator)
+    print(json.dumps({"examples_per_second": examples / seconds, "seconds_per_token": seconds / tokens, "peak_bytes": _peak() - before}))
+
+
+def _published(path: str, padded: bool, forget: list[Any], retain: list[Any], steps: int) -> tuple[float, int, int]:
+    from sku_vllm.benchmarks.published_loop import PublishedLoop
+    from sku_vllm.model import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    if padded:
+        tokenizer.model_max_length = PADDED
+    loop = PublishedLoop(load_model(path), tokenizer, forget, retain)
+    begun = time.perf_counter()
+    examples = sum(loop.step() for _ in range(steps))
+    return time.perf_counter() - begun, examples, 1
+
+
+def _ours(name: str, path: str, forget: list[Any], retain: list[Any], steps: int, accelerator: Any) -> tuple[float, int, int]:
+    from sku_vllm.data import PromptTemplate, load_dataset
+    from sku_vllm.methods import TrainConfig
+    from sku_vllm.methods.batches import Batches
+    from sku_vllm.methods.run import Run
+    from sku_vllm.model import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    if name == "ours":
+        config = TrainConfig.of(preset="llama2-7b", tokens_per_pass=1024)
+    else:
+        config = TrainConfig.of("sku-mirrored", rounds=1, template="paper", tokens_per_pass=1024)
+    batches = Batches(config, PromptTemplate.of(tokenizer, "paper"), load_dataset(forget, "forget"), load_dataset(retain, "retain"))
+    run = Run(Path(path), config, batches, accelerator, tokenizer)
+    begun = time.perf_counter()
+    tokens = sum(run.step()["tokens"] for _ in range(steps))
+    return time.perf_counter() - begun, run.examples, tokens
+
+
+def _plain_lora(path: str, forget: list[Any], retain: list[Any], steps: int) -> tuple[float, int, int]:
+    """The Hugging Face way: `labels` in, `.loss` out, whole logits; rows cut into blocks, so that no token is padding."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from sku_vllm.data import PromptTemplate
+    from sku_vllm.model import load_model, load_tokenizer
+
+    template = PromptTemplate.of(load_tokenizer(path), "paper")
+    stream = [token for row in [*forget, *retain] for token in template.encode(row).ids]
+    model = get_peft_model(load_model(path), LoraConfig(r=32, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    begun = time.perf_counter()
+    for step in range(steps):
+        block = torch.tensor(stream[step * 1024:(step + 1) * 1024]).view(8, 128)
+        model(input_ids=block, labels=block).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - begun, 8 * steps, 1024 * steps
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _machine() -> dict[str, Any]:
+    from sku_vllm.output import versions
+
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    return {"cpu": model, "date": date.today().isoformat(), "versions": versions()}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The goals as a table, then every contender."""
+    machine = results["machine"]
+    kept = {name: machine["versions"].get(name) for name in ("sku_vllm", "torch", "transformers", "peft")}
+    lines = [
+        "# Training", "", f"{machine['cpu']}, {machine['date']}, {', '.join(f'{name} {version}' for name, version in kept.items())}; "
+        f"medians of {results['rounds']} interleaved round(s), each contender in a process of its own. `sku bench train`.", "",
+        "| against the published loop | goal | " + " | ".join(results["architectures"]) + " |", "|---|---|" + "---|" * len(results["architectures"]),
+    ]
+    goals = [
+        ("examples/s, tokenizer pads to 512", "≥ 8", "examples_ratio_512"), ("examples/s, batches padded to their longest", "≥ 2.5", "examples_ratio_longest"),
+        ("peak memory above imports, pads to 512", "≤ 0.4", "memory_ratio_512"), ("peak memory above imports, longest", "≤ 0.4", "memory_ratio_longest"),
+        ("seconds per forward token against plain PEFT LoRA", "≤ 1.15", "token_cost_ratio"),
+    ]
+    for text, goal, key in goals:
+        lines.append(f"| {text} | {goal} | " + " | ".join(f"{arch[key]:.2f}" for arch in results["architectures"].values()) + " |")
+    lines += ["| OPT-2.7B, LLaMA2-7B, LLaMA2-13B on an H100: peak memory, share of the matrix-product rate | ≤ 24, 24, 40 GB; ≥ 40 % | " + "not measured | " * len(results["architectures"])]
+    for name, arch in results["architectures"].items():
+        lines += ["", f"## {name}", "", "| contender | examples/s | peak MiB above imports | ms per forward token |", "|---|---|---|---|"]
+        for contender, values in arch["medians"].items():
+            token = "" if contender.startswith("published") else f"{values['seconds_per_token'] * 1000:.2f}"
+            lines.append(f"| {CONTENDERS[contender][1]} | {values['examples_per_second']:.2f} | {values['peak_bytes'] / 2**20:.0f} | {token} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,94 @@
+"""kill −9 at any step, `--resume`, and the bits of an uninterrupted run; and what a dry run promises."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sku_vllm.output import partial_path
+
+
+def arguments(trainable: Path, output: Path, *more: object) -> list[str]:
+    given = ["train", "--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl", "--output", output,
+             "--method", "sku-mirrored", "--steps", 8, "--rounds", 2, "--save-seconds", 0, *more]
+    return [str(argument) for argument in given]
+
+
+def history_length(partial: Path) -> int:
+    path = partial / "history.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def kill_at(command: list[str], partial: Path, step: int) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "sku_vllm.cli", *command], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while history_length(partial) < step:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
+    trainable: Path, tmp_path: Path, run_sku: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    whole = run_sku(*arguments(trainable, tmp_path / "whole"), env=one_thread)
+    assert whole.returncode == 0, whole.stderr
+    output, partial = tmp_path / "killed", partial_path(tmp_path / "killed")
+    draw = random.Random(os.urandom(4))
+    # Once inside the first round, once inside the second, whose base is the first one folded in.
+    for step in (draw.randint(2, 6), draw.randint(10, 14)):
+        kill_at(arguments(trainable, output, "--resume"), partial, step)
+        assert partial.is_dir() and not output.exists()
+    changed = run_sku(*arguments(trainable, output, "--resume", "--lr", 1e-5), env=one_thread)
+    assert changed.returncode == 2 and "has lr = 0.0015" in changed.stderr
+    resumed = run_sku(*arguments(trainable, output, "--resume", "--json"), env=one_thread)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["resumed_from"] >= 9
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    losses = [[json.loads(line)["losses"] for line in (place / "history.jsonl").read_text().splitlines()] for place in (output, tmp_path / "whole")]
+    assert losses[0] == losses[1] and len(losses[0]) == 16
+    assert not partial.exists() and not (output / "checkpoint").exists()
+
+
+def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(trainable: Path, tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    command = [sys.executable, "-m", "sku_vllm.cli", *arguments(trainable, output, "--save-seconds", 1e6, "--steps", 1000)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while history_length(partial_path(output)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "error: interrupted" in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_dry_run_predicts_time_and_memory(trainable: Path, tmp_path: Path, run_sku: Callable[..., subprocess.CompletedProcess]) -> None:
+    """Within 20 % of what the run then takes; the best of three pairs, since other work shares the machine's two cores."""
+    errors = []
+    for attempt in range(3):
+        flags = ["--steps", 40, "--batch-size", 32, "--save-seconds", 1e6]
+        promised = run_sku(*arguments(trainable, tmp_path / f"dry{attempt}", *flags, "--dry-run", "--json"))
+        assert promised.returncode == 0, promised.stderr
+        assert not (tmp_path / f"dry{attempt}").exists() and not partial_path(tmp_path / f"dry{attempt}").exists()
+        measured = run_sku(*arguments(trainable, tmp_path / f"run{attempt}", *flags, "--json"))
+        promise, truth = json.loads(promised.stdout), json.loads(measured.stdout)
+        assert promise["trainable"] == truth["trainable"] and promise["parameters"] == truth["parameters"] and promise["steps"] == truth["steps"]
+        assert promise["tokens_per_step"] == pytest.approx(truth["tokens"] / truth["steps"], rel=0.1)
+        errors.append(max(abs(promise[key] / truth[key] - 1) for key in ("seconds", "peak_memory_bytes")))
+        if errors[-1] <= 0.2:
+            return
+    pytest.fail(f"dry run off by {[f'{error:.0%}' for error in errors]}")
