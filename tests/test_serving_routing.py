@@ -125,3 +125,33 @@ def test_a_rule_reads_as_written_and_the_weight_goes_to_the_others():
     assert without({"a": 0.6, "b": 0.2, "c": 0.2}, "c") == {"a": pytest.approx(0.75), "b": pytest.approx(0.25), "c": 0.0}
     assert without({"a": 0.0, "c": 1.0}, "c") == {"a": 1.0, "c": 0.0}
     assert without({"c": 1.0}, "c") == {"c": 1.0}
+
+
+def test_a_port_that_is_taken_is_said_before_the_engine_starts(tiny, run_sku):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_sku("serve", "--model", tiny / "base", "--arm", "a=base", "--port", port)
+    assert done.returncode == 2 and f"--port {port}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_state_begun_with_other_flags_wants_a_decision(tmp_path):
+    from sku_vllm.serving.begin import prepare_state
+    from sku_vllm.serving.state import StateFile
+
+    def begin(*arms, split=None, reset=False):
+        return prepare_state(ServeConfig("m", list(arms), split, state=str(tmp_path), reset_state=reset), StateFile(tmp_path))
+
+    first = begin("a=base", "b=upstream:http://h:1/v1#m", split="a=0.9,b=0.1")
+    StateFile(tmp_path).write(first.changed(split={"a": 0.5, "b": 0.5}))
+    again = begin("a=base", "b=upstream:http://h:1/v1#m", split="a=0.9,b=0.1")
+    assert again.split == {"a": 0.5, "b": 0.5}  # the same flags: the state wins
+    assert begin("a=base", "b=upstream:http://h:1/v1#m", split="a=0.5,b=0.5").split == again.split  # flags that say what is
+    with pytest.raises(ConfigError, match="--reset-state"):
+        begin("a=base", "b=upstream:http://h:1/v1#m", split="a=0.2,b=0.8")
+    assert begin("a=base", reset=True).split == {"a": 1.0}
+    assert (tmp_path / "sku_state.json").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "sku_state.json").write_text("{}")
+    with pytest.raises(ConfigError, match="--reset-state"):
+        begin("a=base")

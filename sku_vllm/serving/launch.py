@@ -50,6 +50,7 @@ def parse_flags(arguments: list[str]) -> Namespace:
             raise ConfigError(f"{message}; sku serve passes every flag it does not know to vLLM")
 
     cli_env_setup()
+    modest_cache(arguments)
     try:
         args = make_arg_parser(Parser(prog="sku serve")).parse_args(arguments)
         args.subparser = "serve"
@@ -60,6 +61,19 @@ def parse_flags(arguments: list[str]) -> Namespace:
     except (ValueError, TypeError, KeyError, NotImplementedError, OSError) as error:
         raise ConfigError(f"vLLM refuses these flags: {error}") from error
     return args
+
+
+def modest_cache(arguments: list[str]) -> None:
+    """On CPU, unless told: a quarter of the free memory for the KV cache, 1 to 4 GiB.
+
+    vLLM itself asks for a share of ALL memory there and refuses to start where other programs hold some of it.
+    """
+    import psutil
+    from vllm.platforms import current_platform
+
+    told = any(flag.startswith(("--gpu-memory-utilization", "--kv-cache-memory")) for flag in arguments)
+    if current_platform.is_cpu() and not told:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(min(4, max(1, psutil.virtual_memory().available // 2**32))))
 
 
 def check_flags(args: Namespace, config: ServeConfig) -> None:

@@ -135,6 +135,7 @@ def launch(
             config.run = str(run)
         arm_flags = prepare(config)
         port = port or free_port(host)
+        check_port(host, port)
         config.dump(run / "serve.yaml")
         if config.state:
             config.dump(Path(config.state) / "serve.yaml")
@@ -227,3 +228,14 @@ def free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError when nothing can listen there: found out now, not when the engine has started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--port {port} on {host}: {error}; choose another one, or stop what listens there") from error
