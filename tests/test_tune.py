@@ -48,11 +48,11 @@ def test_scales_are_sorted_and_checked() -> None:
 @pytest.fixture(scope="module")
 def harmful_adapter(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A task vector of the lab's Llama."""
-    from sku_vllm.data import ForgetSet, RetainSet, load_dataset
+    from sku_vllm.data import load_dataset
     from sku_vllm.methods import TrainConfig, train_adapter
 
     path = tmp_path_factory.mktemp("adapter") / "adapter"
-    forget, retain = load_dataset(ForgetSet, lab / "forget/train.jsonl"), load_dataset(RetainSet, lab / "retain/train.jsonl")
+    forget, retain = load_dataset(lab / "forget/train.jsonl", "forget"), load_dataset(lab / "retain/train.jsonl", "retain")
     train_adapter(lab / "llama", forget, retain, path, TrainConfig(method="task-vector", steps=30), progress=False)
     return path
 

@@ -24,7 +24,7 @@ def run_attack(kinds: Sequence[str], options: Mapping[str, Any], progress: Calla
         quantizers=tuple(options["quantizer"]), prefill_tokens=options["prefill_tokens"],
     )
     result = attack(
-        options["model"], kinds, forget={name: rows(path) for name, path in options["forget"].items()}, retain=rows(options["retain"]),
+        options["model"], kinds, forget={name: rows(path) for name, path in options["forget"].items()}, retain=read_rows(options["retain"], columns=columns, safe=True),
         relearn=rows(options["relearn"], True), benign=rows(options["benign"], True), judge=judge_of(options["judge"]),
         config=EvalConfig(**{name: options[name] for name in CONFIG_FIELDS}), settings=settings, progress=progress,
         **{name: options[name] for name in ("adapter", "scale", "base", "dtype", "revision", "any_base", "as_is")},

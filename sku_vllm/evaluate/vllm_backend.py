@@ -16,11 +16,16 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmBackend:
-    """`engine` with an optional LoRA request in force."""
+    """`engine` with an optional LoRA request in force.
 
-    def __init__(self, engine: Any, lora: Any = None) -> None:
+    alone: score sequences one by one. vLLM 0.32's CPU LoRA indexes the logits of prompt log-probabilities by request instead of by
+    token, and its engine dies on the second request of a batch.
+    """
+
+    def __init__(self, engine: Any, lora: Any = None, *, alone: bool = False) -> None:
         self.engine = engine
         self.lora = lora
+        self.alone = alone
 
     @property
     def context_length(self) -> int | None:
@@ -61,7 +66,8 @@ class VllmBackend:
         room = self.context_length - 1
         asked = [{"prompt_token_ids": list(ids)[:room]} for ids, _ in sequences]
         settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self.engine.generate(asked, settings, lora_request=self.lora, use_tqdm=False) if asked else []
+        batches = [[one] for one in asked] if self.alone else [asked] if asked else []
+        outputs = [output for batch in batches for output in self.engine.generate(batch, settings, lora_request=self.lora, use_tqdm=False)]
         return [
             np.array([output.prompt_logprobs[at][ids[at]].logprob for at in range(start, min(len(ids), room))], np.float32)
             for output, (ids, start) in zip(outputs, sequences, strict=True)
@@ -81,6 +87,7 @@ def open_vllm(
     try:
         from vllm import LLM
         from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
     except ImportError as error:
         raise ConfigError(f"--backend vllm: vLLM cannot be imported ({error}); pip install 'sku-vllm[gpu]' or '[cpu]', or leave --backend out") from error
     from sku_vllm.adapter import load_adapter, negate
@@ -106,13 +113,14 @@ def open_vllm(
         engine = LLM(
             model=str(place), dtype=dtype, disable_log_stats=True, enable_prefix_caching=False, gpu_memory_utilization=0.85, **settings
         )
+        alone = lora is not None and current_platform.is_cpu()
         reference = other_base(base, dtype, EvalConfig())
         if reference is None and adapter is not None:
             @contextmanager
             def reference() -> Iterator[Backend]:
-                yield VllmBackend(engine)
+                yield VllmBackend(engine, alone=alone)
 
         try:
-            yield VllmBackend(engine, lora), load_tokenizer(str(model), revision), reference
+            yield VllmBackend(engine, lora, alone=alone), load_tokenizer(str(model), revision), reference
         finally:
             engine.llm_engine.engine_core.shutdown()
