@@ -43,8 +43,7 @@ def build_report(
         if document.command == "tune"
     ]
     attacked = attacks(documents)
-    verified = [document.data for document in documents if document.command == "verify"]
-    verdict = reach_verdict(judged, fused, tuned[-1]["limits"] if tuned else {}, attacked, verified, serving_dtype)
+    verdict = reach_verdict(judged, fused, tuned[-1]["limits"] if tuned else {}, attacked, serving_dtype)
     agreements = [agreement] if agreement else []
     return {
         "title": title,

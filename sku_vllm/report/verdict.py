@@ -38,10 +38,9 @@ def reach_verdict(
     fused: Sequence[Fused],
     limits: dict[str, float],
     attacks: Sequence[dict[str, Any]],
-    verified: Sequence[dict[str, Any]],
     serving_dtype: str | None,
 ) -> Verdict:
-    """Decide from the evaluations, the fused checkpoints and what `sku verify` recorded."""
+    """Decide from the evaluations, the fused checkpoints and the attacks."""
     reasons = unverified(evaluations, fused, serving_dtype)
     edited = primary(evaluations)
     base = baseline(evaluations, edited)
@@ -63,8 +62,6 @@ def reach_verdict(
     checks += [_attacked(attack) for attack in attacks] or [Check("Attacks", "missing", "none was run: sku attack")]
     if len({judge for evaluation in evaluations for judge in evaluation.judges}) < 2:
         checks.append(Check("A second judge", "missing", "all verdicts come from one judge; label rows.jsonl with another: sku judge"))
-    if any(record.get("ok") is False for record in verified):
-        checks.append(Check("Manifest", "fail", "sku verify found a file that differs"))
     return Verdict("not verified" if reasons else "verified", *headline(edited, base), tuple(reasons), tuple(checks))
 
 
