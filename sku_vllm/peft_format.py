@@ -86,13 +86,18 @@ def read_factors(
             problems.append(f"{key} {list(factors.a.shape)} and {other} {list(factors.b.shape)} cannot be multiplied as B@A")
         elif factors.a.shape[0] != rank:
             problems.append(f"{key} has rank {factors.a.shape[0]}, but adapter_config.json says {rank}")
-        elif not (factors.a.isfinite().all() and factors.b.isfinite().all()):
+        elif not (_finite(factors.a) and _finite(factors.b)):
             problems.append(f"{key} or {other} holds NaN or infinity")
         deltas[f"{plain}.weight"] = factors.transposed if embedding or config.get("fan_in_fan_out") else factors
     if problems:
         raise AdapterError(f"{file}: {'; '.join(problems)}; train or save the adapter again")
     inner_first = {module: [depths[depth] for depth in sorted(depths, reverse=True)] for module, depths in stacks.items()}
     return deltas, inner_first, copies
+
+
+def _finite(factor: Any) -> bool:
+    """A sum that is finite shows it in one pass; only one that is not is looked at again."""
+    return math.isfinite(float(factor.float().sum())) or bool(factor.isfinite().all())
 
 
 def rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
