@@ -58,7 +58,7 @@ def test_every_flag_in_the_docs_exists() -> None:
             assert not unknown, f"{page}: sku {command} has no {unknown}"
 
 
-@pytest.mark.parametrize("page", ["operations.md", "benchmarks.md"])
+@pytest.mark.parametrize("page", ["operations.md", pytest.param("benchmarks.md", marks=pytest.mark.slow)])
 def test_short_pages(page: str, tmp_path: Path) -> None:
     done = run("\n".join(block["code"] for block in blocks(page)), tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
