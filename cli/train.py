@@ -16,7 +16,7 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--forget", required=True, help="Harmful prompts and answers: JSONL, CSV, Parquet, PKU-SafeRLHF; FILE#train takes a split.")
 @click.option("--retain", help="Benign prompts and answers to keep.")
 @click.option("--refusals", help="Rows whose responses refuse (refusal-tune).")
-@click.option("--columns", help="Other column names: prompt=NAME,response=NAME.")
+@click.option("--columns", multiple=True, metavar="FIELD=COLUMN", help="Other column names, for instance prompt=question; repeat or separate by commas.")
 @click.option("--output", required=True, type=click.Path(), help="Directory to write, readable by you alone.")
 @click.option("--method", help="sku-mirrored unless a preset says otherwise; an unknown name lists them all.")
 @click.option("--preset", help="Published hyperparameters: opt-2.7b, llama2-7b, llama2-13b.")
@@ -27,7 +27,7 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("--rank", type=int, help="LoRA rank of one round.")
 @click.option("--lora-alpha", type=int, help="LoRA alpha; delta = alpha/rank * B@A.")
-@click.option("--target-modules", help="Comma-separated layer names, or all-linear.")
+@click.option("--target-modules", multiple=True, help="Layer names, repeated or separated by commas, or all-linear.")
 @click.option("--full", is_flag=True, default=None, help="Train all weights: a dense task vector instead of an adapter.")
 @click.option("--guided-weight", type=float, help="Weight of guided distortion (e1).")
 @click.option("--random-weight", type=float, help="Weight of random disassociation (e2).")
@@ -48,8 +48,8 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--resume", is_flag=True, help="Continue what OUTPUT.partial/ holds.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, tokens a step, memory and time; write nothing.")
 def command(
-    model: str, revision: str | None, forget: str, retain: str | None, refusals: str | None, columns: str | None, output: str, method: str | None,
-    preset: str | None, target_modules: str | None, tracker: str | None, save_seconds: float, resume: bool, dry_run: bool, json_output: bool,
+    model: str, revision: str | None, forget: str, retain: str | None, refusals: str | None, columns: tuple[str, ...], output: str, method: str | None,
+    preset: str | None, target_modules: tuple[str, ...], tracker: str | None, save_seconds: float, resume: bool, dry_run: bool, json_output: bool,
     **settings: Any,
 ) -> None:
     """Identify a model's harmful knowledge as an adapter.
@@ -59,8 +59,8 @@ def command(
     for flag, weight in ABLATIONS.items():
         if settings.pop(flag):
             settings[weight] = 0.0
-    if target_modules is not None:
-        settings["target_modules"] = tuple(name.strip() for name in target_modules.split(",") if name.strip())
+    if target_modules:
+        settings["target_modules"] = tuple(name.strip() for name in ",".join(target_modules).split(",") if name.strip())
 
     from sku_vllm.data import load_dataset, read_rows
     from sku_vllm.methods import TrainConfig
@@ -105,9 +105,10 @@ def _say(report: Any) -> None:
     log(f"warning: {WARNING}")
 
 
-def _columns(text: str | None) -> dict[str, str] | None:
-    if not text:
+def _columns(given: tuple[str, ...]) -> dict[str, str] | None:
+    if not given:
         return None
+    text = ",".join(given)
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(separator and field.strip() and name.strip() for field, separator, name in pairs):
         raise ConfigError(f"--columns {text}: expected FIELD=COLUMN pairs, for instance prompt=question,response=answer")

@@ -43,6 +43,11 @@ class Run:
         self.at = self.tokens = self.examples = 0
         self.seconds = 0.0
         self.refusal_share: float | None = None
+        if accelerator.num_processes > config.batch_size:
+            raise ConfigError(
+                f"--batch-size {config.batch_size}: counts rows over all {accelerator.num_processes} processes, and each needs one; "
+                f"give at least {accelerator.num_processes}"
+            )
         torch.manual_seed(config.seed)
         self.model, frozen = dense.load(path, config, self.phases, accelerator) if config.full else (_with_adapter(path, config, accelerator), None)
         self.passes = Forward(self.model, frozen)

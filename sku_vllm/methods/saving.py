@@ -1,8 +1,8 @@
 """An adapter directory: PEFT's files (or a dense task vector), sku_run.json, and a card that says what it holds."""
 
+import copy
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     os.chmod(directory, PRIVATE)
     save_file({key: value.contiguous() for key, value in factors.items()}, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    # PEFT keeps a set, whose order differs from process to process.
-    replace(config, target_modules=sorted(config.target_modules)).save_pretrained(str(directory))
+    saved = copy.copy(config)
+    saved.target_modules = sorted(config.target_modules)  # PEFT keeps a set, whose order differs from process to process
+    saved.save_pretrained(str(directory))
     _describe(directory, run, name)
 
 
