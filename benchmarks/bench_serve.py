@@ -174,7 +174,7 @@ def measure(base: Path, adapter: Path, work: Path, load: Load, pairs: int, soak:
             return server
 
         quick = up("the server with a fast judge", base, arms, judge=f"lexicon:{lexicon}", judge_sample=0.0)
-        stuck = up("the server with a stalled judge", base, arms, judge=f"openai:{stalled}#m", judge_sample=0.0, judge_queue=64)
+        stuck = up("the server with a stalled judge", base, arms, judge=f"openai:{stalled}#m", judge_sample=0.0, judge_queue=8)
         fused = up("the server of fused weights", work / "fused", ["fused=base"])
 
         def judging(server: Any, sample: float) -> dict[str, Any]:

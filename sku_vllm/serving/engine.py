@@ -68,7 +68,7 @@ def wrap_generate(engine_client: Any, runtime: "Runtime") -> Any:
                 async for output in outputs:
                     seen.add(output)
                     yield output
-            seen.outcome = "ok"
+            seen.outcome = "error" if seen.failed else "ok"
         except (asyncio.CancelledError, GeneratorExit):
             seen.outcome = "cancelled"
             raise
@@ -102,6 +102,7 @@ class Observation:
     decode: float | None = None
     texts: dict[int, list[str]] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
+    failed: bool = False
 
     def add(self, output: Any) -> None:
         self.last = time.perf_counter()
@@ -119,6 +120,7 @@ class Observation:
                 self.tokens += len(choice.token_ids)
             if choice.finish_reason in ("stop", "length"):
                 self.finished.add(choice.index)
+            self.failed = self.failed or choice.finish_reason == "error"
         self._engine_times(getattr(output, "metrics", None))
 
     def _engine_times(self, stats: Any) -> None:

@@ -71,7 +71,7 @@ def modest_cache(arguments: list[str]) -> None:
     import psutil
     from vllm.platforms import current_platform
 
-    told = any(flag.startswith(("--gpu-memory-utilization", "--kv-cache-memory")) for flag in arguments)
+    told = any(flag.replace("_", "-").startswith(("--gpu-memory-utilization", "--kv-cache-memory")) for flag in arguments)
     if current_platform.is_cpu() and not told:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(min(4, max(1, psutil.virtual_memory().available // 2**32))))
 
