@@ -1,0 +1,61 @@
+"""`sku negate`, `sku fuse` and `sku verify` as a person or a script runs them: JSON, exit codes, one-line errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    (root / "base").mkdir()
+    save_file({f"{NAME}.weight": torch.randn(48, 64).bfloat16()}, root / "base/model.safetensors", metadata={"format": "pt"})
+    (root / "base/config.json").write_text(json.dumps({"model_type": "llama"}))
+    (root / "base/chat_template.jinja").write_text("{{ messages }}")
+    (root / "adapter@2").mkdir()
+    factors = {f"base_model.model.{NAME}.lora_A.weight": torch.randn(4, 64), f"base_model.model.{NAME}.lora_B.weight": torch.randn(48, 4)}
+    save_file(factors, root / "adapter@2/adapter_model.safetensors")
+    (root / "adapter@2/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    return root / "base", root / "adapter@2"
+
+
+def test_fuse_and_verify(run_sku, pair, tmp_path):
+    base, adapter = pair  # the path itself holds an @: only the last one splits off the scale
+    done = run_sku("fuse", "--model", base, "--adapter", f"{adapter}@0.5", "--output", tmp_path / "out", "--simulate", "int4,fp8", "--json")
+    assert done.returncode == 0, done.stderr
+    printed, recorded = json.loads(done.stdout), json.loads((tmp_path / "out/sku_fuse.json").read_text())
+    assert printed["adapters"][0]["scale"] == 0.5 and printed["tensors"] == 1 and set(printed["simulated"]) == {"int4", "fp8"}
+    assert recorded["schema"] == "sku.fuse/1" and {key: recorded[key] for key in printed} == printed and "torch" in recorded["versions"]
+    manifest = json.loads((tmp_path / "out/sku_manifest.json").read_text())
+    assert set(manifest["tensors"][f"{NAME}.weight"]) == {"retained", "noise", "int4", "fp8"}
+    assert {"model.safetensors", "config.json", "chat_template.jinja"} <= set(manifest["files"])
+    done = run_sku("verify", tmp_path / "out", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["verified"]
+    (tmp_path / "out/chat_template.jinja").write_text("other")
+    done = run_sku("verify", tmp_path / "out")
+    assert done.returncode == 1 and "chat_template.jinja" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_negated_adapter_is_refused_with_exit_2_and_nothing_written(run_sku, pair, tmp_path):
+    base, adapter = pair
+    done = run_sku("negate", "--adapter", adapter, "--scale", 0.5, "--output", tmp_path / "negated", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["scale"] == 0.5
+    done = run_sku("fuse", "--model", base, "--adapter", tmp_path / "negated", "--output", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--as-is" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_no_digests_leave_nothing_to_verify(run_sku, pair, tmp_path):
+    base, adapter = pair
+    (tmp_path / "scales.json").write_text(json.dumps({"layers.0": 0.25}))
+    arguments = ["--adapter", f"{adapter}@1", "--layer-scales", tmp_path / "scales.json", "--no-digests"]
+    done = run_sku("fuse", "--model", base, *arguments, "--output", tmp_path / "out")
+    assert done.returncode == 0 and "files" not in json.loads((tmp_path / "out/sku_manifest.json").read_text())
+    done = run_sku("verify", tmp_path / "out")
+    assert done.returncode == 2 and "--no-digests" in done.stderr
