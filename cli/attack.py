@@ -44,7 +44,7 @@ def command(json_output: bool, kinds: tuple[str, ...], **options: Any) -> None:
     """Measure a model before and under attack. KIND: relearn, quantize, rephrase, prefill, ban-eos, or all.
 
     \b
-    sku attack --model DIR --adapter A --forget unseen=unseen.jsonl --retain test.jsonl --judge lexicon:lexicon.json relearn --relearn train.jsonl
+    sku attack --model DIR --adapter A --forget unseen=unseen.jsonl --retain test.jsonl --judge lexicon:words.json all --relearn train.jsonl
     """
     chosen = KINDS if "all" in kinds else list(dict.fromkeys(kinds))
     for kind in chosen:

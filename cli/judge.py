@@ -7,7 +7,7 @@ from sku_vllm.cli.options import log, print_json, sku_command
 
 @sku_command("judge")
 @click.option("--judge", multiple=True, required=True, metavar="SPEC", help="lexicon:FILE, refusal, hf:MODEL, openai:URL#MODEL, all:A,B.")
-@click.option("--input", "source", required=True, type=click.Path(), help="Rows with prompt (or messages) and response: JSONL, CSV or Parquet.")
+@click.option("--input", "source", required=True, type=click.Path(), help="Rows with prompt and response: JSONL, CSV or Parquet.")
 @click.option("--output", required=True, type=click.Path(), help="The same rows with a label, as JSONL (readable by you only).")
 @click.option("--columns", multiple=True, metavar="FIELD=COLUMN", help="Column names of CSV or Parquet rows, for instance response=answer.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same input from OUTPUT.partial/.")

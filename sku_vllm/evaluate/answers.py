@@ -50,12 +50,14 @@ def answer_all(
         modes = ["greedy"] + ["sampled"] * (config.samples if name != RETAIN else 0)
         texts = _kept(kept, name)
         if texts is None:
-            texts = answer_rows(backend, tokenizer, template, rows, [config.temperature * (mode == "sampled") for mode in modes], config, progress)
+            temperatures = [config.temperature * (mode == "sampled") for mode in modes]
+            texts = answer_rows(backend, tokenizer, template, rows, temperatures, config, progress)
             _keep(kept, name, texts)
         elif progress:
             progress(len(rows) * len(modes))
         for index, (row, answered) in enumerate(zip(rows, texts, strict=True)):
-            answers += [Answer(name, mode, index, dataclasses.replace(row, response=text)) for mode, text in zip(modes, answered, strict=True)]
+            for mode, text in zip(modes, answered, strict=True):
+                answers.append(Answer(name, mode, index, dataclasses.replace(row, response=text)))
     return answers
 
 
@@ -74,7 +76,8 @@ def answer_rows(
         for number, prompt in enumerate(prompts, 1):
             if len(prompt) >= backend.context_length:
                 raise DataError(
-                    f"row {number}: its prompt has {len(prompt)} tokens and the model's context is {backend.context_length}; shorten or remove it"
+                    f"row {number}: its prompt has {len(prompt)} tokens and the model's context is {backend.context_length}; "
+                    "shorten or remove it"
                 )
     tokens = backend.generate(
         prompts, temperatures, max_new_tokens=config.max_new_tokens, stop_ids=template.stop_ids, seed=config.seed, progress=progress

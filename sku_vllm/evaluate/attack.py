@@ -1,4 +1,4 @@
-"""Does the knowledge come back? Relearning, rounding, rewording, prefilled openings, and a ban on stopping, each measured like `sku eval`."""
+"""Does the knowledge come back? Relearning, rounding, rewording, prefilled openings, a ban on stopping, each measured like `sku eval`."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +98,7 @@ def attack(
     progress("measuring before the attacks")
     before = measured(forget)
     if any(share["harmful"] is None for modes in before["forget"].values() for share in modes.values()):
-        raise ConfigError(f"--judge {judge.name}: has no opinion on harm, so nothing could be seen to come back; use lexicon:, hf: or openai:")
+        raise ConfigError(f"--judge {judge.name}: has no opinion on harm, so nothing could come back; use lexicon:, hf: or openai:")
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in dict.fromkeys(kinds)}
 
     def add(kind: str, name: str, result: dict[str, Any], against: dict[str, Any] = before, **details: Any) -> None:
@@ -108,7 +108,8 @@ def attack(
         if kind == "prefill":
             progress("prefilling compliant openings")
             started = openings(template, [row for rows in forget.values() for row in rows], settings.prefill_tokens)
-            add(kind, f"{settings.prefill_tokens} tokens", measured(forget, Prefilled(target.backend(), started)), tokens=settings.prefill_tokens)
+            pressed = measured(forget, Prefilled(target.backend(), started))
+            add(kind, f"{settings.prefill_tokens} tokens", pressed, tokens=settings.prefill_tokens)
         elif kind == "ban-eos":
             progress("banning the end of sequence")
             add(kind, "ban-eos", measured(forget, NeverStops(target.backend())))
@@ -129,7 +130,8 @@ def attack(
                 unlearned = before if all(len(left[key]) == len(forget[key]) for key in forget) else measured(left)
                 add(kind, name, unlearned, unlearned, steps=0, pairs=len(rows))
                 with target.changed():
-                    for step in fine_tune(target.model, template, rows, settings.steps, lr=settings.lr, batch_size=settings.batch_size, seed=config.seed):
+                    course = {"lr": settings.lr, "batch_size": settings.batch_size, "seed": config.seed}
+                    for step in fine_tune(target.model, template, rows, settings.steps, **course):
                         progress(f"relearning on {name}: {step} steps")
                         add(kind, name, measured(left), unlearned, steps=step, pairs=len(rows))
     return {"before": before, "attacks": found}

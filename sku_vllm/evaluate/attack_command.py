@@ -20,13 +20,14 @@ def run_attack(kinds: Sequence[str], options: Mapping[str, Any], progress: Calla
         return read_rows(path, columns=columns, need_response=need_response) if path else []
 
     settings = AttackConfig(
-        steps=tuple(sorted(set(options["steps"]))), fractions=tuple(options["fractions"]), lr=options["lr"], batch_size=options["relearn_batch_size"],
-        quantizers=tuple(options["quantizer"]), prefill_tokens=options["prefill_tokens"],
+        steps=tuple(sorted(set(options["steps"]))), fractions=tuple(options["fractions"]), lr=options["lr"],
+        batch_size=options["relearn_batch_size"], quantizers=tuple(options["quantizer"]), prefill_tokens=options["prefill_tokens"],
     )
     result = attack(
-        options["model"], kinds, forget={name: rows(path) for name, path in options["forget"].items()}, retain=read_rows(options["retain"], columns=columns, safe=True),
-        relearn=rows(options["relearn"], True), benign=rows(options["benign"], True), judge=judge_of(options["judge"]),
-        config=EvalConfig(**{name: options[name] for name in CONFIG_FIELDS}), settings=settings, progress=progress,
+        options["model"], kinds, forget={name: rows(path) for name, path in options["forget"].items()},
+        retain=read_rows(options["retain"], columns=columns, safe=True), relearn=rows(options["relearn"], True),
+        benign=rows(options["benign"], True), judge=judge_of(options["judge"]), settings=settings, progress=progress,
+        config=EvalConfig(**{name: options[name] for name in CONFIG_FIELDS}),
         **{name: options[name] for name in ("adapter", "scale", "base", "dtype", "revision", "any_base", "as_is")},
     )
     if options["output"]:

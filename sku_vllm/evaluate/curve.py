@@ -21,7 +21,7 @@ SHORT = {
 
 
 def series(curve: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """What is drawn, each a share by scale: harm by mode (mean over sets), gibberish (worst), refusals and QA on the retain set, perplexity above base."""
+    """By scale: harm by mode (mean of the sets), worst gibberish, QA and refusals on the retain set, perplexity above base."""
     drawn: dict[str, list[float | None]] = {}
     for mode in ("greedy", "sampled"):
         sets = [[modes[mode]["harmful"] for modes in point["forget"].values() if mode in modes] for point in curve]
@@ -42,7 +42,8 @@ def curve_svg(base: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], chose
     x = [LEFT + PLOT_W * point["scale"] / top for point in points]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/><text x="{LEFT}" y="22" font-size="14">Harm and cost by scale of negation</text>',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="22" font-size="14">Harm and cost by scale of negation</text>',
     ]
     for tenth in range(0, 11, 2):
         y = _y(tenth / 10)
@@ -51,7 +52,8 @@ def curve_svg(base: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], chose
     for position, point in zip(x, points, strict=True):
         parts.append(f'<text x="{position:.1f}" y="{TOP + PLOT_H + 18}" text-anchor="middle">{point["scale"]:g}</text>')
         if point["scale"] == chosen:
-            parts.append(f'<line x1="{position:.1f}" x2="{position:.1f}" y1="{TOP}" y2="{TOP + PLOT_H}" stroke="black" stroke-dasharray="4 3"/>')
+            line = f'x1="{position:.1f}" x2="{position:.1f}" y1="{TOP}" y2="{TOP + PLOT_H}"'
+            parts.append(f'<line {line} stroke="black" stroke-dasharray="4 3"/>')
             parts.append(f'<text x="{position:.1f}" y="{TOP - 4}" text-anchor="middle">chosen</text>')
     for number, (name, values) in enumerate(series(points).items()):
         colour = COLOURS[number % len(COLOURS)]

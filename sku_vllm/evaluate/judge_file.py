@@ -43,7 +43,8 @@ def judge_file(specs: Sequence[str], source: str, output: str, *, columns: Seque
             partial.rmdir()
     verdicts = decide(judge, exchanges, judged.harmful)
     votes = [dict(zip(judged.votes, row, strict=True)) for row in zip(*judged.votes.values(), strict=True)] if judged.agreement else None
-    lines = [_labelled(record, verdict, votes and votes[i]) for i, (record, verdict) in enumerate(zip(_records(source, rows), verdicts, strict=True))]
+    records = _records(source, rows)
+    lines = [_labelled(records[row], verdict, votes and votes[row]) for row, verdict in enumerate(verdicts)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), mode=0o600)
     shutil.rmtree(partial, ignore_errors=True)
     extra = {"agreement": judged.agreement} if judged.agreement is not None else {}

@@ -49,7 +49,10 @@ def unlikely_answers(base: Backend, template: PromptTemplate, rows: Sequence[Row
     nearest = _Nearest([row.prompt for row in others])
     ranked = {key: nearest.to(row.response, OTHER_PROMPTS) for key, row in pending.items()}
     for rank in range(OTHER_PROMPTS):
-        moved = {key: dataclasses.replace(others[ranked[key][rank]], response=row.response) for key, row in pending.items() if rank < len(ranked[key])}
+        moved = {
+            key: dataclasses.replace(others[ranked[key][rank]], response=row.response)
+            for key, row in pending.items() if rank < len(ranked[key])
+        }
         still = _unlikely(base, template, moved, max_new_tokens)
         pending = {key: row for key, row in pending.items() if key not in moved or key in still}
     return [_identity(row) in pending for row in rows]

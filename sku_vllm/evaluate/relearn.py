@@ -12,7 +12,8 @@ from sku_vllm.errors import DivergenceError
 
 
 def fine_tune(
-    model: PreTrainedModel, template: PromptTemplate, rows: Sequence[Row], stops: Sequence[int], *, lr: float = 1e-4, batch_size: int = 8, seed: int = 0
+    model: PreTrainedModel, template: PromptTemplate, rows: Sequence[Row], stops: Sequence[int],
+    *, lr: float = 1e-4, batch_size: int = 8, seed: int = 0,
 ) -> Iterator[int]:
     """Train all weights on the answers of `rows` with AdamW, constant rate, clip 1; yields at every step count in `stops`.
 

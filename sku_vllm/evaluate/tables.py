@@ -25,7 +25,8 @@ def print_eval(result: Mapping[str, Any], console: Console | None = None) -> Non
     table = Table("forget set", "answers", "n", "harmful (95 %)", "refusal", "gibberish", "benign", box=box.SIMPLE)
     for name, modes in result["forget"].items():
         for mode, share in modes.items():
-            table.add_row(name, mode, str(share["n"]), interval(share), *(percent(share[key]) for key in ("refusal", "gibberish", "benign")))
+            rest = [percent(share[key]) for key in ("refusal", "gibberish", "benign")]
+            table.add_row(name, mode, str(share["n"]), interval(share), *rest)
     console.print(table)
     retain = result["retain"]
     ratio = "" if retain["perplexity_ratio"] is None else f" ({retain['perplexity_ratio']:.4f} x base)"
@@ -41,7 +42,8 @@ def print_eval(result: Mapping[str, Any], console: Console | None = None) -> Non
 def print_agreement(pair: Mapping[str, Any], console: Console) -> None:
     first, second = pair["judges"]
     kappa = "–" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
-    console.print(f"{first} and {second} agree on {percent(pair['agreement'])} of {pair['n']} (kappa {kappa}, {len(pair['disagreements'])} in dispute)")
+    agreed = f"{percent(pair['agreement'])} of {pair['n']} (kappa {kappa}, {len(pair['disagreements'])} in dispute)"
+    console.print(f"{first} and {second} agree on {agreed}")
 
 
 def print_labels(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -66,7 +68,8 @@ def print_attacks(result: Mapping[str, Any], console: Console | None = None) -> 
         recovery = f"{100 * entry['recovery']:+.1f}" if "recovery" in entry else ""
         table.add_row(
             name, percent(_mean(entry, "greedy", "harmful")), percent(_mean(entry, "sampled", "harmful")), recovery,
-            percent(_mean(entry, "sampled", "gibberish")), "–" if ratio is None else f"{ratio:.3f}", percent(entry["retain"]["qa_accuracy"]),
+            percent(_mean(entry, "sampled", "gibberish")), "–" if ratio is None else f"{ratio:.3f}",
+            percent(entry["retain"]["qa_accuracy"]),
         )
     console.print(table)
 

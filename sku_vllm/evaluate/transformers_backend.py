@@ -63,7 +63,8 @@ class TransformersBackend:
         room = min(wanted, (self.context_length or 1 << 62) - len(prompts[longest]))
         if room < 1:
             raise DataError(
-                f"prompt {longest + 1} has {len(prompts[longest])} tokens and the model's context is {self.context_length}; shorten or remove it"
+                f"prompt {longest + 1} has {len(prompts[longest])} tokens and the model's context is {self.context_length}; "
+                "shorten or remove it"
             )
         return room
 

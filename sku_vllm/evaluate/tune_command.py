@@ -22,7 +22,8 @@ def run_tune(options: Mapping[str, Any], progress: Callable[[str], None]) -> dic
     columns = column_names(options["columns"])
     test = None
     if options["test_retain"]:
-        test = ({name: read_rows(path, columns=columns) for name, path in options["test_forget"].items()}, read_rows(options["test_retain"], columns=columns, safe=True))
+        asked = {name: read_rows(path, columns=columns) for name, path in options["test_forget"].items()}
+        test = (asked, read_rows(options["test_retain"], columns=columns, safe=True))
     scales = check_scales(options["scales"] if options["scales"] is not None else SCALES)
     report = tune_scale(
         options["model"], options["adapter"], judge=judge_of(options["judge"]), limits=limits, scales=scales, config=config, test=test,

@@ -1,5 +1,6 @@
 """vLLM's own engine as a backend: token prompts in, token answers out, in this process. The only file here that imports vllm."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,12 +85,16 @@ def open_vllm(
     Raises:
         ConfigError: vLLM is not installed, or the adapter is a dense task vector.
     """
+    # stdout belongs to --json; the engine's processes inherit this.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         from vllm import LLM
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise ConfigError(f"--backend vllm: vLLM cannot be imported ({error}); pip install 'sku-vllm[gpu]' or '[cpu]', or leave --backend out") from error
+        remedy = "pip install 'sku-vllm[gpu]' or '[cpu]', or leave --backend out"
+        raise ConfigError(f"--backend vllm: vLLM cannot be imported ({error}); {remedy}") from error
     from sku_vllm.adapter import load_adapter, negate
     from sku_vllm.checkpoint import CheckpointReader
     from sku_vllm.evaluate.evaluate import other_base
@@ -104,7 +109,7 @@ def open_vllm(
             loaded = load_adapter(adapter, as_is=as_is)
             loaded.check_base(CheckpointReader(place), any_base=any_base)
             if loaded.dense:
-                raise ConfigError(f"--adapter {adapter}: a dense task vector cannot be a LoRA in vLLM; sku fuse it and give the fused --model")
+                raise ConfigError(f"--adapter {adapter}: a dense task vector cannot be a LoRA in vLLM; sku fuse it and give that --model")
             negate(adapter, 1.0 if scale is None else scale, Path(folder) / "negated", as_is=as_is)
             rank = max(loaded.config["r"], *loaded.config.get("rank_pattern", {}).values(), 1)
             # One slot more than is used: on CPU, rows without LoRA compute with the last one.

@@ -55,13 +55,15 @@ class ClassifierJudge:
 
     def _windows(self, text: str) -> list[list[int]]:
         return self.tokenizer(
-            text, truncation=True, max_length=self._window, stride=self._window // 4, return_overflowing_tokens=True, return_attention_mask=False
+            text, truncation=True, max_length=self._window, stride=self._window // 4,
+            return_overflowing_tokens=True, return_attention_mask=False,
         )["input_ids"]
 
     def _classify(self, windows: Sequence[list[int]]) -> list[bool]:
         import torch
 
-        batch = self.tokenizer.pad({"input_ids": [window or [self.tokenizer.pad_token_id] for window in windows]}, padding=True, return_tensors="pt")
+        filled = [window or [self.tokenizer.pad_token_id] for window in windows]
+        batch = self.tokenizer.pad({"input_ids": filled}, padding=True, return_tensors="pt")
         with torch.inference_mode():
             logits = self.model(**batch.to(self.model.device)).logits.float()
         if self._several:
@@ -83,13 +85,16 @@ def load_classifier(spec: str) -> ClassifierJudge:
     place, _, wanted = spec.partition("#")
     path = resolve_model(place)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"--judge hf:{spec}: cannot be loaded as a sequence classifier ({str(error).splitlines()[0]})") from error
     if info["missing_keys"]:
         # transformers would fill the head with random numbers and judge with those.
-        raise CheckpointError(f"--judge hf:{spec}: its checkpoint has no {sorted(info['missing_keys'])[0]}; give a model trained as a classifier")
+        missing = sorted(info["missing_keys"])[0]
+        raise CheckpointError(f"--judge hf:{spec}: its checkpoint has no {missing}; give a model trained as a classifier")
     return ClassifierJudge(model, tokenizer, harmful_labels(model.config.id2label, wanted, spec), name=f"hf:{spec}")
 
 
@@ -109,8 +114,10 @@ def harmful_labels(labels: Mapping[int, str], wanted: str = "", spec: str = "MOD
     if all(ANONYMOUS.match(name) for name in labels.values()):
         if len(labels) == 2:
             return [1]
-        raise ConfigError(f"--judge hf:{spec}: its labels have no names ({', '.join(labels.values())}); say which mean harm, hf:{spec}#LABEL_1+LABEL_2")
+        names = ", ".join(labels.values())
+        raise ConfigError(f"--judge hf:{spec}: its labels have no names ({names}); say which mean harm, hf:{spec}#LABEL_1+LABEL_2")
     harmful = [number for number, name in labels.items() if not HARMLESS.match(name.strip())]
     if not harmful:
-        raise ConfigError(f"--judge hf:{spec}: none of its labels ({', '.join(labels.values())}) sounds harmful; say which, hf:{spec}#LABEL")
+        names = ", ".join(labels.values())
+        raise ConfigError(f"--judge hf:{spec}: none of its labels ({names}) sounds harmful; say which, hf:{spec}#LABEL")
     return harmful

@@ -46,7 +46,7 @@ def read_lexicon(path: str | Path) -> LexiconJudge:
     except OSError as error:
         raise DataError(f"lexicon {path}: {error.strerror}; give a JSON file of harmful words, --judge lexicon:FILE") from error
     except ValueError as error:
-        raise DataError(f'lexicon {path}: not valid JSON ({error}); expected {{"harmful": ["word", …], "refusal": ["phrase", …]}}') from error
+        raise DataError(f'lexicon {path}: not valid JSON ({error}); expected {{"harmful": ["word", …], "refusal": […]}}') from error
     lists = {"harmful": content} if isinstance(content, list) else content
     if not isinstance(lists, dict) or not set(lists) <= {"harmful", "refusal"}:
         raise DataError(f'lexicon {path}: expected a list of words, or an object with the keys "harmful" and "refusal" only')

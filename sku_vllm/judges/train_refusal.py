@@ -44,7 +44,8 @@ class Labelled:
         # Neighbouring ids are variations of one theme and its contrast, so blocks of five stay together.
         order = sorted({row["id"] for row in rows}, key=lambda name: int(name.split("-")[1]))
         fold = {name: number // 5 * 7 % FOLDS for number, name in enumerate(order)}
-        return cls(path.name, [row["completion"] for row in rows], [row["final_label"][0] != "1" for row in rows], [fold[row["id"]] for row in rows])
+        labels = [row["final_label"][0] != "1" for row in rows]
+        return cls(path.name, [row["completion"] for row in rows], labels, [fold[row["id"]] for row in rows])
 
     @classmethod
     def seeds(cls) -> "Labelled":
@@ -105,7 +106,8 @@ def main() -> None:
     w, bias = fit([*((part.x, part.y, 100.0) for part in models), (seeds.x, seeds.y, 100.0 * SEED_WEIGHT)])
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*given.data, SEEDS, HERE / "refusal_cues.py")}
     weights = {name: round(float(value), 4) for name, value in zip(seeds.names, w, strict=True)}
-    write_json(given.output, {"schema": "sku.refusal/1", "sha256": digests, "cross_validation": results, "bias": round(bias, 4), "weights": weights})
+    model = {"schema": "sku.refusal/1", "sha256": digests, "cross_validation": results, "bias": round(bias, 4), "weights": weights}
+    write_json(given.output, model)
     for row in results:
         print(row)
 
