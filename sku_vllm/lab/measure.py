@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 32
 @torch.inference_mode()
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], *,
-    sample: bool = False, seed: int = 0, batch_size: int = 128,
+    sample: bool = False, seed: int = 0, batch_size: int = 64,
 ) -> list[str]:
     """One answer a row, greedy or sampled at temperature 1, in the order of `rows`."""
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
