@@ -95,8 +95,11 @@ class Layout:
             self.tied_hits |= {name, tied}
             yield (name if self.untie else model.sources.get(tied, [(tied, None)])[0][0]), delta, True, 0
             return
-        if name in model.tied.values():
-            self.tied_hits |= {name} | {key for key, value in model.tied.items() if value == name}
+        shared_by = [key for key, value in model.tied.items() if value == name]
+        if shared_by and isinstance(delta, Dense):  # trained as the shared tensor that it is, so both sides take the edit
+            yield from ((alias, delta, True, 0) for alias in shared_by if self.untie)
+        elif shared_by:
+            self.tied_hits |= {name, *shared_by}
         sources = model.sources.get(name)
         if not sources:
             if name not in self.reader:

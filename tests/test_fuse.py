@@ -240,6 +240,20 @@ def test_dense_task_vector(llama, tmp_path):
         assert (ordered(fused.tensor(name)) - ordered(wanted)).abs().max() <= 1, name
 
 
+@pytest.mark.parametrize("untie", [False, True])
+def test_dense_delta_of_a_tied_embedding_is_the_shared_tensors(tmp_path, untie):
+    base = save_base(CASES["opt-tied"][0], tmp_path / "base")
+    name = "model.decoder.embed_tokens.weight"
+    delta = torch.randn(CheckpointReader(base).info(name).shape) * 0.01
+    (tmp_path / "dense").mkdir()
+    save_file({name: delta}, tmp_path / "dense/task_vector.safetensors")
+    fuse_checkpoint(base, [(tmp_path / "dense", 0.5)], tmp_path / "fused", untie=untie)
+    model, plain = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "fused", base))
+    for side in (model.get_input_embeddings(), model.get_output_embeddings()):
+        torch.testing.assert_close(side.weight, plain.get_input_embeddings().weight - 0.5 * delta, rtol=1e-6, atol=1e-7)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) != untie
+
+
 def test_layers_with_their_own_scales(llama, tmp_path):
     base, adapter = llama
     fuse_checkpoint(base, [(adapter, {r"layers\.0\.": 2.0, "v_proj": 0.5})], tmp_path / "fused")
