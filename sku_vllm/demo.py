@@ -156,9 +156,9 @@ def _serve(
     progress("starting vLLM with both arms")
     asked = [row.prompt for row in read_rows(prompts)]
     arms = ["original=base", f"negated=lora:{adapter}@{scale:g}"]
-    # vLLM on a CPU reserves a share of the machine for its cache unless told otherwise; the lab needs next to nothing.
+    # float32 as measured (vLLM would halve it); and vLLM on a CPU reserves a share of the machine for its cache unless told otherwise; the lab needs next to nothing.
     env = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
-    with start_server(base, arms, "original=0.5,negated=0.5", judge, expose_arms=True, flags=("--seed", str(config.seed)), env=env) as server:
+    with start_server(base, arms, "original=0.5,negated=0.5", judge, expose_arms=True, flags=("--seed", str(config.seed), "--dtype", "float32"), env=env) as server:
         progress(f"sending {config.requests} requests through the alias sku")
         drive(server.url, [asked[index % len(asked)] for index in range(config.requests)])
         progress("waiting for the judge, reading /metrics")
