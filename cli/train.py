@@ -99,7 +99,8 @@ def _say(report: Any) -> None:
     if report.cut_answers:
         log(f"warning: {report.cut_answers} answers were cut by the length limit; raise --max-length to train on all of them")
     losses = ", ".join(f"{name} {value:.3f}" for name, value in report.losses.items())
-    log(f"{report.output}: {report.method}, {report.steps} steps in {report.seconds:.0f} s ({report.tokens / max(report.seconds, 1e-9):.0f} tokens/s); {losses}")
+    rate = report.tokens / max(report.seconds, 1e-9)
+    log(f"{report.output}: {report.method}, {report.steps} steps in {report.seconds:.0f} s ({rate:.0f} tokens/s); {losses}")
     if report.fold_error:
         log(f"ranks of the rounds recompressed to {report.rank} at relative error {report.fold_error:.2g}")
     log(f"warning: {WARNING}")

@@ -52,7 +52,7 @@ def _answers(path: Path, marked: Iterable[tuple[str, dict[str, Any], str, str]],
             yield Row.ask(prompt, text, id=where.rpartition(" ")[2])
     if not seen:
         kind = "safe" if safe else "unsafe"
-        raise DataError(f"{path}: no {kind} answers: every {'is_safe mark' if not safe else 'mark'} says {'safe' if not safe else 'unsafe'}")
+        raise DataError(f"{path}: no {kind} answers: every answer is marked {'unsafe' if safe else 'safe'}; give other rows")
 
 
 def _truth(value: Any, name: str, where: str) -> bool:

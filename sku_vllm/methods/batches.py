@@ -61,7 +61,8 @@ class Batches:
         """The rows of one kind at one step, over all processes."""
         size = self.config.batch_size
         if kind == "retain":
-            return [self._encode("retain", number) for number in self._draw("retain", len(self.retain), size * self.config.retain_factor, step)]
+            drawn = self._draw("retain", len(self.retain), size * self.config.retain_factor, step)
+            return [self._encode("retain", number) for number in drawn]
         if kind == "samples":
             return [self.samples[number] for number in self._draw("samples", len(self.samples), size, step)]
         chosen = self._draw("forget", len(self.forget), size, step)
@@ -89,7 +90,8 @@ class Batches:
         if kind == "mismatched":
             own = self.own_answers[_prompt(row)]
             # Drawing |own| more than wanted leaves enough after dropping the prompt's own.
-            drawn = random.permutation(len(self.answers)) if len(self.answers) < 64 else _distinct(random, len(self.answers), self.config.random_answers + len(own))
+            count, enough = len(self.answers), self.config.random_answers + len(own)
+            drawn = random.permutation(count) if count < 64 else _distinct(random, count, enough)
             texts = [self.answers[at] for at in drawn if self.answers[at] not in own][:self.config.random_answers]
             return [self._join(number, self._encode("forget", self.answer_row[text])) for text in texts]
         if kind == "benign_answers":

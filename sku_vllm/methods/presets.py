@@ -24,9 +24,11 @@ SOURCE = "Liu et al. 2024, arXiv 2402.10058, and the authors' run: "
 PRESETS = {
     "opt-2.7b": Preset({**PUBLISHED, "full": True}, SOURCE + "facebook/opt-2.7b, all weights (their LoRA variant is commented out)"),
     "llama2-7b": Preset(
-        {**PUBLISHED, "rank": 32, "lora_alpha": 16, "target_modules": ADAPTER}, SOURCE + "meta-llama/Llama-2-7b-hf, r 32, lora_alpha 16, q_proj and v_proj"
+        {**PUBLISHED, "rank": 32, "lora_alpha": 16, "target_modules": ADAPTER},
+        SOURCE + "meta-llama/Llama-2-7b-hf, r 32, lora_alpha 16, q_proj and v_proj"
     ),
     "llama2-13b": Preset(
-        {**PUBLISHED, "rank": 16, "lora_alpha": 8, "target_modules": ADAPTER}, SOURCE + "meta-llama/Llama-2-13b-hf, r 16, lora_alpha 8, q_proj and v_proj"
+        {**PUBLISHED, "rank": 16, "lora_alpha": 8, "target_modules": ADAPTER},
+        SOURCE + "meta-llama/Llama-2-13b-hf, r 16, lora_alpha 8, q_proj and v_proj"
     ),
 }

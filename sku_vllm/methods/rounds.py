@@ -104,7 +104,8 @@ def recompress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
 
 
 def _state(model: PeftModel, name: str) -> Factors:
-    return {key: value.detach().float().cpu() for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()}
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach().float().cpu() for key, value in state.items()}
 
 
 def _is_b(key: str) -> bool:

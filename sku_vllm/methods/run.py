@@ -49,7 +49,10 @@ class Run:
                 f"give at least {accelerator.num_processes}"
             )
         torch.manual_seed(config.seed)
-        self.model, frozen = dense.load(path, config, self.phases, accelerator) if config.full else (_with_adapter(path, config, accelerator), None)
+        if config.full:
+            self.model, frozen = dense.load(path, config, self.phases, accelerator)
+        else:
+            self.model, frozen = _with_adapter(path, config, accelerator), None
         self.passes = Forward(self.model, frozen)
         probe = [row.ids for row in batches.rows("forget" if batches.forget else "retain", 0)]
         self.passes.choose_packing(probe)
@@ -103,7 +106,9 @@ class Run:
         seconds = time.perf_counter() - begun
         self.seconds += seconds
         self.tokens += tokens
-        return {"step": self.at, "phase": number, "losses": values, "lr": rate, "gradient_norm": norm, "tokens": tokens, "seconds": round(seconds, 4)}
+        return {
+            "step": self.at, "phase": number, "losses": values, "lr": rate, "gradient_norm": norm, "tokens": tokens, "seconds": round(seconds, 4),
+        }
 
     def probe(self) -> dict[str, Any]:
         """A step that only measures: full cost, learning rate 0, and a phase's last terms from its first step on."""

@@ -87,7 +87,7 @@ def train_adapter(
 
     Args:
         refusals: rows whose responses refuse, for refusal-tune.
-        tracker: tensorboard, wandb or mlflow (accelerate's trackers), logging to OUTPUT/logs.
+        tracker: tensorboard, wandb or mlflow (accelerate's trackers), logging to OUTPUT.logs/.
         save_seconds: time between checkpoints.
 
     Raises:
@@ -206,7 +206,8 @@ def _accelerator(tracker: str | None, output: Path) -> "Accelerator":
     from accelerate.utils import ProjectConfiguration
 
     try:
-        accelerator = Accelerator(log_with=tracker, project_config=ProjectConfiguration(project_dir=str(output.parent), logging_dir=str(output.parent / f"{output.name}.logs")))
+        places = ProjectConfiguration(project_dir=str(output.parent), logging_dir=str(output.parent / f"{output.name}.logs"))
+        accelerator = Accelerator(log_with=tracker, project_config=places)
         if tracker:
             accelerator.init_trackers("sku")
     except (ValueError, ImportError) as error:
