@@ -19,7 +19,7 @@ from sku_vllm.output import output_directory, record
 BASELINES = ("task-vector", "sku")
 SETS = ("seen", "unseen", "unseen-topic")
 ARMS = ("original", "negated")
-SCALES = (0.8, 1.0, 1.2)
+SCALES = (0.5, 0.75, 1.0)
 # The lab's answers are shorter than this.
 MAX_NEW_TOKENS = 40
 Progress = Callable[[str], None]

@@ -22,7 +22,8 @@ from sku_vllm.output import write_json
 HERE = Path(__file__).parent
 SEEDS, WEIGHTS = HERE / "refusal_seeds.json", HERE / "refusal.json"
 FOLDS = 10
-# Errors were read, cues written and the two numbers below chosen on folds 0-6 only; 7-9 are the honest ones.
+# Errors were studied and the two numbers below chosen on folds 0-6. Folds 7-9 come nearer to unseen without being it: a first look at the
+# data showed random rows of all folds, and the last cue was added (for short lab refusals) after their scores were known.
 READ_FOLDS = 7
 PENALTY = 1 / 0.3
 SEED_WEIGHT = 4.0
