@@ -47,7 +47,8 @@ def vllm_logprobs(model: str | Path, texts: Sequence[Sequence[int]], dtype: str,
         requests = [None] + ([LoRARequest("negated", 1, str(lora))] if lora else [])
         found = []
         for request in requests:
-            outputs = engine.generate([{"prompt_token_ids": list(ids)} for ids in texts], wanted, use_tqdm=False, lora_request=request)
+            # One text at a time: on a CPU, prompt log-probabilities of several requests with a LoRA end vLLM's engine (0.32.0).
+            outputs = [engine.generate({"prompt_token_ids": list(ids)}, wanted, use_tqdm=False, lora_request=request)[0] for ids in texts]
             found.append(np.array([
                 entry[token].logprob
                 for ids, output in zip(texts, outputs, strict=True)
