@@ -1,6 +1,6 @@
 """Do all roads lead to the same model? Log-probabilities of the same text from five ways to the negated weights.
 
-    python -m sku_vllm.benchmarks.bench_agreement --model lab/llama --adapter adapter --scale 1 --text retain/test.jsonl
+    sku bench agreement --model lab/llama --adapter adapter --scale 1 --text retain/test.jsonl
 
 The reference is the adapter in PEFT with its scaling negated (transformers). Against it: the fused checkpoint in
 transformers, the fused checkpoint in vLLM, and the negated LoRA on vLLM's unmodified base; and base against base. In
@@ -9,6 +9,7 @@ its product at run time: that difference is what this prints, as the largest and
 estimated on the tokens of the text.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,6 @@ import click
 import numpy as np
 
 from sku_vllm.cli.options import log, print_json, sku_command
-
-# What vLLM accepts as max_lora_rank.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def transformers_logprobs(model, texts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -37,10 +35,12 @@ def transformers_logprobs(model, texts: Sequence[Sequence[int]]) -> np.ndarray:
 
 def vllm_logprobs(model: str | Path, texts: Sequence[Sequence[int]], dtype: str, lora: str | Path | None = None, rank: int = 0) -> list[np.ndarray]:
     """The same from vLLM's `prompt_logprobs`: [base] or [base, base + LoRA], each float64 [tokens]."""
+    # Unless told otherwise, vLLM on a CPU takes nearly all of the machine's memory for its cache, or refuses to start.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": next(r for r in VLLM_RANKS if r >= rank)} if lora else {}
+    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": rank} if lora else {}
     engine = LLM(str(model), dtype=dtype, enforce_eager=True, max_model_len=512, enable_prefix_caching=False, **options)
     try:
         wanted = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
@@ -74,6 +74,7 @@ def measure_agreement(model: str | Path, adapter: str | Path, scale: float, text
     from sku_vllm.data import PromptTemplate, read_rows
     from sku_vllm.fuse import fuse_checkpoint
     from sku_vllm.model import attach_adapter, load_model, load_tokenizer
+    from sku_vllm.serving.materialise import adapter_rank, served_rank
 
     template = PromptTemplate.of(load_tokenizer(model))
     texts = [template.encode(row).ids for row in read_rows(text, need_response=True)[:rows]]
@@ -84,7 +85,7 @@ def measure_agreement(model: str | Path, adapter: str | Path, scale: float, text
         base = transformers_logprobs(load_model(model, dtype=dtype), texts)
         in_peft = transformers_logprobs(attach_adapter(load_model(model, dtype=dtype), adapter, scale), texts)
         fused_transformers = transformers_logprobs(load_model(fused, dtype=dtype), texts)
-        rank = max(factor.a.shape[0] for factor in load_adapter(adapter).factors.values())
+        rank = served_rank([adapter_rank(load_adapter(adapter))])
         base_vllm, lora_vllm = vllm_logprobs(model, texts, dtype, negated, rank)
         (fused_vllm,) = vllm_logprobs(fused, texts, dtype)
     return {

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "fuse": ("bench_fuse", "Fusing a checkpoint against copying it, PEFT and mergekit."),
     "train": ("bench_train", "Identification training against the published loop."),
     "serve": ("bench_serve", "Throughput and latency of the arms of one server."),
+    "agreement": ("bench_agreement", "Log-probabilities of one text from five ways to the negated model."),
     "methods": ("bench_methods", "Every unlearning method on the same data at matched utility."),
 }
 
