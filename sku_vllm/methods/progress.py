@@ -25,9 +25,9 @@ class Progress:
             self._cut()
         # A terminal gets a bar, a log a line every tenth of the way.
         terminal = sys.stderr.isatty()
+        self.lines = max(1, run.total // 10) if enabled and not terminal else 0
         self.bar = tqdm(
-            total=run.total, initial=run.at, unit="step", disable=not enabled, dynamic_ncols=True, desc=run.config.method,
-            mininterval=0.1 if terminal else 30, miniters=None if terminal else max(1, run.total // 10), file=sys.stderr,
+            total=run.total, initial=run.at, unit="step", disable=not (enabled and terminal), dynamic_ncols=True, desc=run.config.method,
         )
 
     def step(self, entry: dict[str, Any]) -> None:
@@ -37,8 +37,12 @@ class Progress:
             with open(self.history, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         losses = {name: f"{value:.3f}" for name, value in entry["losses"].items()}
-        self.bar.set_postfix({**losses, "tok/s": f"{entry['tokens'] / max(entry['seconds'], 1e-9):.0f}"}, refresh=False)
+        shown = {**losses, "tok/s": f"{entry['tokens'] / max(entry['seconds'], 1e-9):.0f}"}
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        if self.lines and entry["step"] % self.lines == 0:
+            values = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.run.config.method}: step {entry['step']}/{self.run.total}, {values}", file=sys.stderr, flush=True)
         if self.run.accelerator.trackers:
             values = {f"loss/{name}": value for name, value in entry["losses"].items()}
             self.run.accelerator.log({**values, "lr": entry["lr"], "gradient_norm": entry["gradient_norm"]}, step=entry["step"])
