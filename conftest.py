@@ -8,5 +8,6 @@ sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd
 # Small models on few cores: no hub, and no thread pool larger than the machine.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
