@@ -72,7 +72,8 @@ def _evaluation_table(result: dict[str, Any]) -> Any:
             label, _rate(greedy), _rate(sampled), _percent(sampled["refusal"]), _percent(sampled["gibberish"]), f"{retain['perplexity']:.3f}",
             f"{retain['perplexity_ratio']:.3f}", _percent(retain["qa_accuracy"]),
         )
-    table.caption = f"default: {result['method']}, scale chosen on validation data, measured as fused"
+    chosen = "chosen on validation data" if result["qualifies"] else "taken because NONE met the limits on validation data"
+    table.caption = f"default: {result['method']}, the scale {chosen}; measured on the fused checkpoint"
     return table
 
 

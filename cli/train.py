@@ -18,7 +18,7 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--refusals", help="Rows whose responses refuse (refusal-tune).")
 @click.option("--columns", multiple=True, metavar="FIELD=COLUMN", help="Other column names, for instance prompt=question; repeat or separate by commas.")
 @click.option("--output", required=True, type=click.Path(), help="Directory to write, readable by you alone.")
-@click.option("--method", help="sku-mirrored unless a preset says otherwise; an unknown name lists them all.")
+@click.option("--method", help="sku-contrastive-two where the base can refuse, else sku-mirrored; an unknown name lists them all.")
 @click.option("--preset", help="Published hyperparameters: opt-2.7b, llama2-7b, llama2-13b.")
 @click.option("--steps", type=int, help="Optimizer steps a round.")
 @click.option("--rounds", type=int, help="Rounds of iterated negation.")
@@ -75,16 +75,21 @@ def command(
     refusal_rows = read_rows(refusals, need_response=True) if refusals else []
 
     from sku_vllm.methods.estimate import estimate_run
+    from sku_vllm.methods.sampling import NoRefusals
     from sku_vllm.methods.trainer import train_adapter
 
     if dry_run:
         estimate = estimate_run(model, forget_set, retain_set, config, refusals=refusal_rows, revision=revision)
         print_json(estimate.to_json()) if json_output else log(estimate.text())
         return
-    report = train_adapter(
-        model, forget_set, retain_set, output, config, refusals=refusal_rows, revision=revision, resume=resume, tracker=tracker,
-        save_seconds=save_seconds,
-    )
+    more = {"refusals": refusal_rows, "revision": revision, "tracker": tracker, "save_seconds": save_seconds}
+    try:
+        report = train_adapter(model, forget_set, retain_set, output, config, resume=resume, **more)
+    except NoRefusals as error:
+        if method or preset:
+            raise
+        log(f"warning: {error}; no method was asked for, so this trains sku-mirrored")
+        report = train_adapter(model, forget_set, retain_set, output, TrainConfig.of("sku-mirrored", **settings), **more)
     if json_output:
         print_json(report.to_json())
     _say(report)

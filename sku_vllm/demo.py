@@ -83,7 +83,7 @@ def _road(config: DemoConfig, progress: Progress) -> dict[str, Any]:
         progress(f"identifying harmful knowledge: {name}")
         adapters[name] = _train(base, lab, name, config.seed)
     progress(f"choosing the scale of {method} on validation data")
-    scale = _tune(base, adapters[method], lab, judge, config.seed)
+    scale, qualifies = _tune(base, adapters[method], lab, judge, config.seed)
     progress(f"subtracting {method} at scale {scale:g} from the checkpoint")
     fuse_checkpoint(base, [(adapters[method], scale)], "fused")
     verify_checkpoint("fused")
@@ -99,6 +99,7 @@ def _road(config: DemoConfig, progress: Progress) -> dict[str, Any]:
         "default": measured("default", "fused", base=str(base)),
         "method": method,
         "scale": scale,
+        "qualifies": qualifies,
     }
     if config.serve:
         result["serving"] = _serve(base, adapters[method], scale, judge, lab / "forget/unseen.jsonl", config, progress)
@@ -119,8 +120,8 @@ def _train(base: Path, lab: Path, method: str, seed: int) -> Path:
     return output
 
 
-def _tune(base: Path, adapter: Path, lab: Path, judge: str, seed: int) -> float:
-    """The scale `sku tune` chooses on validation data; 1.0, what the adapter was trained for, when none qualifies."""
+def _tune(base: Path, adapter: Path, lab: Path, judge: str, seed: int) -> tuple[float, bool]:
+    """The scale `sku tune` chooses on validation data, and True; or 1.0, which the adapter was trained for, and False when none qualifies."""
     from sku_vllm.data import read_rows
     from sku_vllm.evaluate import EvalConfig
     from sku_vllm.evaluate.tune import tune_scale
@@ -129,7 +130,7 @@ def _tune(base: Path, adapter: Path, lab: Path, judge: str, seed: int) -> float:
         base, adapter, forget={"validation": read_rows(lab / "forget/validation.jsonl")}, retain=read_rows(lab / "retain/validation.jsonl"), judge=judge,
         scales=SCALES, config=EvalConfig(samples=2, max_new_tokens=MAX_NEW_TOKENS, seed=seed),
     )
-    return report.scale if report.qualifies else 1.0
+    return (report.scale, True) if report.qualifies else (1.0, False)
 
 
 def _measure(

@@ -156,6 +156,8 @@ def test_the_command_reports_and_warns(trainable: Path, tmp_path: Path, run_sku:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["method"] == "sku-mirrored" and report["steps"] == 2 and report["cut_answers"] > 0 and report["tokens"] > 0
+    # This random base cannot refuse: the default steps aside and says so.
+    assert "needs a base that can refuse" in done.stderr and "this trains sku-mirrored" in done.stderr
     assert "harmful knowledge" in done.stderr and "answers were cut by the length limit" in done.stderr
     record = json.loads((output / "sku_train.json").read_text())
     assert record["schema"] == "sku.train/1" and all(record[key] == value for key, value in report.items())

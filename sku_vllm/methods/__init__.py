@@ -14,7 +14,7 @@ METHODS = {
         ga_mismatch.METHOD, finetune.METHOD, npo.METHOD, refusal_tune.METHOD,
     )
 }
-DEFAULT_METHOD = "sku-mirrored"
+DEFAULT_METHOD = TrainConfig.__dataclass_fields__["method"].default
 
 if TYPE_CHECKING:
     from sku_vllm.methods.trainer import TrainReport, train_adapter

@@ -27,7 +27,7 @@ class TrainConfig:
         template, dtype, seed: as on the command line.
     """
 
-    method: str = "sku-mirrored"
+    method: str = "sku-contrastive-two"
     preset: str | None = None
     steps: int = 60
     rounds: int = 1

@@ -73,14 +73,18 @@ def refusal_share(samples: Sequence[Encoded], tokenizer: "PreTrainedTokenizerBas
     return sum(map(is_refusal, texts)) / len(texts)
 
 
+class NoRefusals(ConfigError):
+    """This base has no latent refusal mode for a contrastive method to be drawn to."""
+
+
 def require_refusals(share: float, method: str) -> None:
     """Stop where the base has no refusals to be drawn to.
 
     Raises:
-        ConfigError: with the share found.
+        NoRefusals: with the share found.
     """
     if share < REFUSALS_NEEDED:
-        raise ConfigError(
+        raise NoRefusals(
             f"--method {method}: needs a base that can refuse, and only {share:.0%} of what this base says without the harmful "
             f"adapter are refusals ({REFUSALS_NEEDED:.0%} needed); use --method sku-mirrored, or refusal-tune with --refusals"
         )
