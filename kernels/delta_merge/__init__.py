@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from sku_vllm.kernels.delta_merge.cpu import merge_on_cpu
-from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, delta_merge_fp8_reference, delta_merge_reference, merge_blocks
+from sku_vllm.kernels.delta_merge.fp8 import delta_merge_fp8_reference, merge_blocks
+from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, delta_merge_reference
 
 __all__ = ["Merge", "MergeStats", "Term", "delta_merge", "delta_merge_fp8_reference", "delta_merge_reference", "merge_blocks"]
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, delta_merge_fp8_reference, delta_merge_reference, merge_blocks
+from sku_vllm.kernels.delta_merge.fp8 import delta_merge_fp8_reference, merge_blocks
+from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, delta_merge_reference
 
 # Elements per piece of work: enough to be worth a thread's while, little enough to share out one large weight.
 PIECE = 1 << 22

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sku_vllm.kernels.delta_merge.stochastic import stochastic_bf16
+
 # Elements per block: two float32 temporaries of 1 MiB each stay in the second-level cache (best of 2^16 … 2^21 on Zen 4).
 BLOCK = 1 << 18
 # float32 sums are trusted where the edit's norm is at most 1/16 of the weight's …
@@ -128,7 +130,7 @@ def delta_merge_reference(
         stats.changed += _count_changed(before, new, mask)
         if single and seed is None and math.isfinite(largest):
             cancelled.append(_find_cancelled(new, before, largest * limit, start * cols, magnitude, mask))
-        _add_errors(stats, before, new, target, delta)
+        add_errors(stats, before, new, target, delta)
         stats.max_delta = max(stats.max_delta, largest if math.isfinite(largest) else 0.0)
     if cancelled:
         _sum_again(out, terms, *(np.concatenate(part) for part in zip(*cancelled, strict=True)))
@@ -162,50 +164,6 @@ def _norm(weight: Tensor) -> float:
     every = 16 if weight.shape[0] >= 256 else 1
     norm = float(torch.linalg.vector_norm(weight[::every], dtype=torch.float32)) * math.sqrt(every)
     return norm if math.isfinite(norm) else 0.0
-
-
-FP8_MAX = 448.0
-
-
-def merge_blocks(shape: Sequence[int], scale: Tensor) -> tuple[int, int]:
-    """Rows and columns of an FP8 weight of `shape` that share one element of `scale`: 128 for DeepSeek's, else an equal cut."""
-    return tuple(
-        min(128, size) if count > 1 and -(-size // 128) == count else -(-size // count)
-        for size, count in zip(shape, scale.shape, strict=True)
-    )
-
-
-def delta_merge_fp8_reference(weight: Tensor, terms: Sequence[Term], scale: Tensor, wide: int, *, out: Tensor | None = None) -> MergeStats:
-    """Dequantise, merge in float32, requantise with the same scales, what they cannot hold being clipped and counted.
-
-    Args:
-        weight: [rows, cols], float8_e4m3fn. scale: [rows, scale columns], float32, each spanning `wide` columns.
-    """
-    out = weight if out is None else out
-    if weight.dtype != torch.float8_e4m3fn or out.dtype != weight.dtype or scale.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"an FP8 merge needs a float8_e4m3fn weight with scales for each of its rows, not {weight.dtype} and {list(scale.shape)}"
-        )
-    rows, cols = weight.shape
-    stats = MergeStats(elements=weight.numel())
-    step = max(1, BLOCK // max(cols, 1))
-    for start in range(0, rows if cols else 0, step):
-        stop = min(start + step, rows)
-        factor = scale[start:stop].float().repeat_interleave(wide, 1)[:, :cols]
-        old = weight[start:stop].float() * factor
-        delta = torch.empty_like(old)
-        sum_terms(terms, start, delta)
-        target = old - delta
-        scaled = target / factor
-        new = scaled.clamp(-FP8_MAX, FP8_MAX).to(weight.dtype)
-        kept = new.float() * factor
-        stats.clipped += int((scaled.abs() > FP8_MAX).sum())
-        out[start:stop] = new
-        low, high = delta.aminmax()
-        stats.max_delta = max(stats.max_delta, float(high), -float(low))
-        stats.changed += int((kept != old).sum())
-        _add_errors(stats, old, kept, target, delta)
-    return stats
 
 
 def sum_terms(terms: Sequence[Term], start: int, delta: Tensor) -> None:
@@ -260,7 +218,7 @@ def _sum_again(out: Tensor, terms: Sequence[Term], flat: np.ndarray, old_bits: n
     out[rows, columns] = exact.to(out.dtype)
 
 
-def _add_errors(stats: MergeStats, before: Tensor, new: Tensor, target: Tensor, delta: Tensor) -> None:
+def add_errors(stats: MergeStats, before: Tensor, new: Tensor, target: Tensor, delta: Tensor) -> None:
     """Add one block's sums. `target` = W − Δ before rounding; it is overwritten with the rounding error's negative."""
     error = target.sub_(new.to(target.dtype))
     flat, edit = error.reshape(-1), delta.reshape(-1)
@@ -274,22 +232,6 @@ def _add_errors(stats: MergeStats, before: Tensor, new: Tensor, target: Tensor, 
     stats.error_sq += error_sq
     stats.error_dot -= float(torch.dot(flat, edit))
     stats.delta_sq += float(torch.dot(edit, edit))
-
-
-def stochastic_bf16(value: Tensor, seed: int, first_element: int) -> Tensor:
-    """`value` to bf16, up or down at random so that the mean is exact; NaN and infinity stay what they are."""
-    value = value.float()
-    index = torch.arange(first_element, first_element + value.numel(), dtype=torch.int64).reshape(value.shape)
-    noise = hash32((index ^ (seed & 0xFFFFFFFF)) & 0xFFFFFFFF) & 0xFFFF
-    rounded = ((value.contiguous().view(torch.int32).to(torch.int64) + noise) & ~0xFFFF).to(torch.int32).view(torch.float32)
-    return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
-
-
-def hash32(x: Tensor) -> Tensor:
-    """`lowbias32` (nullprogram.com/blog/2018/07/31), on int64 holding 32 bits; the Triton kernel computes the same."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
 
 
 def check_merge(weight: Tensor, terms: Sequence[Term], out: Tensor, seed: int | None) -> None:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, check_merge, merge_blocks
+from sku_vllm.kernels.delta_merge.fp8 import merge_blocks
+from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, check_merge
 
 # Tile rows and columns: 16-byte accesses leave registers for a large tile; element-wise ones need an address each.
 ALIGNED_TILE, MASKED_TILE, BLOCK_K = (64, 128), (32, 64), 32
