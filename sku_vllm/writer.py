@@ -18,8 +18,9 @@ from torch import Tensor
 from sku_vllm.checkpoint import DTYPES, read_into
 from sku_vllm.delta import Dense
 from sku_vllm.errors import CheckpointError
-from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_fp8_reference, delta_merge_reference, merge_blocks
-from sku_vllm.kernels.delta_merge.cpu import one_torch_thread
+from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_fp8_reference
+from sku_vllm.kernels.delta_merge.cpu import merge_rows, one_torch_thread
+from sku_vllm.kernels.delta_merge.fp8 import rows_of
 from sku_vllm.open_shard import OpenShard, write_all
 from sku_vllm.placement import Placed, matrix_shape
 from sku_vllm.shards import CHUNK, OutputShard, OutputTensor
@@ -47,7 +48,7 @@ class ShardWriter:
 
     Args:
         digests: hash every chunk. kinds: quantisers to simulate. seed: stochastic rounding, or None.
-        scales: of FP8 weights, by name. progress: called with bytes done.
+        scales: of FP8 weights by name, with those of the result (None: kept). progress: called with bytes done.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class ShardWriter:
         digests: bool = True,
         kinds: Sequence[str] = (),
         seed: int | None = None,
-        scales: Mapping[str, Tensor] | None = None,
+        scales: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,
         threads: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -175,11 +176,14 @@ class ShardWriter:
         seed = None if self.seed is None else self.seed + tensor.source.offset
         scale = self.scales.get(tensor.name)
         if scale is None:
-            stats = delta_merge_reference(weight, terms, out=out, seed=seed, first_element=begin * columns)
+            stats = merge_rows(weight, terms, out=out, seed=seed, first_element=begin * columns)
         else:
-            stats = delta_merge_fp8_reference(weight, terms, *_rows_of(scale, tensor, begin, end), out=out)
+            scales = rows_of(*scale, tensor.source.shape, begin, end)
+            stats = delta_merge_fp8_reference(weight, terms, scales, out=out, seed=seed, first_element=begin * columns)
+            if self.kinds:
+                weight, out = (part.float() * scales.over(s, 0, end - begin, columns) for part, s in ((weight, scales.old), (out, scales.new)))
         if count:
-            simulated = simulate(weight, out, terms, self.kinds) if scale is None else {}
+            simulated = simulate(weight, out, terms, self.kinds)
             with self._lock:
                 self.written.merged.setdefault(tensor.name, {})[begin] = stats
                 for kind, sums in simulated.items():
@@ -192,13 +196,6 @@ def _deal(files: Sequence[OpenShard], threads: int) -> Iterator[tuple[OpenShard,
         group = files[first : first + threads]
         for start in range(0, max(file.shard.size for file in group), CHUNK):
             yield from ((file, start) for file in group if start < file.shard.size)
-
-
-def _rows_of(scale: Tensor, tensor: OutputTensor, begin: int, end: int) -> tuple[Tensor, int]:
-    """The scales of rows [begin, end), one row each, and how many columns share one."""
-    rows, columns = tensor.source.shape
-    tall, wide = merge_blocks((rows, columns), scale)
-    return scale[torch.arange(begin, end) // tall], wide
 
 
 def terms_of(edit: Placed, begin: int, end: int) -> Iterator[Term]:

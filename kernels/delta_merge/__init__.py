@@ -3,10 +3,19 @@
 from collections.abc import Sequence
 
 from sku_vllm.kernels.delta_merge.cpu import merge_on_cpu
-from sku_vllm.kernels.delta_merge.fp8 import delta_merge_fp8_reference, merge_blocks
+from sku_vllm.kernels.delta_merge.fp8 import delta_merge_fp8_reference, merge_blocks, recomputed_scale
 from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, delta_merge_reference
 
-__all__ = ["Merge", "MergeStats", "Term", "delta_merge", "delta_merge_fp8_reference", "delta_merge_reference", "merge_blocks"]
+__all__ = [
+    "Merge",
+    "MergeStats",
+    "Term",
+    "delta_merge",
+    "delta_merge_fp8_reference",
+    "delta_merge_reference",
+    "merge_blocks",
+    "recomputed_scale",
+]
 
 
 def delta_merge(merges: Sequence[Merge], *, seed: int | None = None) -> list[MergeStats]:
@@ -14,7 +23,7 @@ def delta_merge(merges: Sequence[Merge], *, seed: int | None = None) -> list[Mer
 
     Args:
         merges: weights [rows, cols] with contiguous rows, all on one device, with terms on that device.
-        seed: None rounds to nearest; a number rounds bf16 stochastically, alike on every backend.
+        seed: None rounds to nearest; a number rounds stochastically, alike on every backend.
     Returns:
         What each merge did. Raises ValueError for shapes, dtypes or devices that don't fit.
     """

@@ -1,4 +1,4 @@
-"""The reference over many weights on a CPU: rows dealt out to threads of our own, each of which runs torch on one.
+"""Merging on a CPU: the compiled kernel where it fits, else the reference, rows dealt out to threads of our own.
 
 torch's own threads meet after every small operation, and blocks sized for a cache make for many of those.
 """
@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from sku_vllm.kernels.delta_merge.fp8 import delta_merge_fp8_reference, merge_blocks
-from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, delta_merge_reference
+from sku_vllm.kernels.delta_merge.cpu_kernel import merge_bf16
+from sku_vllm.kernels.delta_merge.fp8 import delta_merge_fp8_reference, rows_of
+from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, check_merge, delta_merge_reference
 
 # Elements per piece of work: enough to be worth a thread's while, little enough to share out one large weight.
 PIECE = 1 << 22
@@ -25,6 +27,16 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def merge_rows(
+    weight: Tensor, terms: Sequence[Term], *, out: Tensor | None = None, seed: int | None = None, first_element: int = 0
+) -> MergeStats:
+    """`delta_merge_reference`, same arguments and errors, by the compiled kernel where it fits."""
+    out = weight if out is None else out
+    check_merge(weight, terms, out, seed)
+    stats = merge_bf16(weight, terms, out) if seed is None else None
+    return stats or delta_merge_reference(weight, terms, out=out, seed=seed, first_element=first_element)
 
 
 def merge_on_cpu(merges: Sequence[Merge], seed: int | None = None) -> list[MergeStats]:
@@ -50,16 +62,16 @@ def _pieces(merge: Merge) -> Iterator[tuple[int, int]]:
 
 
 def _merge_rows(merge: Merge, start: int, stop: int, seed: int | None) -> MergeStats:
-    weight, terms, out, scale = merge
+    weight, terms, out, scale, new_scale, first = merge
     if start == 0 and stop == weight.shape[0]:
         inner = list(terms)
     else:
         inner = [term for whole in terms for term in _cut(whole, start, stop)]
     part, target = weight[start:stop], None if out is None else out[start:stop]
     if scale is None:
-        return delta_merge_reference(part, inner, out=target, seed=seed, first_element=start * weight.shape[1])
-    tall, wide = merge_blocks(weight.shape, scale)
-    return delta_merge_fp8_reference(part, inner, scale[torch.arange(start, stop) // tall], wide, out=target)
+        return merge_rows(part, inner, out=target, seed=seed, first_element=first + start * weight.shape[1])
+    scales = rows_of(scale, new_scale, weight.shape, start, stop)
+    return delta_merge_fp8_reference(part, inner, scales, out=target, seed=seed, first_element=first + start * weight.shape[1])
 
 
 def _cut(term: Term, start: int, stop: int) -> Iterator[Term]:

@@ -1,13 +1,27 @@
-"""Edits of FP8 (float8_e4m3fn) weights: dequantise, merge, requantise."""
+"""Edits of FP8 (float8_e4m3fn) weights: dequantise, merge, requantise, with the scales kept or, in two passes, recomputed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sku_vllm.kernels.delta_merge.reference import BLOCK, MergeStats, Term, add_errors, sum_terms
+from sku_vllm.kernels.delta_merge.stochastic import stochastic_round
 
 FP8_MAX = 448.0
+
+
+class RowScales(NamedTuple):
+    """Scales of some rows of an FP8 weight: `old` and `new` float32 [rows, scale columns], each element spanning `wide` columns."""
+
+    old: Tensor
+    new: Tensor
+    wide: int
+
+    def over(self, which: Tensor, start: int, stop: int, cols: int) -> Tensor:
+        """`old` or `new` of rows [start, stop), one number an element: [stop - start, cols]."""
+        return which[start:stop].repeat_interleave(self.wide, 1)[:, :cols]
 
 
 def merge_blocks(shape: Sequence[int], scale: Tensor) -> tuple[int, int]:
@@ -18,30 +32,37 @@ def merge_blocks(shape: Sequence[int], scale: Tensor) -> tuple[int, int]:
     )
 
 
-def delta_merge_fp8_reference(weight: Tensor, terms: Sequence[Term], scale: Tensor, wide: int, *, out: Tensor | None = None) -> MergeStats:
-    """Dequantise, merge in float32, requantise with the same scales, what they cannot hold being clipped and counted.
+def rows_of(scale: Tensor, new_scale: Tensor | None, shape: Sequence[int], begin: int, end: int) -> RowScales:
+    """The scales of rows [begin, end) of an FP8 weight of `shape`, one row each; without `new_scale` they are kept."""
+    tall, wide = merge_blocks(shape, scale)
+    index = torch.arange(begin, end, device=scale.device) // tall
+    old = scale[index].float()
+    return RowScales(old, old if new_scale is None else new_scale[index].float(), wide)
+
+
+def delta_merge_fp8_reference(
+    weight: Tensor, terms: Sequence[Term], scales: RowScales, *, out: Tensor | None = None, seed: int | None = None, first_element: int = 0
+) -> MergeStats:
+    """Dequantise with `scales.old`, merge, requantise with `scales.new`; what those cannot hold is clipped and counted.
 
     Args:
-        weight: [rows, cols], float8_e4m3fn. scale: [rows, scale columns], float32, each spanning `wide` columns.
+        weight: [rows, cols], float8_e4m3fn. seed, first_element: as of `delta_merge_reference`, which rounds in float64 then.
+    Raises:
+        ValueError: a weight that is not FP8, or scales of other rows.
     """
     out = weight if out is None else out
-    if weight.dtype != torch.float8_e4m3fn or out.dtype != weight.dtype or scale.shape[0] != weight.shape[0]:
+    if weight.dtype != torch.float8_e4m3fn or out.dtype != weight.dtype or scales.old.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"an FP8 merge needs a float8_e4m3fn weight with scales for each of its rows, not {weight.dtype} and {list(scale.shape)}"
+            f"an FP8 merge needs a float8_e4m3fn weight with scales for each of its rows, not {weight.dtype} and {list(scales.old.shape)}"
         )
-    rows, cols = weight.shape
-    stats = MergeStats(elements=weight.numel())
-    step = max(1, BLOCK // max(cols, 1))
-    for start in range(0, rows if cols else 0, step):
-        stop = min(start + step, rows)
-        factor = scale[start:stop].float().repeat_interleave(wide, 1)[:, :cols]
-        old = weight[start:stop].float() * factor
-        delta = torch.empty_like(old)
-        sum_terms(terms, start, delta)
-        target = old - delta
+    stats, compute = MergeStats(elements=weight.numel()), torch.float32 if seed is None else torch.float64
+    cols = weight.shape[1]
+    for start, stop, old, delta in _dequantised(weight, terms, scales, compute):
+        target, factor = old - delta, scales.over(scales.new, start, stop, cols).to(compute)
         scaled = target / factor
-        new = scaled.clamp(-FP8_MAX, FP8_MAX).to(weight.dtype)
-        kept = new.float() * factor
+        within = scaled.clamp(-FP8_MAX, FP8_MAX)
+        new = within.to(weight.dtype) if seed is None else stochastic_round(within, weight.dtype, seed, first_element + start * cols)
+        kept = new.to(compute) * factor
         stats.clipped += int((scaled.abs() > FP8_MAX).sum())
         out[start:stop] = new
         low, high = delta.aminmax()
@@ -49,3 +70,32 @@ def delta_merge_fp8_reference(weight: Tensor, terms: Sequence[Term], scale: Tens
         stats.changed += int((kept != old).sum())
         add_errors(stats, old, kept, target, delta)
     return stats
+
+
+def recomputed_scale(weight: Tensor, terms: Sequence[Term], scale: Tensor) -> Tensor:
+    """The first of two passes: scales, shaped as `scale`, whose largest FP8 number is each block's largest |W − Δ|.
+
+    A block of zeros keeps its scale, and NaN does not count.
+    """
+    rows, cols = weight.shape
+    scales = rows_of(scale, None, weight.shape, 0, rows)
+    tall, largest = merge_blocks(weight.shape, scale)[0], torch.zeros_like(scale, dtype=torch.float32)
+    for start, stop, old, delta in _dequantised(weight, terms, scales, torch.float32):
+        size = old.sub_(delta).abs_().nan_to_num_(0.0)
+        by_block = torch.nn.functional.pad(size, (0, -cols % scales.wide)).view(stop - start, -1, scales.wide).amax(2)
+        largest.index_reduce_(0, torch.arange(start, stop, device=scale.device) // tall, by_block, "amax")
+    return torch.where(largest > 0, largest / FP8_MAX, scale.float())
+
+
+def _dequantised(
+    weight: Tensor, terms: Sequence[Term], scales: RowScales, compute: torch.dtype
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(first row, last row + 1, W, Δ) block by block, in `compute`."""
+    rows, cols = weight.shape
+    step = max(1, BLOCK // max(cols, 1))
+    for start in range(0, rows if cols else 0, step):
+        stop = min(start + step, rows)
+        old = weight[start:stop].to(compute) * scales.over(scales.old, start, stop, cols).to(compute)
+        delta = torch.empty_like(old)
+        sum_terms(terms, start, delta)
+        yield start, stop, old, delta

@@ -1,14 +1,10 @@
-"""The definition of the delta merge, in torch: W' = round(W − Σ coefficient·(B@A)), rounded once.
+"""The definition of the delta merge, in torch: W' = round(W − Σ coefficient·(B@A)), summed in float64 and rounded once.
 
-The promise is at most 1 ulp from float64, with fewer than 1e-4 of the elements off by it. float32 accumulation keeps it for
-bf16 weights and edits small beside them, except where W and the edit cancel almost exactly: those few elements are summed
-again in float64. Blocks with a large edit, and fp16 and fp32 weights, accumulate in float64 throughout.
-Row blocks keep every temporary in a core's cache: there is no full-size one. numpy does the comparisons: at 2^18 elements
-its loops took 15 µs where torch's took 120 µs (torch 2.13, Zen 4).
+Every other implementation is tested against it, and it merges what they do not: fp32 and fp64 weights, stochastic rounding,
+edits as large as the weight. Row blocks keep every temporary in a core's cache: there is no full-size one.
 """
 
 import math
-import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,14 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sku_vllm.kernels.delta_merge.stochastic import stochastic_bf16
+from sku_vllm.kernels.delta_merge.stochastic import FORMATS, stochastic_round
 
-# Elements per block: two float32 temporaries of 1 MiB each stay in the second-level cache (best of 2^16 … 2^21 on Zen 4).
-BLOCK = 1 << 18
-# float32 sums are trusted where the edit's norm is at most 1/16 of the weight's …
-SMALL_EDIT = 1 / 16
-# … and the result is at least 2^-16·√rank of the largest edit: below that float32's error can exceed a bf16 ulp.
-CANCELLED = 2.0**-16
+# Elements per block: two float64 temporaries of 1 MiB each stay in the second-level cache.
+BLOCK = 1 << 17
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -45,13 +37,16 @@ class Merge(NamedTuple):
     """One weight [rows, cols] and its edit; `out` None means in place.
 
     `scale` of an FP8 weight (float8_e4m3fn): float32 [scale rows, scale columns], each spanning an equal block: [1, 1] per tensor,
-    [rows, 1] per channel. Scales are kept; what they cannot hold is clipped and counted.
+    [rows, 1] per channel. `new_scale`, of the same shape, belongs to the result (`recomputed_scale`); None keeps `scale`, and what
+    that cannot hold is clipped and counted. `first_element`: index of weight[0, 0] in a larger weight, for stochastic rounding.
     """
 
     weight: Tensor
     terms: Sequence[Term]
     out: Tensor | None = None
     scale: Tensor | None = None
+    new_scale: Tensor | None = None
+    first_element: int = 0
 
 
 @dataclass(slots=True)
@@ -111,59 +106,37 @@ def delta_merge_reference(
     stats = MergeStats(elements=weight.numel())
     if not stats.elements:
         return stats
-    single = weight.dtype == out.dtype == torch.bfloat16 and _edit_norm(terms) <= SMALL_EDIT * _norm(weight)
-    compute = torch.float32 if single else torch.float64
-    ready = [term._replace(a=None if term.a is None else term.a.to(compute)) for term in terms]
-    limit = CANCELLED * math.sqrt(sum(1 if term.a is None else term.a.shape[0] for term in terms))
-    step, cancelled = max(1, BLOCK // cols), []
-    scratch = _scratch(min(step, rows) * cols, compute)
+    ready = [term._replace(a=None if term.a is None else term.a.double()) for term in terms]
+    step = max(1, BLOCK // cols)
+    scratch = _scratch(min(step, rows) * cols)
     for start in range(0, rows, step):
         old, new = weight[start : start + step], out[start : start + step]
-        target, delta, mask, bits, magnitude = (part[: old.numel()].view(old.shape) for part in scratch)
+        target, delta = (part[: old.numel()].view(old.shape) for part in scratch)
         sum_terms(ready, start, delta)
         torch.sub(target.copy_(old), delta, out=target)
+        before = old.clone() if new.data_ptr() == old.data_ptr() else old
+        new.copy_(target if seed is None else stochastic_round(target, new.dtype, seed, first_element + start * cols))
+        stats.changed += _count_changed(before, new)
         low, high = delta.aminmax()
         largest = max(float(high), -float(low))
-        same = new.data_ptr() == old.data_ptr()
-        before = bits.view(old.dtype).copy_(old) if same and old.element_size() == 2 else old.clone() if same else old
-        new.copy_(target if seed is None else stochastic_bf16(target, seed, first_element + start * cols))
-        stats.changed += _count_changed(before, new, mask)
-        if single and seed is None and math.isfinite(largest):
-            cancelled.append(_find_cancelled(new, before, largest * limit, start * cols, magnitude, mask))
-        add_errors(stats, before, new, target, delta)
         stats.max_delta = max(stats.max_delta, largest if math.isfinite(largest) else 0.0)
-    if cancelled:
-        _sum_again(out, terms, *(np.concatenate(part) for part in zip(*cancelled, strict=True)))
+        add_errors(stats, before, new, target, delta)
     return stats
 
 
-_local = threading.local()
+class _Scratch(threading.local):
+    """Two float64 vectors, kept per thread: allocating them for every block cost more than the sums."""
+
+    vectors = (torch.empty(0, dtype=torch.float64),) * 2
 
 
-def _scratch(elements: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Two vectors of `dtype`, one of bool, two of int16, kept per thread: allocating them each time cost more than the sums."""
-    kept = getattr(_local, str(dtype), None)
-    if kept is None or kept[0].numel() < elements:
-        size = max(elements, BLOCK)
-        kept = tuple(torch.empty(size, dtype=kind) for kind in (dtype, dtype, torch.bool, torch.int16, torch.int16))
-        setattr(_local, str(dtype), kept)
-    return kept
+_kept = _Scratch()
 
 
-def _edit_norm(terms: Sequence[Term]) -> float:
-    """An upper bound of ‖Δ‖: each product's norm through its r×r Gram matrices, ‖BA‖² = tr(BᵀB·AAᵀ)."""
-    total = 0.0
-    for b, a, coefficient, _ in terms:
-        square = b.float().square().sum() if a is None else ((b.float().T @ b.float()) * (a.float() @ a.float().T)).sum()
-        total += abs(coefficient) * math.sqrt(max(float(square), 0.0))
-    return total
-
-
-def _norm(weight: Tensor) -> float:
-    """‖W‖ estimated from every 16th row; 0 when that holds NaN or infinity, which means: trust nothing."""
-    every = 16 if weight.shape[0] >= 256 else 1
-    norm = float(torch.linalg.vector_norm(weight[::every], dtype=torch.float32)) * math.sqrt(every)
-    return norm if math.isfinite(norm) else 0.0
+def _scratch(elements: int) -> tuple[Tensor, Tensor]:
+    if _kept.vectors[0].numel() < elements:
+        _kept.vectors = tuple(torch.empty(max(elements, BLOCK), dtype=torch.float64) for _ in range(2))
+    return _kept.vectors
 
 
 def sum_terms(terms: Sequence[Term], start: int, delta: Tensor) -> None:
@@ -189,33 +162,12 @@ def sum_terms(terms: Sequence[Term], start: int, delta: Tensor) -> None:
         delta.zero_()
 
 
-def _count_changed(before: Tensor, new: Tensor, mask: Tensor) -> int:
+def _count_changed(before: Tensor, new: Tensor) -> int:
+    """How many bit patterns differ. In numpy: at 2^18 elements its loop took 15 µs where torch's took 120 (torch 2.13, Zen 4)."""
     if before.dtype != new.dtype:
         return int(np.count_nonzero(before.double().numpy() != new.double().numpy()))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[new.element_size()]
-    return int(np.count_nonzero(np.not_equal(before.view(bits).numpy(), new.view(bits).numpy(), out=mask.numpy())))
-
-
-def _find_cancelled(
-    new: Tensor, before: Tensor, threshold: float, first: int, scratch: Tensor, mask: Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """Flat index and old bits of what came out so small beside the edit that float32's error may show."""
-    limit = (struct.unpack("<I", struct.pack("<f", threshold))[0] >> 16) + 1
-    magnitude = np.bitwise_and(new.view(torch.int16).numpy(), 0x7FFF, out=scratch.numpy())
-    small = np.flatnonzero(np.less(magnitude, limit, out=mask.numpy()))
-    return small + first, before.view(torch.int16).numpy().reshape(-1)[small]
-
-
-def _sum_again(out: Tensor, terms: Sequence[Term], flat: np.ndarray, old_bits: np.ndarray) -> None:
-    """Round once more, from float64 sums, the elements where float32 could be off by more than an ulp."""
-    rows, columns = (torch.from_numpy(index) for index in np.divmod(flat, out.shape[1]))
-    exact = torch.from_numpy(old_bits).view(torch.bfloat16).double()
-    for b, a, coefficient, first in terms:
-        inside = (rows >= first) & (rows < first + b.shape[0])
-        local, where = rows[inside] - first, columns[inside]
-        values = b[local, where].double() if a is None else (b[local].double() * a[:, where].T.double()).sum(1)
-        exact[inside] -= coefficient * values
-    out[rows, columns] = exact.to(out.dtype)
+    return int(np.count_nonzero(before.view(bits).numpy() != new.view(bits).numpy()))
 
 
 def add_errors(stats: MergeStats, before: Tensor, new: Tensor, target: Tensor, delta: Tensor) -> None:
@@ -240,8 +192,8 @@ def check_merge(weight: Tensor, terms: Sequence[Term], out: Tensor, seed: int | 
         raise ValueError(f"weight and out must be the same matrix shape, not {list(weight.shape)} and {list(out.shape)}")
     if weight.dtype not in WEIGHT_DTYPES or out.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight and out must be bf16, fp16, fp32 or fp64, not {weight.dtype} and {out.dtype}")
-    if seed is not None and out.dtype != torch.bfloat16:
-        raise ValueError(f"stochastic rounding is for bf16 weights, not {out.dtype}; round to nearest")
+    if seed is not None and out.dtype not in FORMATS:
+        raise ValueError(f"stochastic rounding is for bf16, fp16 and fp32 weights, not {out.dtype}; round to nearest")
     rows, cols = weight.shape
     for number, (b, a, coefficient, row) in enumerate(terms):
         shape = (b.shape[0], a.shape[1]) if a is not None and a.ndim == 2 and b.ndim == 2 and b.shape[1] == a.shape[0] else tuple(b.shape)

@@ -104,7 +104,7 @@ def weights(model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, An
 def subtract(tensor: Any, placed: list[Any]) -> Any:
     """round(tensor − Σ scale·delta), by the package's own definition of a merge, so a swap equals a fuse bit for bit."""
     from sku_vllm.delta import Dense
-    from sku_vllm.kernels.delta_merge import Term, delta_merge_reference
+    from sku_vllm.kernels.delta_merge import Merge, Term, delta_merge
     from sku_vllm.placement import matrix_shape
 
     terms = []
@@ -115,5 +115,5 @@ def subtract(tensor: Any, placed: list[Any]) -> Any:
         else:
             terms.append(Term(each.delta.b, each.delta.a, each.scale * each.delta.scaling, each.row))
     matrix = tensor.reshape(matrix_shape(tensor.shape)).clone()
-    delta_merge_reference(matrix, terms)
+    delta_merge([Merge(matrix, terms)])
     return matrix.reshape(tensor.shape)

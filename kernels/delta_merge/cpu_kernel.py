@@ -1,0 +1,103 @@
+"""The bf16 merge on a CPU: one compiled pass over each row subtracts, rounds, compares and sums.
+
+In torch the same takes ten passes over every block. Sums are float32, with a second look in float64 where an element
+comes out so small beside the edit that float32's error could exceed an ulp; weights for which that would be common are refused,
+and the caller takes the reference.
+"""
+
+import math
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sku_vllm.kernels.delta_merge.reference import MergeStats, Term, sum_terms
+
+# Elements per block: a float32 edit of 1 MiB stays in the second-level cache between the product that makes it and the pass that reads it.
+BLOCK = 1 << 18
+# float32 sums are trusted where the edit's norm is at most 1/16 of the weight's …
+SMALL_EDIT = 1 / 16
+# … and the result is at least 2^-16·√rank of the row's largest edit: below that float32's error can exceed a bf16 ulp.
+CANCELLED = 2.0**-16
+
+
+def merge_bf16(weight: Tensor, terms: Sequence[Term], out: Tensor) -> MergeStats | None:
+    """W' = round(W − Σ terms) into `out`, which may be `weight`; None, and nothing done, where this kernel is not the one for it.
+
+    Args:
+        weight, out: [rows, cols], bf16, contiguous.
+    """
+    fits = weight.dtype == out.dtype == torch.bfloat16 and weight.is_contiguous() and out.is_contiguous() and weight.numel()
+    if not fits or not _edit_norm(terms) <= SMALL_EDIT * _norm(weight):
+        return None
+    from sku_vllm.kernels.delta_merge.round_rows import SUMS, round_rows
+
+    rows, cols = weight.shape
+    step = max(1, min(BLOCK // cols, rows))
+    scratch, ready = _scratch(step, cols), [term._replace(a=None if term.a is None else term.a.float()) for term in terms]
+    ratio = np.float32(CANCELLED * math.sqrt(sum(1 if term.a is None else term.a.shape[0] for term in terms)))
+    old, new, totals = _bits(weight), _bits(out), np.zeros(len(SUMS))
+    cancelled: list[tuple[np.ndarray, np.ndarray]] = []
+    for start in range(0, rows, step):
+        delta = scratch.delta[: min(step, rows - start) * cols].view(-1, cols)
+        sum_terms(ready, start, delta)
+        stop = start + delta.shape[0]
+        found = round_rows(old[start:stop], delta.numpy(), new[start:stop], scratch.row, ratio, scratch.where, scratch.bits, totals)
+        if found:
+            cancelled.append((scratch.where[:found] + start * cols, scratch.bits[:found].copy()))
+    if cancelled:
+        _sum_again(out, terms, *(np.concatenate(part) for part in zip(*cancelled, strict=True)))
+    return MergeStats(elements=weight.numel(), **{name: kind(value) for (name, kind), value in zip(SUMS, totals, strict=True)})
+
+
+class _Scratch(threading.local):
+    """Per thread: allocating these for every block cost more than the sums."""
+
+    delta = torch.empty(0)
+    row, bits, where = np.empty(0, np.uint16), np.empty(0, np.uint16), np.empty(0, np.int64)
+
+
+_kept = _Scratch()
+
+
+def _scratch(rows: int, cols: int) -> _Scratch:
+    if _kept.delta.numel() < rows * cols:
+        size = max(rows * cols, BLOCK)
+        _kept.delta, _kept.bits, _kept.where = torch.empty(size), np.empty(size, np.uint16), np.empty(size, np.int64)
+    if len(_kept.row) < cols:
+        _kept.row = np.empty(cols, np.uint16)
+    return _kept
+
+
+def _bits(matrix: Tensor) -> np.ndarray:
+    return matrix.detach().view(torch.int16).numpy().view(np.uint16)
+
+
+def _edit_norm(terms: Sequence[Term]) -> float:
+    """An upper bound of ‖Δ‖: each product's norm through its r×r Gram matrices, ‖BA‖² = tr(BᵀB·AAᵀ)."""
+    total = 0.0
+    for b, a, coefficient, _ in terms:
+        square = b.float().square().sum() if a is None else ((b.float().T @ b.float()) * (a.float() @ a.float().T)).sum()
+        total += abs(coefficient) * math.sqrt(max(float(square), 0.0))
+    return total
+
+
+def _norm(weight: Tensor) -> float:
+    """‖W‖ estimated from every 16th row; 0 when that holds NaN or infinity, which means: trust nothing."""
+    every = 16 if weight.shape[0] >= 256 else 1
+    norm = float(torch.linalg.vector_norm(weight[::every], dtype=torch.float32)) * math.sqrt(every)
+    return norm if math.isfinite(norm) else 0.0
+
+
+def _sum_again(out: Tensor, terms: Sequence[Term], flat: np.ndarray, old_bits: np.ndarray) -> None:
+    """Round once more, from float64 sums, the elements where float32 could be off by more than an ulp."""
+    rows, columns = (torch.from_numpy(index) for index in np.divmod(flat, out.shape[1]))
+    exact = torch.from_numpy(old_bits.view(np.int16)).view(torch.bfloat16).double()
+    for b, a, coefficient, first in terms:
+        inside = (rows >= first) & (rows < first + b.shape[0])
+        local, where = rows[inside] - first, columns[inside]
+        values = b[local, where].double() if a is None else (b[local].double() * a[:, where].T.double()).sum(1)
+        exact[inside] -= coefficient * values
+    out[rows, columns] = exact.to(out.dtype)
