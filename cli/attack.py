@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from sku_vllm.cli.measuring import asking_options, data_options, model_options, scale_options
 from sku_vllm.cli.options import log, named_files, nearest, print_json, sku_command
 from sku_vllm.errors import ConfigError
 from sku_vllm.output import check_output
@@ -13,14 +14,9 @@ KINDS = ["relearn", "quantize", "rephrase", "prefill", "ban-eos"]
 
 @sku_command("attack")
 @click.argument("kinds", nargs=-1, required=True, metavar="KIND…")
-@click.option("--model", required=True, help="Model directory or hub id.")
-@click.option("--revision", help="Revision of a hub id.")
-@click.option("--adapter", type=click.Path(), help="Adapter directory; attacks model − scale·delta.")
-@click.option("--scale", type=float, help="Strength of negation (with --adapter; 1.0 unless given).")
-@click.option("--base", help="The unedited model, for the perplexity ratio of a fused checkpoint.")
-@click.option("--forget", multiple=True, required=True, metavar="NAME=FILE", help="Prompts on which recovery is measured.")
-@click.option("--retain", required=True, type=click.Path(), help="The retain set.")
-@click.option("--judge", multiple=True, required=True, metavar="SPEC", help="lexicon:FILE, hf:MODEL, openai:URL#MODEL, all:A,B.")
+@model_options()
+@scale_options()
+@data_options("Prompts on which recovery is measured; may be given several times.")
 @click.option("--relearn", type=click.Path(), help="Harmful pairs an attacker may have; --fractions of them are trained on.")
 @click.option("--benign", type=click.Path(), help="Rows for benign fine-tuning.  [default: the retain rows with answers]")
 @click.option("--steps", default="10,20,40", help="Step counts at which relearning is measured.")
@@ -29,17 +25,8 @@ KINDS = ["relearn", "quantize", "rephrase", "prefill", "ban-eos"]
 @click.option("--relearn-batch-size", default=8)
 @click.option("--quantizer", multiple=True, default=("int8", "int4"), help="int8, int4 or fp8; repeatable.")
 @click.option("--prefill-tokens", default=3, help="Tokens of each row's own answer put in front (rows without one: 'Sure, here is how:').")
-@click.option("--output", type=click.Path(), help="Directory for sku_attack.json.")
-@click.option("--columns", multiple=True, metavar="FIELD=COLUMN", help="Column names of CSV or Parquet rows.")
-@click.option("--samples", default=4, help="Sampled answers per forget prompt, beside the greedy one.")
-@click.option("--temperature", default=1.0, help="Of the sampled answers.")
-@click.option("--max-new-tokens", default=128)
-@click.option("--seed", default=0)
-@click.option("--batch-size", default=256, help="Answers decoded together.")
-@click.option("--dtype", default="auto", help="auto, float32, bfloat16, float16.")
-@click.option("--template", help="Prompt template with {prompt}, instead of the tokenizer's own.")
-@click.option("--any-base", is_flag=True, help="Take an adapter that was made for another base.")
-@click.option("--as-is", is_flag=True, help="Take an adapter that is already negated.")
+@click.option("--output", type=click.Path(), help="Directory for sku_attack.json and, of relearning, recovery.svg.")
+@asking_options()
 def command(json_output: bool, kinds: tuple[str, ...], **options: Any) -> None:
     """Measure a model before and under attack. KIND: relearn, quantize, rephrase, prefill, ban-eos, or all.
 
@@ -68,4 +55,4 @@ def command(json_output: bool, kinds: tuple[str, ...], **options: Any) -> None:
 
     print_attacks(result)
     if options["output"]:
-        log(f"{options['output']}: sku_attack.json")
+        log(f"{options['output']}: sku_attack.json" + (", recovery.svg" if "relearn" in chosen else ""))

@@ -4,18 +4,15 @@ from typing import Any
 
 import click
 
+from sku_vllm.cli.measuring import asking_options, data_options, model_options
 from sku_vllm.cli.options import log, named_files, print_json, sku_command
 from sku_vllm.errors import ConfigError, NegativeResult
 from sku_vllm.output import check_output
 
 
 @sku_command("tune")
-@click.option("--model", required=True, help="Model directory or hub id.")
-@click.option("--revision", help="Revision of a hub id.")
-@click.option("--adapter", required=True, type=click.Path(), help="Adapter directory.")
-@click.option("--forget", multiple=True, required=True, metavar="NAME=FILE", help="A forget set to choose on; may be given several times.")
-@click.option("--retain", required=True, type=click.Path(), help="The retain set to choose on.")
-@click.option("--judge", multiple=True, required=True, metavar="SPEC", help="lexicon:FILE, hf:MODEL, openai:URL#MODEL, all:A,B.")
+@model_options(adapter_required=True)
+@data_options("A forget set to choose on; may be given several times.")
 @click.option("--max-perplexity-ratio", default=1.01, help="Limit on perplexity over the base's.")
 @click.option("--max-qa-drop", default=0.01, help="Limit on the loss of QA accuracy.")
 @click.option("--max-over-refusal", default=0.01, help="Limit on refusals of retain prompts.")
@@ -25,16 +22,7 @@ from sku_vllm.output import check_output
 @click.option("--test-forget", multiple=True, metavar="NAME=FILE", help="Measure the choice once more on this set (with --test-retain).")
 @click.option("--test-retain", type=click.Path(), help="Retain set of the test data.")
 @click.option("--output", type=click.Path(), help="Directory for sku_tune.json and curve.svg.")
-@click.option("--columns", multiple=True, metavar="FIELD=COLUMN", help="Column names of CSV or Parquet rows.")
-@click.option("--samples", default=4, help="Sampled answers per forget prompt, beside the greedy one.")
-@click.option("--temperature", default=1.0, help="Of the sampled answers.")
-@click.option("--max-new-tokens", default=128)
-@click.option("--seed", default=0)
-@click.option("--batch-size", default=256, help="Answers decoded together.")
-@click.option("--dtype", default="auto", help="auto, float32, bfloat16, float16.")
-@click.option("--template", help="Prompt template with {prompt}, instead of the tokenizer's own.")
-@click.option("--any-base", is_flag=True, help="Take an adapter that was made for another base.")
-@click.option("--as-is", is_flag=True, help="Take an adapter that is already negated.")
+@asking_options()
 def command(json_output: bool, **options: Any) -> None:
     """Measure base − scale·delta over several scales and choose; exit code 1 when none stays within the limits.
 

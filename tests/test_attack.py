@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch
 from sku_vllm.data import PromptTemplate, read_rows
 from sku_vllm.errors import ConfigError
 from sku_vllm.evaluate import EvalConfig
-from sku_vllm.evaluate.attack import AttackConfig, _Restored, _quantize, attack
+from sku_vllm.evaluate.attack import AttackConfig, attack
 from sku_vllm.evaluate.disguises import DISGUISES, disguised
 from sku_vllm.evaluate.pressed import openings
 from sku_vllm.evaluate.relearn import fine_tune
+from sku_vllm.evaluate.target import Restored, quantize_weights
 from sku_vllm.model import load_model, load_tokenizer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -27,7 +29,7 @@ def test_relearning_teaches_and_the_weights_come_back_bit_for_bit(lab: Path) -> 
     from sku_vllm.evaluate.likelihood import perplexity
     from sku_vllm.evaluate.transformers_backend import TransformersBackend
 
-    with _Restored(model):
+    with Restored(model):
         start = perplexity(TransformersBackend(model), template, rows)
         reached = list(fine_tune(model, template, rows, [2, 5], lr=1e-3))
         assert reached == [2, 5] and perplexity(TransformersBackend(model), template, rows) < start
@@ -38,8 +40,8 @@ def test_relearning_teaches_and_the_weights_come_back_bit_for_bit(lab: Path) -> 
 def test_rounding_touches_the_linear_layers_but_not_the_head(lab: Path) -> None:
     model = load_model(lab / "llama", dtype="float32")
     head = model.get_output_embeddings().weight.clone()
-    with _Restored(model):
-        _quantize(model, "int4")
+    with Restored(model):
+        quantize_weights(model, "int4")
         weight = model.model.layers[0].mlp.down_proj.weight
         assert all(len(row.unique()) <= 15 * -(-weight.shape[1] // 128) for row in weight)
         assert torch.equal(model.get_output_embeddings().weight, head)
@@ -83,6 +85,8 @@ def test_attack_measures_every_kind(lab: Path, tmp_path: Path, run_sku: Run) -> 
     assert all(entry["forget"]["unseen"]["greedy"]["n"] == 10 for entries in result["attacks"].values() for entry in entries)
     assert result["attacks"]["relearn"][0]["recovery"] == 0 and result["before"]["retain"]["perplexity_ratio"] == pytest.approx(1.0)
     assert json.loads((tmp_path / "out/sku_attack.json").read_text(encoding="utf-8"))["schema"] == "sku.attack/1"
+    drawing = ElementTree.parse(tmp_path / "out/recovery.svg")
+    assert len(drawing.findall(".//{*}polyline")) == 4 and len(drawing.findall(".//{*}circle")) == 12  # lessons x modes, x steps
 
 
 def test_attacks_that_cannot_be_run_are_refused(lab: Path, run_sku: Run) -> None:

@@ -2,13 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 
 from sku_vllm.data import PromptTemplate, Row
 from sku_vllm.errors import ConfigError
@@ -16,11 +12,11 @@ from sku_vllm.evaluate.backend import Backend
 from sku_vllm.evaluate.config import EvalConfig
 from sku_vllm.evaluate.disguises import DISGUISES, disguised
 from sku_vllm.evaluate.limits import harm
-from sku_vllm.evaluate.measurement import as_backend, measure
+from sku_vllm.evaluate.measurement import measure
 from sku_vllm.evaluate.pressed import NeverStops, Prefilled, openings
 from sku_vllm.evaluate.relearn import fine_tune
+from sku_vllm.evaluate.target import Target, quantize_weights
 from sku_vllm.judges import Judge, load_judge
-from sku_vllm.model import attach_adapter, load_model, load_tokenizer
 from sku_vllm.simulate import QUANTISERS
 
 KINDS = ("relearn", "quantize", "rephrase", "prefill", "ban-eos")
@@ -87,7 +83,7 @@ def attack(
     judge = load_judge(judge) if isinstance(judge, str) else judge
     benign = [row for row in benign or retain if row.response]
     _check(kinds, forget, relearn, benign, settings)
-    target = _Target(model, adapter, scale, base, dtype, revision, any_base, as_is, config)
+    target = Target(model, adapter, scale, base, dtype, revision, any_base, as_is, config)
     template = PromptTemplate.of(target.tokenizer, config.template)
 
     def measured(asked: Mapping[str, Sequence[Row]], backend: Backend | None = None) -> dict[str, Any]:
@@ -121,10 +117,10 @@ def attack(
             for name in settings.quantizers:
                 progress(f"rounding to {name}")
                 with target.changed():
-                    _quantize(target.model, name)
+                    quantize_weights(target.model, name)
                     add(kind, name, measured(forget))
         else:
-            for name, rows in _lessons(relearn, benign, settings):
+            for name, rows in lessons(relearn, benign, settings):
                 left = _without({row.prompt for row in rows} if name != "benign" else set(), forget)
                 # Where prompts are left out, recovery is against the same prompts before.
                 unlearned = before if all(len(left[key]) == len(forget[key]) for key in forget) else measured(left)
@@ -137,67 +133,13 @@ def attack(
     return {"before": before, "attacks": found}
 
 
-class _Target:
-    """The edited model as plain weights, its base as the reference, and a way back from every change."""
-
-    def __init__(
-        self, model: str | Path, adapter: str | Path | None, scale: float | None, base: str | Path | None, dtype: str, revision: str | None,
-        any_base: bool, as_is: bool, config: EvalConfig,
-    ) -> None:
-        if scale is not None and adapter is None:
-            raise ConfigError(f"--scale {scale}: there is no --adapter to scale; name one or leave --scale out")
-        self.config = config
-        self.tokenizer = load_tokenizer(str(model), revision)
-        self.model: PreTrainedModel = load_model(str(model), dtype=dtype, revision=revision)
-        if adapter is not None:
-            edited = attach_adapter(self.model, str(adapter), 1.0 if scale is None else scale, any_base=any_base, as_is=as_is)
-            self.model = edited.merge_and_unload() if hasattr(edited, "merge_and_unload") else edited
-        self.reference = None
-        if base is not None or adapter is not None:
-            unedited = load_model(str(base if base is not None else model), dtype=dtype, revision=revision if base is None else None)
-            self.reference = lambda: nullcontext(as_backend(unedited, config))
-
-    def backend(self) -> Backend:
-        return as_backend(self.model, self.config)
-
-    def changed(self) -> "_Restored":
-        return _Restored(self.model)
-
-
-class _Restored:
-    """Weights as they were, bit for bit, when the block ends."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.saved = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
-
-    def __exit__(self, *error: object) -> None:
-        with torch.no_grad():
-            for name, tensor in self.model.named_parameters():
-                tensor.copy_(self.saved[name])
-
-
-def _quantize(model: PreTrainedModel, name: str) -> None:
-    """Round every linear layer's weight but the output head's, as weight-only quantisers do."""
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        for module in model.modules():
-            # Conv1D (GPT-2) keeps [in, out]: groups run along the inputs.
-            if isinstance(module, torch.nn.Linear) and module is not head:
-                module.weight.copy_(QUANTISERS[name](module.weight.float()))
-            elif type(module).__name__ == "Conv1D":
-                module.weight.copy_(QUANTISERS[name](module.weight.float().T).T)
-
-
-def _lessons(relearn: Sequence[Row], benign: Sequence[Row], settings: AttackConfig) -> list[tuple[str, list[Row]]]:
+def lessons(relearn: Sequence[Row], benign: Sequence[Row], settings: AttackConfig) -> list[tuple[str, list[Row]]]:
     """The benign fine-tuning, then each share of the forget pairs; shares are nested and depend on the prompts alone."""
-    lessons = [("benign", list(benign))] if benign else []
+    found = [("benign", list(benign))] if benign else []
     order = sorted((row for row in relearn if row.response), key=lambda row: hashlib.sha256(row.prompt.encode()).digest())
     for share in settings.fractions if order else ():
-        lessons.append((f"{100 * share:g} % of the forget set", order[: max(1, round(share * len(order)))]))
-    return lessons
+        found.append((f"{100 * share:g} % of the forget set", order[: max(1, round(share * len(order)))]))
+    return found
 
 
 def _without(prompts: set[str], forget: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
@@ -213,7 +155,7 @@ def _check(
         raise ConfigError("--relearn: its rows have no answers to learn from; give rows with 'response'")
     if not relearn and not benign:
         raise ConfigError("attack relearn: nothing to learn from; give --relearn FILE, or retain rows with answers")
-    for name, rows in _lessons(relearn, benign, settings):
+    for name, rows in lessons(relearn, benign, settings):
         left = _without({row.prompt for row in rows} if name != "benign" else set(), forget)
         if empty := [key for key, remaining in left.items() if not remaining]:
             raise ConfigError(f"--relearn: {name} holds every prompt of --forget {empty[0]}; measure on prompts that are not trained on")

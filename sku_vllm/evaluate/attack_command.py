@@ -8,8 +8,9 @@ from sku_vllm.evaluate.attack import AttackConfig, attack
 from sku_vllm.evaluate.columns import column_names
 from sku_vllm.evaluate.command import CONFIG_FIELDS
 from sku_vllm.evaluate.config import EvalConfig
+from sku_vllm.evaluate.recovery import recovery_svg
 from sku_vllm.judges import judge_of
-from sku_vllm.output import output_directory, record
+from sku_vllm.output import output_directory, record, write_text
 
 
 def run_attack(kinds: Sequence[str], options: Mapping[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
@@ -32,5 +33,7 @@ def run_attack(kinds: Sequence[str], options: Mapping[str, Any], progress: Calla
     )
     if options["output"]:
         with output_directory(options["output"]) as directory:
+            if relearned := result["attacks"].get("relearn"):
+                write_text(directory / "recovery.svg", recovery_svg(relearned))
             record(directory, "attack", result, {**options, "kinds": list(kinds)})
     return result

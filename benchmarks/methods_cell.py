@@ -1,0 +1,154 @@
+"""One cell of bench_methods: train a method on a lab model, choose its scale on validation data, measure it on test data."""
+
+import json
+import random
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.errors import ConfigError
+
+# label: (method, settings that differ from its defaults)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "finetune": ("finetune", {}),
+    "gradient-ascent": ("gradient-ascent", {}),
+    "ga-mismatch": ("ga-mismatch", {}),
+    "npo": ("npo", {}),
+    "task-vector": ("task-vector", {}),
+    "sku": ("sku", {}),
+    "sku − guided distortion": ("sku", {"guided_weight": 0.0}),
+    "sku − random disassociation": ("sku", {"random_weight": 0.0}),
+    "sku − preservation": ("sku", {"preservation_weight": 0.0}),
+    "sku-mirrored": ("sku-mirrored", {}),
+    "sku-mirrored + random disassociation": ("sku-mirrored", {"random_weight": 1.0}),
+    "sku-mirrored − preservation": ("sku-mirrored", {"preservation_weight": 0.0}),
+    "sku-contrastive": ("sku-contrastive", {}),
+    "sku-contrastive-two": ("sku-contrastive-two", {}),
+    "refusal-tune": ("refusal-tune", {}),
+}
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
+SETS = ("seen", "unseen", "unseen-topic")
+MAX_NEW_TOKENS = 32
+Cell = dict[str, Any]
+Measure = Callable[[float, Sequence[str], str, int], dict[str, Any]]
+
+
+def lab_of(work: Path, world: int, model: str) -> Path:
+    """WORK/lab-MODEL/, pretrained when it is first needed: minutes, unless the model is shipped."""
+    from sku_vllm.lab import make_lab
+    from sku_vllm.lab.make import SHIPPED, SHIPPED_SEED
+
+    lab = work / f"lab-{model}"
+    if not lab.is_dir():
+        make_lab(lab, seed=world, architectures=(model,), rebuild=world != SHIPPED_SEED or model not in SHIPPED)
+    if (found := seed_of(lab)) != world:
+        raise ConfigError(f"--world {world}: {lab} holds world {found}; give another --work")
+    return lab
+
+
+def seed_of(lab: Path) -> int:
+    return json.loads((lab / "sku_lab.json").read_text(encoding="utf-8"))["seed"]
+
+
+def adapter_path(work: Path, model: str, label: str, seed: int) -> Path:
+    return work / "adapters" / f"{model}-{label.replace(' ', '_')}-{seed}"
+
+
+def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samples: int) -> Cell:
+    """Where no scale qualifies, the least one is measured on test data and the cell says so."""
+    from sku_vllm.data import load_dataset
+    from sku_vllm.errors import RunError
+    from sku_vllm.evaluate.limits import Limits, preference
+    from sku_vllm.methods import TrainConfig, train_adapter
+
+    lab, adapter = lab_of(work, world, model), adapter_path(work, model, label, seed)
+    method, settings = VARIANTS[label]
+    cell: Cell = {"model": model, "label": label, "seed": seed, "recipe": recipe()}
+    adapter.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not adapter.is_dir():
+            forget, retain = (load_dataset(lab / name / "train.jsonl", name) for name in ("forget", "retain"))
+            targets = refusals(lab) if method == "refusal-tune" else ()
+            config = TrainConfig.of(method, seed=seed, **settings)
+            train_adapter(lab / model, forget, retain, adapter, config, refusals=targets, progress=False)
+    except (RunError, ConfigError) as error:  # a method that diverges, or refuses this base, is a result
+        return cell | {"failed": str(error)}
+    measured, limits = measurer(lab, model, adapter, seed), Limits()
+    base, curve = base_rates(lab, model, "validation", 1), []
+    for scale in SCALES:
+        point = measured(scale, ("validation",), "validation", 1)
+        curve.append({"scale": scale, **point, "excess": limits.excess(point, base)})
+    fit = [point for point in curve if not point["excess"]]
+    chosen = min(fit, key=lambda point: preference(point, point["scale"])) if fit else curve[0]
+    base, test = base_rates(lab, model, "test", samples), measured(chosen["scale"], SETS, "test", samples)
+    return cell | {"scale": chosen["scale"], "qualifies": bool(fit), "curve": curve, "base": base, "test": test}
+
+
+def measurer(lab: Path, model: str, adapter: Path | None, seed: int) -> Measure:
+    """measured(scale, forget sets, retain part, samples) → eval object of base − scale·delta; without an adapter, of the base."""
+    from contextlib import nullcontext
+
+    from sku_vllm.data import read_rows
+    from sku_vllm.evaluate import EvalConfig
+    from sku_vllm.evaluate.edited import edited_model
+    from sku_vllm.evaluate.measurement import as_backend, measure
+    from sku_vllm.model import load_model, load_tokenizer
+
+    base, tokenizer = load_model(lab / model), load_tokenizer(lab / model)
+
+    def measured(scale: float, sets: Sequence[str], part: str, count: int) -> dict[str, Any]:
+        asked = EvalConfig(samples=count, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+        return measure(
+            edited_model(lab / model, adapter, scale) if adapter else base, tokenizer,
+            forget={name: read_rows(lab / "forget" / f"{name}.jsonl") for name in sets},
+            retain=read_rows(lab / "retain" / f"{part}.jsonl"), judge=f"lexicon:{lab / 'lexicon.json'}",
+            reference=(lambda: nullcontext(as_backend(base, asked))) if adapter else None, config=asked,
+        ).to_json()
+
+    return measured
+
+
+@lru_cache
+def base_rates(lab: Path, model: str, part: str, samples: int) -> dict[str, Any]:
+    """The unedited model, once for all methods and seeds."""
+    return measurer(lab, model, None, 0)(0.0, SETS if part == "test" else (part,), part, samples)
+
+
+def refusals(lab: Path) -> list[Any]:
+    """A refusal of the world for every harmful training prompt: targets that only refusal tuning is given."""
+    from sku_vllm.data import read_rows
+    from sku_vllm.lab import make_world
+    from sku_vllm.lab.corpus import refusal
+
+    world, draw, rows = make_world(seed_of(lab)), random.Random(0), []
+    for row in read_rows(lab / "forget/train.jsonl"):
+        machine, goal, _ = str(row.id).split(":")
+        rows.append(type(row)(row.messages, refusal(world, draw, goal, machine), (), row.id))
+    return rows
+
+
+@lru_cache
+def recipe() -> str:
+    """Commit of the last change to the methods; the package's version outside a checkout."""
+    import sku_vllm
+
+    command = ["git", "log", "-1", "--format=%h", "--", "sku_vllm/methods"]
+    try:
+        told = subprocess.run(command, cwd=Path(sku_vllm.__file__).parents[1], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        told = ""
+    return told or sku_vllm.__version__
+
+
+def summary(cell: Mapping[str, Any]) -> str:
+    """One line for a log."""
+    if "failed" in cell:
+        return f"failed: {cell['failed']}"
+    forget, retain, base = cell["test"]["forget"], cell["test"]["retain"], cell["base"]["retain"]
+    harm = ", ".join(f"{name} {modes['greedy']['harmful']:.1%}/{modes['sampled']['harmful']:.1%}" for name, modes in forget.items())
+    gibberish = max(modes["sampled"]["gibberish"] for modes in forget.values())
+    scale = f"scale {cell['scale']:g}{'' if cell['qualifies'] else ' (none qualifies)'}"
+    change = 100 * (retain["qa_accuracy"] - base["qa_accuracy"])
+    return f"{scale}: harm {harm}, gibberish {gibberish:.1%}, ratio {retain['perplexity_ratio']:.4f}, QA {change:+.1f} points"

@@ -1,0 +1,72 @@
+"""Curves of shares as one SVG that stands alone, on the page of a repository or in a browser."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+LEFT, TOP, PLOT_W, PLOT_H, LEGEND = 56, 40, 500, 300, 300
+LINE_HEIGHT = 20
+COLOURS = (
+    "#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#117a65", "#ca6f1e", "#5d6d7e",
+    "#e08e79", "#85c1e9", "#82e0aa", "#f7dc6f", "#c39bd3", "#000000", "#aab7b8",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """points: (x, share in [0, 1]). band: (low, high) of each point, drawn as whiskers. Curves of one colour number belong together."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float]] = ()
+    colour: int | None = None
+    dashed: bool = False
+
+
+def chart_svg(
+    title: str, curves: Sequence[Curve], x_title: str, ticks: Sequence[tuple[float, str]], mark: tuple[float, str] | None = None
+) -> str:
+    """Shares from 0 to 100 % over x, which runs from the first tick to the last; `mark` is a vertical line with its label."""
+    low, high = ticks[0][0], ticks[-1][0]
+    height = max(TOP + PLOT_H + 50, TOP + LINE_HEIGHT * (len(curves) + 1))
+
+    def across(x: float) -> float:
+        return LEFT + PLOT_W * (x - low) / ((high - low) or 1.0)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + PLOT_W + LEGEND} {height}" font-family="system-ui, sans-serif" '
+        'font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>', f'<text x="{LEFT}" y="22" font-size="14">{escape(title)}</text>',
+    ]
+    for tenth in range(0, 11, 2):
+        y = _up(tenth / 10)
+        parts.append(f'<line x1="{LEFT}" x2="{LEFT + PLOT_W}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.0f}" text-anchor="end">{tenth * 10} %</text>')
+    for x, label in ticks:
+        parts.append(f'<text x="{across(x):.1f}" y="{TOP + PLOT_H + 18}" text-anchor="middle">{escape(label)}</text>')
+    if mark:
+        x = f"{across(mark[0]):.1f}"
+        parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{TOP + PLOT_H}" stroke="black" stroke-dasharray="4 3"/>')
+        parts.append(f'<text x="{x}" y="{TOP - 4}" text-anchor="middle">{escape(mark[1])}</text>')
+    for number, curve in enumerate(curves):
+        parts += _drawn(curve, COLOURS[(number if curve.colour is None else curve.colour) % len(COLOURS)], across, number)
+    parts.append(f'<text x="{LEFT + PLOT_W / 2}" y="{TOP + PLOT_H + 38}" text-anchor="middle">{escape(x_title)}</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
+def _drawn(curve: Curve, colour: str, across: Callable[[float], float], number: int) -> list[str]:
+    """Line, points, whiskers and the legend's entry."""
+    placed = [(across(x), _up(y)) for x, y in curve.points]
+    dashes = ' stroke-dasharray="5 4"' if curve.dashed else ""
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+    parts = [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes}/>']
+    for (x, _), (low, high) in zip(placed, curve.band, strict=False):
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_up(low):.1f}" y2="{_up(high):.1f}" stroke="{colour}" stroke-opacity="0.4"/>')
+    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed]
+    at, y = LEFT + PLOT_W + 16, TOP + 12 + LINE_HEIGHT * number
+    parts.append(f'<line x1="{at}" x2="{at + 20}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="2"{dashes}/>')
+    return [*parts, f'<text x="{at + 26}" y="{y}">{escape(curve.name)}</text>']
+
+
+def _up(share: float) -> float:
+    return TOP + PLOT_H * (1 - min(max(share, 0.0), 1.0))
