@@ -3,7 +3,9 @@
 import json
 import random
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,7 @@ def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samp
     lab, adapter = lab_of(work, world, model), adapter_path(work, model, label, seed)
     method, settings = VARIANTS[label]
     cell: Cell = {"model": model, "label": label, "seed": seed, "recipe": recipe()}
+    begun = time.process_time()
     adapter.parent.mkdir(parents=True, exist_ok=True)
     try:
         if not adapter.is_dir():
@@ -75,6 +78,7 @@ def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samp
             train_adapter(lab / model, forget, retain, adapter, config, refusals=targets, progress=False)
     except (RunError, ConfigError) as error:  # a method that diverges, or refuses this base, is a result
         return cell | {"failed": str(error)}
+    trained = time.process_time()
     measured, limits = measurer(lab, model, adapter, seed), Limits()
     base, curve = base_rates(lab, model, "validation", 1), []
     for scale in SCALES:
@@ -83,20 +87,20 @@ def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samp
     fit = [point for point in curve if not point["excess"]]
     chosen = min(fit, key=lambda point: preference(point, point["scale"])) if fit else curve[0]
     base, test = base_rates(lab, model, "test", samples), measured(chosen["scale"], SETS, "test", samples)
-    return cell | {"scale": chosen["scale"], "qualifies": bool(fit), "curve": curve, "base": base, "test": test}
+    seconds = {"training": trained - begun, "measuring": time.process_time() - trained}
+    return cell | {"scale": chosen["scale"], "qualifies": bool(fit), "curve": curve, "base": base, "test": test, "cpu_seconds": seconds}
 
 
 def measurer(lab: Path, model: str, adapter: Path | None, seed: int) -> Measure:
     """measured(scale, forget sets, retain part, samples) → eval object of base − scale·delta; without an adapter, of the base."""
-    from contextlib import nullcontext
-
     from sku_vllm.data import read_rows
     from sku_vllm.evaluate import EvalConfig
     from sku_vllm.evaluate.edited import edited_model
-    from sku_vllm.evaluate.measurement import as_backend, measure
+    from sku_vllm.evaluate.measurement import measure
     from sku_vllm.model import load_model, load_tokenizer
 
     base, tokenizer = load_model(lab / model), load_tokenizer(lab / model)
+    unedited = remembered(lab / model)
 
     def measured(scale: float, sets: Sequence[str], part: str, count: int) -> dict[str, Any]:
         asked = EvalConfig(samples=count, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
@@ -104,10 +108,27 @@ def measurer(lab: Path, model: str, adapter: Path | None, seed: int) -> Measure:
             edited_model(lab / model, adapter, scale) if adapter else base, tokenizer,
             forget={name: read_rows(lab / "forget" / f"{name}.jsonl") for name in sets},
             retain=read_rows(lab / "retain" / f"{part}.jsonl"), judge=f"lexicon:{lab / 'lexicon.json'}",
-            reference=(lambda: nullcontext(as_backend(base, asked))) if adapter else None, config=asked,
+            reference=(lambda: nullcontext(unedited)) if adapter else None, config=asked,
         ).to_json()
 
     return measured
+
+
+@lru_cache
+def remembered(path: Path) -> Any:
+    """The base as a backend that scores a sequence once: scales and methods share most of their answers, and all retain rows."""
+    from sku_vllm.evaluate.transformers_backend import TransformersBackend
+    from sku_vllm.model import load_model
+
+    class Remembered(TransformersBackend):
+        def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Any]:
+            keys = [(tuple(ids), start) for ids, start in sequences]
+            new = [key for key in dict.fromkeys(keys) if key not in known]
+            known.update(zip(new, super().log_probs(new), strict=True))
+            return [known[key] for key in keys]
+
+    known: dict[tuple[tuple[int, ...], int], Any] = {}
+    return Remembered(load_model(path))
 
 
 @lru_cache
@@ -151,4 +172,6 @@ def summary(cell: Mapping[str, Any]) -> str:
     gibberish = max(modes["sampled"]["gibberish"] for modes in forget.values())
     scale = f"scale {cell['scale']:g}{'' if cell['qualifies'] else ' (none qualifies)'}"
     change = 100 * (retain["qa_accuracy"] - base["qa_accuracy"])
-    return f"{scale}: harm {harm}, gibberish {gibberish:.1%}, ratio {retain['perplexity_ratio']:.4f}, QA {change:+.1f} points"
+    utility = f"ratio {retain['perplexity_ratio']:.4f}, QA {change:+.1f} points"
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in cell["cpu_seconds"].items())
+    return f"{scale}: harm {harm}, gibberish {gibberish:.1%}, {utility} ({spent})"
