@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
 
 from sku_vllm.data import Encoded, PromptTemplate, load_dataset, read_rows
+from sku_vllm.data.packing import pack_rows, split_by_prefix
 from sku_vllm.methods import METHODS, TrainConfig, chunked, losses
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.method import Term
@@ -92,6 +93,21 @@ def test_losses_and_gradients_equal_the_plain_computation(trainable: Path, arch:
     assert max(float(gradient.abs().max()) for gradient in ours) > 1e-4
     for gradient, parameter in zip(ours, run.names, strict=True):
         assert (gradient - parameter.grad).abs().max() <= TOLERANCE
+
+
+def test_a_prompt_is_computed_once_for_all_its_answers(trainable: Path) -> None:
+    """And rows of the two sides share nothing, since their states differ."""
+    prompt, answers = [5, 6, 7, 8], [[9], [10, 11], [9, 12], [13] * 9]
+    rows = [prompt + answer for answer in answers]
+    pack = pack_rows(rows, [1] * 4)
+    assert pack.ids.shape == (1, 4 + 1 + 2 + 1 + 9) and pack.ids[0, pack.rows[3]].tolist() == rows[3]
+    assert pack.positions[0, pack.rows[1]].tolist() == list(range(6)) and pack_rows(rows[:2] * 2, [1, 1, -1, -1]).ids.shape == (1, 14)
+    assert split_by_prefix([rows[3], [1] * 13, rows[0]], [1, 1, 1], 14) == [[1], [2, 0]]
+    run = make_run(trainable, "llama", "sku")
+    with torch.no_grad():
+        together, places = run.passes(rows, [1, -1, 1, 1])
+        for row, side, mine in zip(rows, [1, -1, 1, 1], places, strict=True):
+            assert (together[mine] - run.passes([row], [side])[0]).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt"])

@@ -1,7 +1,12 @@
-"""Rows laid end to end without padding, and the padded view that attention alone needs."""
+"""Rows in one forward pass: no padding, and what rows begin with alike is there once.
+
+Under a causal mask a token's state depends on what comes before it alone, so rows that begin alike share those tokens: a harmful
+prompt with its own and five other answers costs one prompt and six answers. Attention alone sees the rows whole and padded.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,82 +17,99 @@ SIMILAR = 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """Neighbouring rows of a pack seen as a right-padded block: tokens [start, stop) fill `places` of `count` × `length`."""
-
-    start: int
-    stop: int
-    count: int
-    length: int
-    places: "torch.Tensor | None"  # None: no padding, the tokens are the block
-
-
-@dataclass(frozen=True, slots=True)
 class Pack:
-    """Rows end to end.
+    """T different tokens of some rows, and the right-padded blocks of N places in which attention sees every row whole.
 
     Attributes:
-        ids: token ids, [1, T]. positions: each token's place in its own row, [1, T].
-        starts: where each row begins, in the order the rows were given.
-        buckets: how attention sees them (rows lie sorted by length, so neighbours are similar).
+        ids: token ids, [1, T]. positions: each token's place in its row, [1, T].
+        rows: for every row, in the order given, the index of each of its tokens.
+        blocks: (rows, longest) of each block of similar rows; their places follow one another.
+        source: the token at each of the N places; padding repeats some token, which no other ever attends to.
+        place: the place at which each token's result is read, [T].
+        again: tokens that more rows than one have, and their further places, [2, …].
     """
 
     ids: "torch.Tensor"
     positions: "torch.Tensor"
-    starts: list[int]
-    lengths: list[int]
-    buckets: list[Bucket] = field(repr=False)
+    rows: list[list[int]]
+    blocks: list[tuple[int, int]] = field(repr=False)
+    source: "torch.Tensor" = field(repr=False)
+    place: "torch.Tensor" = field(repr=False)
+    again: "torch.Tensor" = field(repr=False)
 
     def to(self, device: "torch.device | str") -> "Pack":
         """The same pack on another device."""
-        buckets = [
-            Bucket(b.start, b.stop, b.count, b.length, None if b.places is None else b.places.to(device)) for b in self.buckets
-        ]
-        return Pack(self.ids.to(device), self.positions.to(device), self.starts, self.lengths, buckets)
+        tensors = (tensor.to(device) for tensor in (self.source, self.place, self.again))
+        return Pack(self.ids.to(device), self.positions.to(device), self.rows, self.blocks, *tensors)
 
 
-def pack_rows(rows: Sequence[Sequence[int]]) -> Pack:
-    """Lay rows of token ids end to end, longest first."""
+def pack_rows(rows: Sequence[Sequence[int]], sides: Sequence[int]) -> Pack:
+    """Lay out rows of token ids; rows on different sides share nothing."""
     import torch
 
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-    starts, ids, positions, at = [0] * len(rows), [], [], 0
+    known: dict[tuple[int, int], int] = {}  # (token before, or −1 and below for each side's beginning; id) → token
+    ids, positions, indices = [], [], []
+    for row, side in zip(rows, sides, strict=True):
+        at, mine = -2 - side, []
+        for depth, token in enumerate(row):
+            new = len(ids)
+            at = known.setdefault((at, token), new)
+            if at == new:
+                ids.append(token)
+                positions.append(depth)
+            mine.append(at)
+        indices.append(mine)
+    return Pack(torch.tensor([ids]), torch.tensor([positions]), indices, *_layout(indices, len(ids)))
+
+
+def _layout(indices: Sequence[list[int]], tokens: int) -> tuple[list[tuple[int, int]], "torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """Blocks, source, place and again of a pack."""
+    import torch
+
+    order = sorted(range(len(indices)), key=lambda row: -len(indices[row]))
+    blocks: list[tuple[int, int]] = []
+    source: list[int] = []
+    place, again = [-1] * tokens, []
     for row in order:
-        starts[row] = at
-        ids.extend(rows[row])
-        positions.extend(range(len(rows[row])))
-        at += len(rows[row])
-    lengths = [len(row) for row in rows]
-    buckets = _buckets([lengths[row] for row in order])
-    return Pack(torch.tensor([ids]), torch.tensor([positions]), starts, lengths, buckets)
-
-
-def _buckets(lengths: list[int]) -> list[Bucket]:
-    import torch
-
-    buckets, at, first = [], 0, 0
-    while first < len(lengths):
-        longest = lengths[first]
-        last = first
-        while last < len(lengths) and lengths[last] >= SIMILAR * longest:
-            last += 1
-        inside = lengths[first:last]
-        places = None
-        if inside[-1] != longest:
-            places = torch.cat([torch.arange(size) + row * longest for row, size in enumerate(inside)])
-        buckets.append(Bucket(at, at + sum(inside), len(inside), longest, places))
-        at, first = at + sum(inside), last
-    return buckets
+        mine = indices[row]
+        count, longest = blocks[-1] if blocks else (0, 0)
+        if count and len(mine) >= SIMILAR * longest:
+            blocks[-1] = (count + 1, longest)
+        else:
+            blocks.append((1, longest := len(mine)))
+        for at, token in enumerate(mine, len(source)):
+            if place[token] < 0:
+                place[token] = at
+            else:
+                again.append((token, at))
+        source += mine + [0] * (longest - len(mine))
+    return blocks, torch.tensor(source), torch.tensor(place), torch.tensor(again, dtype=torch.long).view(-1, 2).T.contiguous()
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Row numbers in groups of at most `limit` tokens (a longer row stands alone), similar lengths together."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return _fill(order, lengths, lengths, limit)
+
+
+def split_by_prefix(rows: Sequence[Sequence[int]], sides: Sequence[int], limit: int) -> list[list[int]]:
+    """The same for rows that will be packed: those that begin alike lie together, and what they share counts once."""
+    order = sorted(range(len(rows)), key=lambda row: (sides[row], list(rows[row])))
+    fresh = [len(row) for row in rows]
+    for before, row in zip(order, order[1:], strict=False):
+        if sides[before] == sides[row]:
+            fresh[row] -= len(commonprefix([rows[before], rows[row]]))
+    return _fill(order, [len(row) for row in rows], fresh, limit)
+
+
+def _fill(order: Sequence[int], whole: Sequence[int], fresh: Sequence[int], limit: int) -> list[list[int]]:
+    """Groups in this order: the first of a group counts whole, the others what is fresh in them."""
     groups: list[list[int]] = []
-    filled = limit + 1
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if filled + lengths[row] > limit:
+    filled = limit
+    for row in order:
+        if not groups or filled + fresh[row] > limit:
             groups.append([])
-            filled = 0
+            filled = whole[row] - fresh[row]
         groups[-1].append(row)
-        filled += lengths[row]
+        filled += fresh[row]
     return groups

@@ -1,7 +1,7 @@
 """Causal attention over a pack: every row sees only itself, and only attention ever sees padding.
 
-The linear layers, which are nearly all of the work, run on the tokens alone. Rows of similar length share one
-`scaled_dot_product_attention` call on a right-padded view; under a causal mask the padding is never seen, so no mask exists.
+The linear layers, which are nearly all of the work, run on the pack's different tokens alone. Rows of similar length share one
+`scaled_dot_product_attention` call on a right-padded block; under a causal mask the padding is never seen, so no mask exists.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,31 +16,32 @@ if TYPE_CHECKING:
 NAME = "sku_packed"
 
 
-class _Pad(torch.autograd.Function):
-    """Tokens [T, …] to their places in [N, …]. Indexing's own backward would add where copying is enough."""
+class _Spread(torch.autograd.Function):
+    """Tokens [T, …] to the places of a pack's blocks [N, …]. Backward copies, and adds only where rows share tokens."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, places, tokens)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """The inverse of `_Pad`."""
-
-    @staticmethod
-    def forward(ctx: Any, block: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        ctx.size = block.shape[0]
-        return block.index_select(0, places)
+    def forward(ctx: Any, tokens: torch.Tensor, pack: "Pack") -> torch.Tensor:
+        ctx.pack = pack
+        return tokens.index_select(0, pack.source)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
+        shared, places = ctx.pack.again
+        tokens = grad.index_select(0, ctx.pack.place)
+        return tokens.index_add_(0, shared, grad.index_select(0, places)) if len(shared) else tokens, None
+
+
+class _Gather(torch.autograd.Function):
+    """Results [N, …] back to tokens [T, …]: rows that share a token have the same result there."""
+
+    @staticmethod
+    def forward(ctx: Any, places: torch.Tensor, pack: "Pack") -> torch.Tensor:
+        ctx.pack, ctx.size = pack, places.shape[0]
+        return places.index_select(0, pack.place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, ctx.pack.place, grad), None
 
 
 def packed_attention(
@@ -63,19 +64,15 @@ def packed_attention(
     """
     if softcap is not None:
         raise NotImplementedError("soft-capped attention")
-    parts = []
-    for bucket in pack.buckets:
-        blocks = []
-        for states in (query, key, value):
-            tokens = states[0].transpose(0, 1)[bucket.start:bucket.stop]
-            if bucket.places is not None:
-                tokens = _Pad.apply(tokens, bucket.places, bucket.count * bucket.length)
-            blocks.append(tokens.reshape(bucket.count, bucket.length, *tokens.shape[1:]).transpose(1, 2))
-        mask = _window(bucket.length, sliding_window, query.device)
-        block, _ = sdpa_attention_forward(module, *blocks, mask, scaling=scaling, is_causal=True)
-        tokens = block.flatten(0, 1)
-        parts.append(tokens if bucket.places is None else _Unpad.apply(tokens, bucket.places))
-    return torch.cat(parts).unsqueeze(0), None
+    spread = [_Spread.apply(states[0].transpose(0, 1), pack) for states in (query, key, value)]
+    results, at = [], 0
+    for count, length in pack.blocks:
+        block = [states[at:at + count * length].view(count, length, *states.shape[1:]).transpose(1, 2) for states in spread]
+        mask = _window(length, sliding_window, query.device)
+        found, _ = sdpa_attention_forward(module, *block, mask, scaling=scaling, is_causal=True)
+        results.append(found.flatten(0, 1))
+        at += count * length
+    return _Gather.apply(torch.cat(results), pack).unsqueeze(0), None
 
 
 def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

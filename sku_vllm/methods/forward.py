@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from sku_vllm.data.packing import Pack, pack_rows
+from sku_vllm.data.packing import pack_rows
 from sku_vllm.errors import CheckpointError
 from sku_vllm.methods import attention
 
@@ -36,8 +37,8 @@ class Forward(torch.nn.Module):
         # In a list, so that no optimizer, wrapper or checkpoint takes the frozen copy for a part of this module.
         self.reference = [frozen if frozen is not None else self.core]
 
-    def forward(self, rows: Sequence[Sequence[int]], sides: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-        """Hidden states [tokens, d] and where each row begins; `sides[i]` is +1, −1 or 0 (adapter off) for row i.
+    def forward(self, rows: Sequence[Sequence[int]], sides: Sequence[int]) -> tuple[torch.Tensor, list[list[int]]]:
+        """Hidden states [tokens, d] and which of them are each row's; `sides[i]` is +1, −1 or 0 (adapter off) for row i.
 
         Without `packed` all sides are alike. The adapter's scaling stays as set until the next call, so that gradient
         checkpointing recomputes the same side.
@@ -47,10 +48,10 @@ class Forward(torch.nn.Module):
         if not self.packed:
             self.set_side(sides[0])
             return self._padded(body, rows, device)
-        pack = pack_rows(rows).to(device)
-        self.set_side(self._token_sides(pack, sides, device) if len(set(sides)) > 1 else sides[0])
+        pack = pack_rows(rows, sides).to(device)
+        self.set_side(_token_sides(pack.rows, sides, pack.ids) if len(set(sides)) > 1 else sides[0])
         hidden = body(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack).last_hidden_state[0]
-        return hidden, pack.starts
+        return hidden, pack.rows
 
     def head(self, hidden: torch.Tensor, *, base: bool = False) -> torch.Tensor:
         """Logits as the model itself makes them from its last hidden state."""
@@ -98,13 +99,7 @@ class Forward(torch.nn.Module):
         """Rows of the output head."""
         return self.core.get_output_embeddings().weight.shape[0]
 
-    def _token_sides(self, pack: Pack, sides: Sequence[int], device: torch.device) -> torch.Tensor:
-        spread = torch.empty(pack.ids.shape[1], device=device, dtype=torch.float32)
-        for start, length, side in zip(pack.starts, pack.lengths, sides, strict=True):
-            spread[start:start + length] = side
-        return spread[None, :, None]
-
-    def _padded(self, body: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    def _padded(self, body: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
         lengths = [len(row) for row in rows]
         ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -112,8 +107,8 @@ class Forward(torch.nn.Module):
             ids[number, :len(row)] = torch.tensor(row)
             mask[number, :len(row)] = 1
         hidden = body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
-        starts = [sum(lengths[:number]) for number in range(len(rows))]
-        return hidden[mask.bool().to(device)], starts
+        ends = list(accumulate(lengths))
+        return hidden[mask.bool().to(device)], [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
 
     def choose_packing(self, rows: Sequence[Sequence[int]]) -> bool:
         """Use packing where it gives the hidden states of separate rows; says whether it does.
@@ -132,9 +127,9 @@ class Forward(torch.nn.Module):
             try:
                 self._attend(attention.NAME)
                 self.packed = True
-                hidden, starts = self(rows, [1] * len(rows))
+                hidden, places = self(rows, [1] * len(rows))
                 self(rows, [1, *[-1] * (len(rows) - 1)])
-                self.packed = all(_close(hidden[start:start + len(row)], one) for start, row, one in zip(starts, rows, alone, strict=True))
+                self.packed = all(_close(hidden[mine], one) for mine, one in zip(places, alone, strict=True))
             except (TypeError, ValueError, NotImplementedError, KeyError, RuntimeError):
                 self.packed = False
             if not self.packed:
@@ -154,6 +149,14 @@ class Forward(torch.nn.Module):
     def _attend(self, implementation: str) -> None:
         for core in {id(core): core for core in (self.core, self.reference[0])}.values():
             core.set_attn_implementation(implementation)
+
+
+def _token_sides(rows: Sequence[Sequence[int]], sides: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
+    """Each token's side, [1, T, 1]."""
+    spread = torch.empty(ids.shape[1])
+    for mine, side in zip(rows, sides, strict=True):
+        spread[mine] = side
+    return spread.to(ids.device)[None, :, None]
 
 
 def _scaling(module: LoraLayer, name: str) -> float:

@@ -50,59 +50,59 @@ class Objective(torch.nn.Module):
         References come first, without gradient: the base with the adapter off, and the adapted side.
         """
         references = {name: self._reference(name, pieces, terms) for name in ("base", "adapted")}
-        hidden, starts = self.passes([piece.row.ids for piece in pieces], [piece.side for piece in pieces])
+        hidden, rows = self.passes([piece.row.ids for piece in pieces], [piece.side for piece in pieces])
         values = {}
         for term in terms:
             mine = [number for number, piece in enumerate(pieces) if piece.kind == term.rows and piece.side == term.side]
             mine = [number for number in mine if len(counted(term, pieces[number].row))]
             if mine:
-                values[term.name] = self._term(term, pieces, mine, (hidden, starts), references) / totals[term.name]
+                values[term.name] = self._term(term, pieces, mine, (hidden, rows), references) / totals[term.name]
         return values
 
-    def _reference(self, name: str, pieces: Sequence[Piece], terms: Sequence[Term]) -> tuple[torch.Tensor, dict[int, int]] | None:
-        """Hidden states of the pieces some term compares with `name`, and where each piece's begin."""
+    def _reference(self, name: str, pieces: Sequence[Piece], terms: Sequence[Term]) -> tuple[torch.Tensor, dict[int, list[int]]] | None:
+        """Hidden states of the pieces some term compares with `name`, and which of them are each piece's."""
         wanted = {(term.rows, term.side) for term in terms if name in term.references}
         chosen = [number for number, piece in enumerate(pieces) if (piece.kind, piece.side) in wanted]
         if not chosen:
             return None
         with torch.no_grad(), self.passes.reference_adapter(name == "adapted"):
-            hidden, starts = self.passes([pieces[number].row.ids for number in chosen], [int(name == "adapted")] * len(chosen))
-        return hidden, dict(zip(chosen, starts, strict=True))
+            hidden, rows = self.passes([pieces[number].row.ids for number in chosen], [int(name == "adapted")] * len(chosen))
+        return hidden, dict(zip(chosen, rows, strict=True))
 
     def _term(
         self,
         term: Term,
         pieces: Sequence[Piece],
         mine: list[int],
-        states: tuple[torch.Tensor, list[int]],
-        references: Mapping[str, tuple[torch.Tensor, dict[int, int]] | None],
+        states: tuple[torch.Tensor, list[list[int]]],
+        references: Mapping[str, tuple[torch.Tensor, dict[int, list[int]]] | None],
     ) -> torch.Tensor:
-        hidden, starts = states
+        hidden, rows = states
         spans = [counted(term, pieces[number].row) for number in mine]
         targets = torch.tensor([pieces[number].row.ids[at] for number, span in zip(mine, spans, strict=True) for at in span], device=hidden.device)
         others = []
         for name in term.references:
-            states_there, starts_there = references[name]
+            states_there, rows_there = references[name]
             head = self._base_head if name == "base" else self.passes.head
-            others.append((head, states_there.index_select(0, _places(mine, spans, starts_there, hidden.device))))
+            others.append((head, states_there.index_select(0, _places(mine, spans, rows_there, hidden.device))))
         values = per_token(
-            term.loss, self.passes.head, hidden.index_select(0, _places(mine, spans, starts, hidden.device)), targets, others,
+            term.loss, self.passes.head, hidden.index_select(0, _places(mine, spans, rows, hidden.device)), targets, others,
             vocabulary=self.passes.vocabulary, train_head=self.train_head,
         )
         if term.mean == "tokens" and term.sequence is None:
             return values.sum()
         lengths = torch.tensor([len(span) for span in spans], device=hidden.device)
-        rows = torch.repeat_interleave(torch.arange(len(mine), device=hidden.device), lengths)
-        sums = values.new_zeros(len(mine)).index_add(0, rows, values)
+        owners = torch.repeat_interleave(torch.arange(len(mine), device=hidden.device), lengths)
+        sums = values.new_zeros(len(mine)).index_add(0, owners, values)
         return term.sequence(sums).sum() if term.sequence else (sums / lengths).sum()
 
     def _base_head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.passes.head(hidden, base=True)
 
 
-def _places(mine: list[int], spans: list[range], starts: Mapping[int, int] | list[int], device: torch.device) -> torch.Tensor:
+def _places(mine: list[int], spans: list[range], rows: Mapping[int, list[int]] | list[list[int]], device: torch.device) -> torch.Tensor:
     """Where the hidden states lie that predict the counted tokens: one before each."""
-    return torch.tensor([starts[number] + at - 1 for number, span in zip(mine, spans, strict=True) for at in span], device=device)
+    return torch.tensor([rows[number][at - 1] for number, span in zip(mine, spans, strict=True) for at in span], device=device)
 
 
 def pieces_of(terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> list[Piece]:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 
 from sku_vllm.data import Encoded
-from sku_vllm.data.packing import split_by_tokens
+from sku_vllm.data.packing import split_by_prefix, split_by_tokens
 from sku_vllm.errors import ConfigError, DivergenceError
 from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, training_state
 from sku_vllm.methods.batches import Batches
@@ -132,7 +132,8 @@ class Run:
         rows = {kind: self.batches.rows(kind, self.at) for kind in {term.rows for term in terms}}
         totals = {term.name: total(term, rows[term.rows]) for term in terms}
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        passes = self.passes_of(terms, {kind: some[rank::world] for kind, some in rows.items()})
+        # Neighbours, since rows of one prompt are, and share its tokens.
+        passes = self.passes_of(terms, {kind: some[len(some) * rank // world:len(some) * (rank + 1) // world] for kind, some in rows.items()})
         values = {term.name: torch.zeros((), device=self.accelerator.device) for term in terms}
         weights = {term.name: term.weight for term in terms}
         for number, pieces in enumerate(passes):
@@ -151,12 +152,12 @@ class Run:
 
     def passes_of(self, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> list[list[Piece]]:
         """The step's rows in forward passes of at most `tokens_per_pass` tokens; unpacked passes have one side each."""
-        pieces = pieces_of(terms, rows)
-        groups = [pieces] if self.passes.packed else [[p for p in pieces if p.side == side] for side in sorted({p.side for p in pieces})]
-        return [
-            [group[number] for number in numbers]
-            for group in groups for numbers in split_by_tokens([len(piece.row.ids) for piece in group], self.config.tokens_per_pass)
-        ]
+        pieces, limit = pieces_of(terms, rows), self.config.tokens_per_pass
+        if self.passes.packed:
+            groups = split_by_prefix([piece.row.ids for piece in pieces], [piece.side for piece in pieces], limit)
+            return [[pieces[number] for number in numbers] for numbers in groups]
+        sides = [[piece for piece in pieces if piece.side == side] for side in sorted({piece.side for piece in pieces})]
+        return [[group[number] for number in numbers] for group in sides for numbers in split_by_tokens([len(p.row.ids) for p in group], limit)]
 
     def _count_tokens(self, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> int:
         length = {kind: sum(len(row.ids) for row in some) for kind, some in rows.items()}
