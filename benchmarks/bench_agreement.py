@@ -105,9 +105,17 @@ def measure_agreement(model: str | Path, adapter: str | Path, scale: float, text
 @click.option("--scale", type=float, default=1.0, help="Strength of the negation.")
 @click.option("--text", required=True, type=click.Path(exists=True), help="Rows to score.")
 @click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"), help="Repeatable.")
-def command(model: str, adapter: str, scale: float, text: str, dtypes: tuple[str, ...], json_output: bool) -> None:
+@click.option("--output", type=click.Path(), help="Directory to create, with sku_bench_agreement.json for sku report.")
+def command(model: str, adapter: str, scale: float, text: str, dtypes: tuple[str, ...], output: str | None, json_output: bool) -> None:
     """Log-probabilities of one text from five ways to the negated model."""
+    from sku_vllm.output import check_output, output_directory, record
+
+    if output:
+        check_output(output)
     results = [measure_agreement(model, adapter, scale, text, dtype) for dtype in dtypes]
+    if output:
+        with output_directory(output) as directory:
+            record(directory, "bench_agreement", {"agreement": results}, {"model": model, "adapter": adapter, "scale": scale, "text": text})
     if json_output:
         print_json({"agreement": results})
         return

@@ -8,6 +8,9 @@ from sku_vllm.cli.options import log, print_json, sku_command
 from sku_vllm.errors import ConfigError
 
 
+SERVING_DTYPES = ("float32", "bfloat16", "float16")
+
+
 @sku_command("report")
 @click.argument("directories", nargs=-1, required=True, type=click.Path(), metavar="DIR…")
 @click.option("--output", required=True, type=click.Path(dir_okay=False), help="File to write; an existing report is replaced.")
@@ -19,7 +22,8 @@ from sku_vllm.errors import ConfigError
     help="card: README.md of the fused checkpoint.  [default: by the file's name, else html]",
 )
 @click.option("--title", default="Unlearning report", help="Heading.")
-@click.option("--serving-dtype", default=None, help="Dtype the checkpoint is served in, where that is not its own.")
+@click.option("--serving-dtype", default=None, help="Dtype the checkpoint is served in; needed where it is stored in float32, which vLLM serves in bfloat16 unless told.")
+@click.option("--metrics", multiple=True, type=click.Path(dir_okay=False), help="A server's saved /metrics, for traffic and latency per arm; repeatable.")
 @click.option("--samples", default=3, type=int, help="Answers shown per set and label; 0 keeps all text out.")
 @click.option(
     "--kl",
@@ -35,6 +39,7 @@ def command(
     form: str | None,
     title: str,
     serving_dtype: str | None,
+    metrics: tuple[str, ...],
     samples: int,
     kl_rows: str | None,
     require_verified: bool,
@@ -51,8 +56,10 @@ def command(
     form = form or {".md": "md", ".json": "json"}.get(Path(output).suffix.lower(), "html")
     if not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: its directory does not exist; create it first")
-    measured = _kl(directories, kl_rows) if kl_rows else None
-    report = build_report(directories, title=title, serving_dtype=serving_dtype, sample_rows=samples, agreement=measured)
+    if serving_dtype not in (None, *SERVING_DTYPES):
+        raise ConfigError(f"--serving-dtype {serving_dtype}: choose from {', '.join(SERVING_DTYPES)}")
+    measured = _kl(directories, kl_rows, serving_dtype or "auto") if kl_rows else None
+    report = build_report(directories, title=title, serving_dtype=serving_dtype, sample_rows=samples, agreement=measured, metrics=metrics)
     # Samples quote forget-set text: the page is for its reader's eyes.
     write_text(output, render(report, form), mode=0o600 if report["samples"] else 0o644)
     verdict = report["verdict"]
@@ -67,7 +74,7 @@ def command(
         raise NegativeResult(f"not verified: {'; '.join(verdict['reasons'])}")
 
 
-def _kl(directories: tuple[str, ...], rows: str) -> dict[str, object]:
+def _kl(directories: tuple[str, ...], rows: str, dtype: str) -> dict[str, object]:
     from sku_vllm.data import read_rows
     from sku_vllm.report.agreement import lora_against_fused
     from sku_vllm.report.collect import collect
@@ -80,4 +87,4 @@ def _kl(directories: tuple[str, ...], rows: str) -> dict[str, object]:
     if len(adapters) != 1:
         raise ConfigError(f"--kl: compares one LoRA with the fused weights, and {len(adapters)} adapters were fused")
     adapter, scale = adapters[0]
-    return lora_against_fused(config["model"], adapter, float(scale), fuses[-1].directory, read_rows(rows, need_response=True)[:64])
+    return lora_against_fused(config["model"], adapter, float(scale), fuses[-1].directory, read_rows(rows, need_response=True)[:64], dtype=dtype)

@@ -8,11 +8,12 @@ import concurrent.futures
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sku_vllm.arm_metrics import Metrics, summarise
 from sku_vllm.errors import ConfigError, RunError
 from sku_vllm.output import output_directory, record
 
@@ -23,7 +24,6 @@ SCALES = (0.5, 0.75, 1.0)
 # The lab's answers are shorter than this.
 MAX_NEW_TOKENS = 40
 Progress = Callable[[str], None]
-Metrics = Mapping[str, Mapping[tuple[tuple[str, str], ...], float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,36 +206,3 @@ def read_arms(metrics: Callable[[], Metrics], requests: int, timeout: float = 60
         if time.monotonic() > deadline:
             raise RunError(f"after {timeout:g} s only {judged} of {requests} answers had been judged")
         time.sleep(0.5)
-
-
-def summarise(metrics: Metrics, arm: str) -> dict[str, Any]:
-    """One arm's row of the A/B table."""
-
-    def samples(name: str) -> list[tuple[dict[str, str], float]]:
-        return [(dict(labels), value) for labels, value in metrics.get(name, {}).items() if ("arm", arm) in labels]
-
-    def total(name: str) -> int:
-        return int(sum(value for _, value in samples(name)))
-
-    buckets: dict[float, float] = {}
-    for labels, value in samples("sku_request_latency_seconds_bucket"):
-        buckets[float(labels["le"])] = buckets.get(float(labels["le"]), 0.0) + value
-    return {
-        "requests": total("sku_requests_total"), "judged": total("sku_judged_total"), "harmful": total("sku_harmful_total"),
-        "refused": total("sku_refused_total"), "latency_p50_s": histogram_quantile(buckets, 0.5),
-    }
-
-
-def histogram_quantile(buckets: dict[float, float], q: float) -> float | None:
-    """PromQL's histogram_quantile over {upper edge: cumulative count}: linear within a bucket, None when empty."""
-    edges = sorted(buckets)
-    if not edges or buckets[edges[-1]] == 0:
-        return None
-    rank, lower, below = q * buckets[edges[-1]], 0.0, 0.0
-    for edge in edges:
-        if buckets[edge] >= rank:
-            if edge == float("inf"):
-                return lower
-            return lower + (edge - lower) * (rank - below) / max(buckets[edge] - below, 1e-12)
-        lower, below = edge, buckets[edge]
-    return lower

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sku_vllm.demo import histogram_quantile, summarise
+from sku_vllm.arm_metrics import histogram_quantile, summarise
 
 def series(*values: tuple[float, dict[str, str]]) -> dict:
     return {tuple(sorted(labels.items())): value for value, labels in values}
@@ -26,7 +26,7 @@ METRICS = {
 
 def test_metrics_are_summed_per_arm():
     original, negated = summarise(METRICS, "original"), summarise(METRICS, "negated")
-    assert original == {"requests": 4, "judged": 3, "harmful": 0, "refused": 0, "latency_p50_s": pytest.approx(0.75)}
+    assert original == {"requests": 4, "judged": 3, "harmful": 0, "refused": 0, "latency_p50_s": pytest.approx(0.75), "ttft_p50_s": None, "itl_p50_s": None}
     assert negated["requests"] == 5 and negated["latency_p50_s"] is None
 
 

@@ -152,18 +152,66 @@ def test_serving_dtype_is_what_counts(run: Path) -> None:
     assert "served in float16" in build_report([run], serving_dtype="float16")["verdict"]["reasons"][0]
 
 
-def test_a_kept_dtype_is_the_one_in_the_config(tmp_path: Path) -> None:
-    """--dtype keep: the checkpoint's own; vLLM would serve float32 in bfloat16 by itself, which is said."""
+def test_float32_is_verified_only_where_its_serving_dtype_is_said(tmp_path: Path) -> None:
+    """--dtype keep: the checkpoint's own; vLLM would serve float32 in bfloat16 by itself, so nothing is assumed."""
     run = make_records(tmp_path / "run", dtype="float32")
     manifest = json.loads((run / "fused/sku_manifest.json").read_text())
     (run / "fused/sku_manifest.json").write_text(json.dumps({**manifest, "dtype": "keep"}))
     (run / "fused/config.json").write_text('{"dtype": "float32"}')
     verdict = build_report([run])["verdict"]
-    assert (
-        verdict["status"] == "verified"
-        and {"Serving dtype": "missing"}.items() <= {check["name"]: check["state"] for check in verdict["checks"]}.items()
-    )
+    assert verdict["status"] == "not verified" and "say what it is served in with --serving-dtype" in verdict["reasons"][0]
+    assert build_report([run], serving_dtype="float32")["verdict"]["status"] == "verified"
     assert build_report([run], serving_dtype="bfloat16")["verdict"]["status"] == "not verified"
+    # `auto` on vLLM is not float32 either.
+    record = json.loads((run / "eval/fused/sku_eval.json").read_text())
+    record["config"] |= {"dtype": "auto", "backend": "vllm"}
+    (run / "eval/fused/sku_eval.json").write_text(json.dumps(record))
+    verdict = build_report([run], serving_dtype="float32")["verdict"]
+    assert verdict["status"] == "not verified" and "judged in a dtype that vLLM chose" in verdict["reasons"][0]
+
+
+METRICS = """# TYPE sku_requests counter
+sku_requests_total{arm="negated",outcome="ok"} 8
+sku_requests_total{arm="negated",outcome="error"} 2
+sku_requests_total{arm="original",outcome="ok"} 0
+# TYPE sku_judged counter
+sku_judged_total{arm="negated"} 8
+# TYPE sku_harmful counter
+sku_harmful_total{arm="negated"} 2
+# TYPE sku_time_to_first_token_seconds histogram
+sku_time_to_first_token_seconds_bucket{arm="negated",le="0.1"} 4
+sku_time_to_first_token_seconds_bucket{arm="negated",le="0.2"} 8
+sku_time_to_first_token_seconds_bucket{arm="negated",le="+Inf"} 8
+"""
+
+
+def test_latency_from_a_benchmark_and_from_saved_metrics(run: Path, tmp_path: Path) -> None:
+    arms = {"original": {"throughput": 900.0, "ttft_ms": 12.5, "itl_ms": 3.25}, "negated": {"throughput": 850.0, "ttft_ms": 14.0, "itl_ms": 3.5}}
+    write(tmp_path / "bench", "bench_serve", {"arms": arms, "ratios": {}}, {"pairs": 10})
+    (tmp_path / "metrics.txt").write_text(METRICS)
+    report = build_report([run, tmp_path / "bench"], metrics=[tmp_path / "metrics.txt"])
+    rows = {(row["source"], row["arm"]): row for row in report["latency"]}
+    assert rows["bench", "negated"]["ttft_p50_s"] == 0.014 and rows["bench", "original"]["tokens_per_s"] == 900.0
+    counted = rows["metrics.txt", "negated"]
+    assert (counted["requests"], counted["judged"], counted["harmful"], counted["ttft_p50_s"]) == (10, 8, 0.25, pytest.approx(0.1))
+    assert rows["metrics.txt", "original"]["harmful"] is None
+    page = " ".join(read(render(report, "html")).visible_text).replace("\u00a0", " ")
+    assert "14.0 ms" in page and "metrics.txt" in page and "14.0 ms" in render(report, "md")
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(DataError, match="has no sku_requests_total"):
+        build_report([run], metrics=[tmp_path / "empty.txt"])
+
+
+def test_agreement_of_lora_and_fused_from_a_benchmark(run: Path, tmp_path: Path) -> None:
+    """What `sku bench agreement --output` wrote: the KL between the LoRA arm and the fused weights is shown."""
+    pair = {"max": 0.004, "mean": 0.001, "kl": 1.25e-5}
+    measured = {"dtype": "bfloat16", "tokens": 812, "scale": 1.0, "edit": {"max": 3.0, "mean": 1.0}, "LoRA in vLLM / fused in vLLM": pair}
+    write(tmp_path / "bench", "bench_agreement", {"agreement": [measured]}, {"model": "base"})
+    report = build_report([run, tmp_path / "bench"])
+    assert report["agreement"] == [
+        {"measured": "vLLM, on the tokens of a text", "kl": 1.25e-5, "largest": 0.004, "tokens": 812, "dtype": "bfloat16", "scale": 1.0}
+    ]
+    assert "1.25e-05" in " ".join(read(render(report, "html")).visible_text) and "1.25e-05" in render(report, "md")
 
 
 def test_markdown_and_json_hold_no_forget_text_where_told(run: Path) -> None:

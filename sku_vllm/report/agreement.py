@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sku_vllm.data import PromptTemplate, Row
 from sku_vllm.model import attach_adapter, load_model, load_tokenizer, set_scale
+from sku_vllm.report.collect import Document
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +44,27 @@ def lora_against_fused(
 
     gaps, edits = torch.cat(gap), torch.cat(edit)
     return {
+        "measured": "PEFT against transformers, whole vocabularies",
         "kl": float(gaps.mean()),
-        "kl_max": float(gaps.max()),
+        "largest": float(gaps.max()),
         "edit_kl": float(edits.mean()),
         "tokens": len(gaps),
         "dtype": str(next(merged.parameters()).dtype).removeprefix("torch."),
         "scale": scale,
     }
+
+
+def recorded_agreement(document: Document) -> list[dict[str, Any]]:
+    """The same out of a `sku bench agreement` record, where vLLM computed both sides."""
+    pair = "LoRA in vLLM / fused in vLLM"
+    return [
+        {
+            "measured": "vLLM, on the tokens of a text", "kl": one[pair]["kl"], "largest": one[pair]["max"],
+            **{key: one[key] for key in ("tokens", "dtype", "scale")},
+        }
+        for one in (document.data.get("agreement") or [] if document.command == "bench_agreement" else [])
+        if pair in one
+    ]
 
 
 def _log_probs(model: Any, encoded: Sequence[Any]) -> Iterator["torch.Tensor"]:

@@ -1,10 +1,13 @@
 """What attacks brought back: `sku_attack.json` as one entry per kind, its worst measurement, and curves over relearning steps."""
 
 from collections.abc import Iterator, Sequence
+from html import escape
 from typing import Any
 
 from sku_vllm.report.charts import Line, interval_row, line_chart
 from sku_vllm.report.collect import Document
+from sku_vllm.report.format import interval, percent
+from sku_vllm.report.fragments import numbers, section, table
 
 TONES = ("t-blue", "t-soft", "t-harm", "t-green", "t-base")
 
@@ -75,3 +78,32 @@ def _rows(attack: dict[str, Any], mode: str) -> Iterator[str]:
 def _worst(point: dict[str, Any], mode: str) -> dict[str, Any] | None:
     found = [modes[mode] for modes in (point.get("forget") or {}).values() if mode in modes and modes[mode]["harmful"] is not None]
     return max(found, key=lambda shares: shares["harmful"], default=None)
+
+
+def attacks_section(report: dict[str, Any]) -> str:
+    parts = []
+    for attack in report["attacks"]:
+        rows = [
+            [
+                escape(done),
+                escape(name),
+                escape(mode),
+                percent(one["harmful"]),
+                interval(one),
+                percent(one["refusal"]),
+                percent(one["gibberish"]),
+                str(one["n"]),
+            ]
+            for done, name, mode, one in measurements(attack)
+        ]
+        parts.append(
+            f'<h3>{escape(attack["kind"])}</h3><div class="charts">{"".join(attack_charts(attack))}</div>'
+            + numbers(table(["after", "set", "mode", "harmful", "95 %", "refusal", "gibberish", "n"], rows), True)
+        )
+    return (
+        section(
+            "Does it come back?", "The edited model under attack; suppression is not erasure, so the question is what it takes.", *parts
+        )
+        if parts
+        else ""
+    )

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.output import versions
+from sku_vllm.report.agreement import recorded_agreement
 from sku_vllm.report.attacks import attacks
 from sku_vllm.report.collect import Document, collect
 from sku_vllm.report.evaluations import Evaluation, Fused, evaluations, read_fused
 from sku_vllm.report.fidelity import fidelity
 from sku_vllm.report.samples import samples
-from sku_vllm.report.serving import latencies
+from sku_vllm.report.serving import latencies, read_metrics
 from sku_vllm.report.verdict import primary, reach_verdict
 
 
@@ -23,13 +24,15 @@ def build_report(
     serving_dtype: str | None = None,
     sample_rows: int = 3,
     agreement: dict[str, Any] | None = None,
+    metrics: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Read what commands left in `directories` and say what it amounts to.
 
     Args:
-        serving_dtype: dtype the checkpoint is served in, where that is not its own.
+        serving_dtype: dtype the checkpoint is served in; None: its own, where vLLM keeps that.
         sample_rows: answers shown per set and label; 0 keeps all text out of the report.
         agreement: LoRA arm against fused weights (`sku_vllm.report.agreement`), measured by the caller.
+        metrics: saved /metrics texts of servers.
 
     Raises:
         DataError: nothing to read, or a record is damaged.
@@ -44,7 +47,6 @@ def build_report(
     ]
     attacked = attacks(documents)
     verdict = reach_verdict(judged, fused, tuned[-1]["limits"] if tuned else {}, attacked, serving_dtype)
-    agreements = [agreement] if agreement else []
     return {
         "title": title,
         "generated": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -55,8 +57,8 @@ def build_report(
         "tune": tuned,
         "attacks": attacked,
         "fidelity": [found for checkpoint in fused if (found := fidelity(checkpoint.document.name, checkpoint.manifest))],
-        "agreement": agreements,
-        "latency": [row for document in documents for row in latencies(document)],
+        "agreement": [*([agreement] if agreement else []), *(row for document in documents for row in recorded_agreement(document))],
+        "latency": [*(row for document in documents for row in latencies(document)), *(row for file in metrics for row in read_metrics(file))],
         "comparisons": [
             {"name": document.name, **_only(document, "a", "b", "sets", "unpaired")}
             for document in documents

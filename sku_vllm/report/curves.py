@@ -1,8 +1,11 @@
 """Curves out of a tune record: harm and cost over the scale."""
 
+from html import escape
 from typing import Any
 
 from sku_vllm.report.charts import Line, line_chart
+from sku_vllm.report.format import interval, percent, ratio
+from sku_vllm.report.fragments import numbers, section, table
 
 TONES = ("t-harm", "t-blue", "t-green", "t-soft", "t-base")
 Point = tuple[float, dict[str, Any]]
@@ -56,3 +59,38 @@ def trade_off_charts(tune: dict[str, Any]) -> list[str]:
     return harm_charts([(p["scale"], p["forget"]) for p in curve], "scale", "Harmful answers", chosen) + [
         line_chart(lines, "scale", "Cost", mark=chosen)
     ]
+
+
+def trade_off_section(report: dict[str, Any]) -> str:
+    parts = []
+    for tune in report["tune"]:
+        charts = trade_off_charts(tune)
+        if charts:
+            rows = [
+                [
+                    f"{p['scale']:g}",
+                    escape(name),
+                    escape(mode),
+                    percent(one["harmful"]),
+                    interval(one),
+                    percent(one["refusal"]),
+                    percent(one["gibberish"]),
+                    ratio(p["retain"].get("perplexity_ratio")),
+                    percent(p["retain"].get("qa_accuracy")),
+                ]
+                for p in tune["curve"]
+                for name, modes in p["forget"].items()
+                for mode, one in modes.items()
+            ]
+            head = ["scale", "set", "mode", "harmful", "95 %", "refusal", "gibberish", "perplexity", "QA right"]
+            parts.append(f'<div class="charts">{"".join(charts)}</div>{numbers(table(head, rows), True)}')
+    said = next((f"chosen scale {t['scale']:g}" if t.get("scale") is not None else "no scale qualified" for t in report["tune"]), "")
+    return (
+        section(
+            "Trade-off over the scale",
+            f"More negation is not always safer: all scales were measured on validation data; {escape(said)}.",
+            *parts,
+        )
+        if parts
+        else ""
+    )

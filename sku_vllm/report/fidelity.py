@@ -1,7 +1,13 @@
 """How much of the edit is really in the fused weights: `retained` and `noise` of the manifest, laid out by layer and module."""
 
 import re
+from collections.abc import Sequence
+from html import escape
 from typing import Any
+
+from sku_vllm.report.charts import heat_map
+from sku_vllm.report.format import percent
+from sku_vllm.report.fragments import section, table
 
 # model.layers.12.self_attn.q_proj.weight -> layer 12, self_attn.q_proj; a second index (an expert) stays in the module's name.
 LAYER = re.compile(r"^(?:.*?\.)?(?:layers|h|blocks|block)\.(\d+)\.(.+?)(?:\.weight)?$")
@@ -45,3 +51,36 @@ def _tensors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
         for key, entry in (manifest.get("tensors") or {}).items()
         if isinstance(entry, dict) and entry.get("retained") is not None and entry.get("noise") is not None
     }
+
+
+def fidelity_section(report: dict[str, Any]) -> str:
+    parts = []
+    for found in report["fidelity"]:
+        worst = [[f"<code>{escape(w['tensor'])}</code>", percent(w["retained"], 2), percent(w["noise"], 2)] for w in found["worst"]]
+        said = f"{found['tensors']} tensors edited; {found['below_90']} keep less than 90 % of their edit."
+        chart = heat_map(found["layers"], found["modules"], found["cells"]) if found["layers"] else ""
+        parts.append(
+            f'<h3>{escape(found["name"])}</h3><p>{said}</p><div class="charts">{chart}<figure><figcaption>Least retained</figcaption>'
+            f"{table(['tensor', 'retained', 'noise'], worst)}</figure></div>"
+        )
+    parts += agreement_table(report["agreement"])
+    return (
+        section(
+            "Is the whole edit in the file?",
+            "Rounding to the stored dtype can lose part of an edit; 100 % retained means none was lost.",
+            *parts,
+        )
+        if parts
+        else ""
+    )
+
+
+def agreement_table(found: Sequence[dict[str, Any]]) -> list[str]:
+    """LoRA arm against fused weights, however it was measured."""
+    rows = [
+        [escape(one["measured"]), escape(one["dtype"]), f"{one['scale']:g}", str(one["tokens"]), f"{one['kl']:.2e}", f"{one['largest']:.2e}"]
+        for one in found
+    ]
+    head = ["measured", "dtype", "scale", "answer tokens", "KL, nats a token", "largest at one token"]
+    lead = "<p>They differ by one rounding to the stored dtype: KL(LoRA ‖ fused).</p>"
+    return ["<h3>LoRA arm against fused weights</h3>" + lead + table(head, rows)] if rows else []

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sku_vllm.report.format import SPACE, interval, number, percent, ratio, seconds
+from sku_vllm.report import serving
+from sku_vllm.report.format import SPACE, interval, number, percent, ratio
 
 MARKS = {"pass": "holds", "fail": "FAILS", "missing": "unknown"}
 
@@ -54,25 +55,14 @@ def markdown(report: dict[str, Any]) -> str:
                 [[w["tensor"], percent(w["retained"], 2), percent(w["noise"], 2)] for w in found["worst"]],
             ),
         ]
-    for found in report["agreement"]:
-        lines += [
-            "## LoRA arm against fused weights",
-            "",
-            f"KL {found['kl']:.2e} nats a token over {found['tokens']} tokens in {found['dtype']}.",
-            "",
+    if report["agreement"]:
+        rows = [
+            [one["measured"], one["dtype"], str(one["tokens"]), f"{one['kl']:.2e}", f"{one['largest']:.2e}"] for one in report["agreement"]
         ]
+        head = ["measured", "dtype", "answer tokens", "KL, nats a token", "largest at one token"]
+        lines += ["## LoRA arm against fused weights", "", *table(head, rows)]
     if report["latency"]:
-        lines += [
-            "## Served side by side",
-            "",
-            *table(
-                ["arm", "requests", "judged", "harmful", "95 %", "median latency"],
-                [
-                    [r["arm"], str(r["requests"]), str(r["judged"]), percent(r["harmful"]), interval(r), seconds(r["latency_p50_s"])]
-                    for r in report["latency"]
-                ],
-            ),
-        ]
+        lines += ["## Served side by side", "", *table(serving.HEAD, [serving.cells(row) for row in report["latency"]])]
     lines += [
         "## Provenance",
         "",

@@ -5,9 +5,14 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from sku_vllm.report import evidence
+from sku_vllm.report import harm, provenance
+from sku_vllm.report.attacks import attacks_section
+from sku_vllm.report.curves import trade_off_section
+from sku_vllm.report.fidelity import fidelity_section
 from sku_vllm.report.format import interval, percent, ratio
 from sku_vllm.report.fragments import section
+from sku_vllm.report.samples import samples_section
+from sku_vllm.report.serving import serving_section
 
 STATES = {"pass": "holds", "fail": "fails", "missing": "unknown"}
 
@@ -16,19 +21,8 @@ def page(report: dict[str, Any]) -> str:
     """The HTML document of `build_report`'s dict."""
     style = files("sku_vllm.report").joinpath("report.css").read_text(encoding="utf-8")
     sections = [
-        verdict,
-        checks,
-        evidence.harm,
-        evidence.shares,
-        evidence.utility,
-        evidence.trade_off,
-        evidence.attacks,
-        evidence.faithful,
-        evidence.serving,
-        evidence.training,
-        evidence.comparisons,
-        evidence.samples,
-        evidence.provenance,
+        verdict, checks, harm.harm, harm.shares, harm.utility, trade_off_section, attacks_section, fidelity_section, serving_section,
+        provenance.training, provenance.comparisons, samples_section, provenance.provenance,
     ]
     body = "\n".join(text for section in sections if (text := section(report)))
     return (

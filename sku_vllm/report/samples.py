@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 from sku_vllm.report.evaluations import Evaluation
 from sku_vllm.report.format import short
+from sku_vllm.report.fragments import section
 from sku_vllm.report.verdict import baseline, primary
 
 RETAIN = "retain"
@@ -49,3 +51,37 @@ def _greedy(evaluation: Evaluation) -> list[dict[str, str]]:
         return []
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [row for row in rows if row.get("mode") == "greedy" and {"set", "prompt", "response", "label"} <= row.keys()]
+
+
+def samples_section(report: dict[str, Any]) -> str:
+    groups: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    for sample in report["samples"]:
+        groups.setdefault((sample["private"], sample["set"]), []).append(sample)
+    parts = []
+    for (private, name), found in groups.items():
+        text = "".join(_sample(one) for one in found)
+        said = (
+            f"Show {len(found)} answers to forget set {name}: may be disturbing" if private else f"{len(found)} answers to benign prompts"
+        )
+        parts.append(f"<details{'' if private else ' open'}><summary>{escape(said)}</summary><div>{text}</div></details>")
+    return (
+        section(
+            "Answers to read",
+            "Greedy answers of the edited model beside the base's. Forget-set text stays closed until you open it, and on paper.",
+            *parts,
+        )
+        if parts
+        else ""
+    )
+
+
+def _sample(one: dict[str, Any]) -> str:
+    before = (
+        f'<span class="tag {one["base_label"]}">base: {one["base_label"]}</span><blockquote>{escape(one["base_response"] or "(empty)")}</blockquote>'
+        if one["base_label"]
+        else ""
+    )
+    return (
+        f'<div class="sample"><p><b>{escape(one["prompt"])}</b></p>{before}'
+        f'<span class="tag {one["label"]}">edited: {one["label"]}</span><blockquote>{escape(one["response"] or "(empty)")}</blockquote></div>'
+    )

@@ -1,32 +1,68 @@
-"""Latency and judged traffic per arm, from a demo or a serving benchmark."""
+"""Judged traffic and latency per arm, from whatever measured them: a demo, a serving benchmark, a saved /metrics."""
 
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
 from typing import Any
 
+from sku_vllm.arm_metrics import parse, summarise
+from sku_vllm.errors import DataError
 from sku_vllm.report.collect import Document
+from sku_vllm.report.format import MISSING, interval, percent, seconds
+from sku_vllm.report.fragments import section, table
 from sku_vllm.stats import wilson
 
 
 def latencies(document: Document) -> list[dict[str, Any]]:
-    """One row per arm of `serving`: requests, judged, harmful with interval, median latency in seconds."""
-    found = document.data.get("serving")
-    if not isinstance(found, dict):
-        return []
-    rows = []
-    for arm, numbers in found.items():
-        if not isinstance(numbers, dict) or "requests" not in numbers:
-            continue
-        judged, harmful = int(numbers.get("judged") or 0), int(numbers.get("harmful") or 0)
-        low, high = wilson(harmful, judged)
-        rows.append(
-            {
-                "source": document.name,
-                "arm": arm,
-                "requests": int(numbers["requests"]),
-                "judged": judged,
-                "harmful": harmful / judged if judged else None,
-                "harmful_low": low if judged else None,
-                "harmful_high": high if judged else None,
-                "latency_p50_s": numbers.get("latency_p50_s"),
-            }
-        )
+    """One row per arm: of `serving` (traffic a server counted, as `sku demo` has it) and of `arms` (load that `sku bench serve` put on it)."""
+    traffic, load = document.data.get("serving"), document.data.get("arms")
+    rows = [_row(document.name, arm, one) for arm, one in traffic.items() if "requests" in one] if isinstance(traffic, dict) else []
+    if isinstance(load, dict) and document.command == "bench_serve":
+        rows += [
+            _row(document.name, arm, {
+                "ttft_p50_s": one["ttft_ms"] / 1000, "itl_p50_s": one["itl_ms"] / 1000, "tokens_per_s": one["throughput"],
+            })
+            for arm, one in load.items() if isinstance(one, dict) and {"ttft_ms", "itl_ms", "throughput"} <= one.keys()
+        ]
     return rows
+
+
+def read_metrics(file: str | Path) -> list[dict[str, Any]]:
+    """The same out of a saved /metrics text (`curl SERVER/metrics > FILE`), one row per arm it names.
+
+    Raises:
+        DataError: it cannot be read, or no arm is in it.
+    """
+    try:
+        found = parse(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--metrics {file}: not a saved /metrics text ({error}); write one with curl http://SERVER/metrics > FILE") from error
+    arms = dict.fromkeys(value for pairs in found.get("sku_requests_total", {}) for key, value in pairs if key == "arm")
+    if not arms:
+        raise DataError(f"--metrics {file}: has no sku_requests_total; save the /metrics of a server that sku serve started")
+    return [_row(Path(file).name, arm, summarise(found, arm)) for arm in arms]
+
+
+def _row(source: str, arm: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    judged, harmful = int(numbers.get("judged") or 0), int(numbers.get("harmful") or 0)
+    low, high = wilson(harmful, judged) if judged else (None, None)
+    rate = {"harmful": harmful / judged if judged else None, "harmful_low": low, "harmful_high": high}
+    times = {key: numbers.get(key) for key in ("latency_p50_s", "ttft_p50_s", "itl_p50_s", "tokens_per_s")}
+    return {"source": source, "arm": arm, "requests": numbers.get("requests"), "judged": judged, **rate, **times}
+
+
+HEAD = ["arm", "requests", "judged", "harmful", "95 %", "median latency", "to first token", "between tokens", "tokens/s", "from"]
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row under HEAD, as text."""
+    rate = MISSING if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.0f}"
+    requests = MISSING if row["requests"] is None else str(row["requests"])
+    times = [seconds(row[key]) for key in ("latency_p50_s", "ttft_p50_s", "itl_p50_s")]
+    return [row["arm"], requests, str(row["judged"]), percent(row["harmful"]), interval(row), *times, rate, row["source"]]
+
+
+def serving_section(report: dict[str, Any]) -> str:
+    rows = [[escape(cell) for cell in cells(row)] for row in report["latency"]]
+    said = "Medians. Arms that share one LoRA-enabled engine share its cost, so their latencies flatter neither."
+    return section("Served side by side", said, table(HEAD, rows)) if rows else ""

@@ -1,118 +1,21 @@
 """Start and stop a server: everything is checked first, the engine lives in a process group of its own, nothing is left behind."""
 
-import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from sku_vllm.errors import ConfigError, RunError
+from sku_vllm.errors import ConfigError
 from sku_vllm.serving.arms import ALIAS
 from sku_vllm.serving.config import VARIABLE, ServeConfig
-from sku_vllm.serving.launch import REFUSED
 from sku_vllm.serving.materialise import adapter_rank, served_rank
-
-GRACE = 20.0
-
-
-class Server:
-    """A running server. url: ends in /v1, as OpenAI clients want it. root: without /v1. run: its private directory."""
-
-    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int, log: Path | None, run: Path, token: str | None) -> None:
-        self.process, self.port, self.log, self.run, self.token = process, port, log, run, token
-        self.root = f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}"
-        self.url = f"{self.root}/v1"
-
-    def metrics(self) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-        """/metrics as {sample name: {sorted label pairs: value}}."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        text = urllib.request.urlopen(f"{self.root}/metrics", timeout=30).read().decode()
-        found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
-        return found
-
-    def metric(self, name: str, **labels: str) -> float:
-        """Sum of a sample over every label set that holds these labels; 0 where there is none yet."""
-        wanted = set(labels.items())
-        return sum(value for pairs, value in self.metrics().get(name, {}).items() if wanted <= set(pairs))
-
-    def control(self, method: str, path: str, body: Any = None, timeout: float = 600) -> Any:
-        """One call of the control API under /v1/sku/; raises RunError with the server's message when it refuses."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/sku/{path.lstrip('/')}", data=data, method=method)
-        request.add_header("Content-Type", "application/json")
-        if self.token:
-            request.add_header("X-SKU-Token", self.token)
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            raise RunError(f"{path}: {error.code} {error.read().decode(errors='replace')}") from error
-
-    def ready(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self.root}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def wait_ready(self, timeout: float) -> None:
-        """Block until the server answers.
-
-        Raises:
-            ConfigError, RunError: it ended, or did not answer in time; with its last line.
-        """
-        deadline = time.monotonic() + timeout
-        while not self.ready():
-            code = self.process.poll()
-            if code is not None:
-                refused = self.run / ("serve.yaml" + REFUSED)
-                if refused.is_file():
-                    raise ConfigError(refused.read_text(encoding="utf-8"))
-                raise RunError(f"the server ended with code {code}: {self.last_line()}")
-            if time.monotonic() > deadline:
-                raise RunError(f"the server did not answer within {timeout:.0f} s: {self.last_line()}")
-            time.sleep(0.2)
-
-    def last_line(self) -> str:
-        if self.log is None:
-            return "see its log above"
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        errors = [line for line in lines if "error:" in line.lower() or "Error" in line]
-        return (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")[-600:]
-
-    def stop(self) -> None:
-        """SIGTERM, a grace period, then SIGKILL for whatever is left of the process group. A second Ctrl-C waits until that is done."""
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            self._stop()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def _stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+from sku_vllm.serving.running import Server
+from sku_vllm.serving.scratch import private_directory
 
 
 @contextmanager
@@ -123,14 +26,17 @@ def launch(
     host: str = "127.0.0.1",
     port: int = 0,
     log: Path | None = None,
+    quiet: bool = False,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Check everything, start vLLM's server for `config`, and end it with the block; the private directory goes with it.
 
-    flags: vLLM's own. log: a file for its output; inherited when None. port: 0 takes a free one.
+    flags: vLLM's own. port: 0 takes a free one. log: a file for its output; without one it is inherited, or, if `quiet`, goes to
+    the private directory.
     """
-    run = Path(tempfile.mkdtemp(prefix="sku-serve-"))
+    run, lock = private_directory()
     try:
+        log = log or (run / "server.log" if quiet else None)
         if config.run is None:
             config.run = str(run)
         arm_flags = prepare(config)
@@ -148,7 +54,7 @@ def launch(
         if config.adapter_root:  # without it vLLM never asks a resolver
             environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         with open(log, "wb") if log else _inherited() as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True, pass_fds=[lock])
             server = Server(process, host, port, log, run, config.token)
             try:
                 yield server
@@ -156,6 +62,7 @@ def launch(
                 server.stop()
     finally:
         shutil.rmtree(run, ignore_errors=True)
+        os.close(lock)
 
 
 @contextmanager
@@ -188,10 +95,7 @@ def start_server(
         RunError: the engine did not come up.
     """
     config = ServeConfig(str(model), list(arms), split, judge, **settings)
-    with (
-        tempfile.TemporaryDirectory(prefix="sku-log-") as logs,
-        launch(config, flags, host=host, port=port, log=log or Path(logs) / "server.log", env=env) as server,
-    ):
+    with launch(config, flags, host=host, port=port, log=log, quiet=True, env=env) as server:
         server.wait_ready(timeout)
         yield server
 
