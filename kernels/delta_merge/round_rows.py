@@ -17,7 +17,6 @@ SUMS = (
     ("max_delta", float),
     ("changed", int),
     ("nonfinite", int),
-    ("overflowed", int),
 )
 
 
@@ -31,6 +30,12 @@ def bits_of(context, value):
 def float_of(context, value):
     """A uint32 as the float32 of the same bits."""
     return types.float32(types.uint32), lambda ctx, builder, signature, args: builder.bitcast(args[0], ctx.get_value_type(types.float32))
+
+
+@intrinsic
+def added(context, total, value):
+    """total + value, the one sum that may be reordered: into vector lanes. Anything more would let W − Δ be rearranged, or NaN assumed away."""
+    return types.float32(types.float32, types.float32), lambda ctx, builder, signature, args: builder.fadd(*args, flags=("reassoc", "nsz"))
 
 
 u32, f32 = np.uint32, np.float32  # numba widens u32 + u32 to 64 bits, which halves the vectors: hence a u32() around each step
@@ -65,26 +70,24 @@ def _round_rows(old, delta, new, row, ratio, where, bits, sums):
             nearest = u32(u32(raw + u32(0x7FFF) + u32((raw >> u32(16)) & u32(1))) >> u32(16))  # ties to even
             after = u32((raw >> u32(16)) | u32(0x40)) if u32(raw & u32(0x7FFFFFFF)) > u32(0x7F800000) else nearest
             new[i, j] = np.uint16(after)
-            error = f32(float_of(u32(after << u32(16))) - target)
-            delta_sq += delta[i, j] * delta[i, j]
-            error_sq += error * error
-            error_dot += error * delta[i, j]
+            error = f32(f32(float_of(u32(after << u32(16))) - float_of(u32(before << u32(16)))) + delta[i, j])  # the bracket is exact
+            delta_sq = added(delta_sq, f32(delta[i, j] * delta[i, j]))
+            error_sq = added(error_sq, f32(error * error))
+            error_dot = added(error_dot, f32(error * delta[i, j]))
             magnitude = u32(after & u32(0x7FFF))
             changed = u32(changed + u32(after != before))
             small = u32(small + u32(magnitude < limit))
             wild = u32(wild + u32(magnitude >= u32(0x7F80)))
-        if wild:  # NaN and infinity stay out of the sums
+        if wild:  # NaN and infinity of the base stay out of the sums; an edit that makes infinity is too large to come here
             delta_sq, error_sq, error_dot = f32(0), f32(0), f32(0)
             for j in range(cols):
                 if u32(row[j] & u32(0x7FFF)) >= u32(0x7F80):
                     sums[5] += 1
-                elif u32(new[i, j] & u32(0x7FFF)) >= u32(0x7F80):
-                    sums[6] += 1
                 else:
-                    error = f32(float_of(u32(u32(new[i, j]) << u32(16))) - f32(float_of(u32(u32(row[j]) << u32(16))) - delta[i, j]))
-                    delta_sq += delta[i, j] * delta[i, j]
-                    error_sq += error * error
-                    error_dot += error * delta[i, j]
+                    error = f32(f32(float_of(u32(u32(new[i, j]) << u32(16))) - float_of(u32(u32(row[j]) << u32(16)))) + delta[i, j])
+                    delta_sq = added(delta_sq, f32(delta[i, j] * delta[i, j]))
+                    error_sq = added(error_sq, f32(error * error))
+                    error_dot = added(error_dot, f32(error * delta[i, j]))
         sums[0] += delta_sq
         sums[1] += error_sq
         sums[2] += error_dot
@@ -99,13 +102,12 @@ def _round_rows(old, delta, new, row, ratio, where, bits, sums):
 
 
 def _compiled():
-    options = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}  # never "nnan": NaN has to stay NaN
     halves, floats, half_row = types.uint16[:, ::1], types.float32[:, ::1], types.uint16[::1]
     signature = types.int64(halves, floats, halves, half_row, types.float32, types.int64[::1], half_row, types.float64[::1])
     try:
-        return numba.njit(signature, cache=True, **options)(_round_rows)
+        return numba.njit(signature, nogil=True, cache=True)(_round_rows)
     except RuntimeError:  # neither place to keep it can be written
-        return numba.njit(signature, **options)(_round_rows)
+        return numba.njit(signature, nogil=True)(_round_rows)
 
 
 round_rows = _compiled()
