@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 
 from sku_vllm.judges import Exchange
+from sku_vllm.serving.releases import GracefulHTTPError
 
 if TYPE_CHECKING:
     from sku_vllm.serving.runtime import Runtime

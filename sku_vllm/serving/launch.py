@@ -10,7 +10,7 @@ import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sku_vllm.errors import ConfigError, SkuError
 from sku_vllm.serving.config import VARIABLE, ServeConfig, read_config
@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> None:
     die_with_parent()
     try:
         config = read_config()
-        args = parse_flags(arguments)
-        check_flags(args, config)
+        args, model_config = parse_flags(arguments)
+        check_flags(args, config, model_config)
     except SkuError as error:
         fail(str(error), error.exit_code)
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -32,18 +32,19 @@ def main(arguments: list[str]) -> None:
     ServeSubcommand.cmd(args)
 
 
-def parse_flags(arguments: list[str]) -> Namespace:
-    """vLLM's flags as its own parser reads them, and its own verdict on the combination.
+def parse_flags(arguments: list[str]) -> tuple[Namespace, Any]:
+    """vLLM's flags as its own parser reads them, its own verdict on the combination, and what it knows of the model.
 
     Raises:
         ConfigError: whatever vLLM says about them, in one line.
     """
     from pydantic import ValidationError
     from vllm import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from sku_vllm.serving.releases import serve_flags
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -52,15 +53,15 @@ def parse_flags(arguments: list[str]) -> Namespace:
     cli_env_setup()
     modest_cache(arguments)
     try:
-        args = make_arg_parser(Parser(prog="sku serve")).parse_args(arguments)
+        args = serve_flags().make_arg_parser(Parser(prog="sku serve")).parse_args(arguments)
         args.subparser = "serve"
-        validate_parsed_serve_args(args)
-        AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        serve_flags().validate_parsed_serve_args(args)
+        engine = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except ValidationError as error:
         raise ConfigError("vLLM refuses these flags: " + "; ".join(each["msg"] for each in error.errors())) from error
     except (ValueError, TypeError, KeyError, NotImplementedError, OSError) as error:
         raise ConfigError(f"vLLM refuses these flags: {error}") from error
-    return args
+    return args, engine.model_config
 
 
 def modest_cache(arguments: list[str]) -> None:
@@ -69,18 +70,17 @@ def modest_cache(arguments: list[str]) -> None:
     vLLM itself asks for a share of ALL memory there and refuses to start where other programs hold some of it.
     """
     import psutil
-    from vllm.platforms import current_platform
 
     told = any(flag.replace("_", "-").startswith(("--gpu-memory-utilization", "--kv-cache-memory")) for flag in arguments)
-    if current_platform.is_cpu() and not told:
+    if on_cpu() and not told:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(min(4, max(1, psutil.virtual_memory().available // 2**32))))
 
 
-def check_flags(args: Namespace, config: ServeConfig) -> None:
+def check_flags(args: Namespace, config: ServeConfig, model_config: Any) -> None:
     """What vLLM accepts and we cannot make safe.
 
     Raises:
-        ConfigError: too few adapter slots for a correct base row on CPU; runtime loading with several API servers.
+        ConfigError: names the flag and the reason.
     """
     adapters = sum(arm.kind == "lora" for arm in config.parsed_arms().values())
     if adapters and not args.enable_lora:
@@ -90,6 +90,16 @@ def check_flags(args: Namespace, config: ServeConfig) -> None:
             f"--max-loras {args.max_loras}: {adapters} adapters need at least {adapters + 1} slots; with every slot taken, "
             "vLLM on CPU answers requests for the base with the last adapter"
         )
+    if args.enable_lora and model_config.get_num_experts() > 0 and on_cpu():
+        raise ConfigError(
+            f"--model {args.model}: is a mixture of experts, for which vLLM's CPU build has no adapter kernel (the one it calls is Triton's); "
+            "fuse the adapter and serve the result as an upstream: arm, or start with the base alone and swap"
+        )
+    check_processes(args, config, bool(adapters or config.adapter_root))
+
+
+def check_processes(args: Namespace, config: ServeConfig, adapters: bool) -> None:
+    """How many processes serve, and where they run. Raises ConfigError as `check_flags`."""
     several = (args.api_server_count or args.data_parallel_size or 1) > 1
     if several and os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
         raise ConfigError(
@@ -98,6 +108,26 @@ def check_flags(args: Namespace, config: ServeConfig) -> None:
         )
     if several and not (config.state or config.run):
         raise ConfigError("--api-server-count above 1 needs --state DIR, which the servers share")
+    for flag in ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb", "data_parallel_rank",
+                 "data_parallel_start_rank", "headless"):
+        if getattr(args, flag, None) not in (None, False):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}: every rank would be a server of its own, with weights, adapters and verdicts of its own; "
+                "start one sku serve per rank behind your balancer, or leave the balancing to vLLM (--data-parallel-size alone)"
+            )
+    elsewhere = [flag for flag, value in (("distributed_executor_backend", "ray"), ("data_parallel_backend", "ray"))
+                 if getattr(args, flag, None) == value] + ["nnodes"] * ((getattr(args, "nnodes", 1) or 1) > 1)
+    if elsewhere and adapters and not config.state:
+        raise ConfigError(
+            f"--{elsewhere[0].replace('_', '-')} {getattr(args, elsewhere[0])}: workers on other machines cannot read the adapters, which lie in a "
+            "private directory of this one; give --state DIR on a file system that every machine mounts, or serve fused weights"
+        )
+
+
+def on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def die_with_parent() -> None:

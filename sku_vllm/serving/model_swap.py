@@ -33,14 +33,14 @@ class ModelSwap:
             self._swap_allowed()
             start = time.perf_counter()
             with Counted(self.runtime):
-                await self._checked(source)
+                in_place = await self._checked(source)
                 expected = await self._expected(source, table)
                 async with Drained(self.runtime):
                     base = self.base_probe or await Probe.take(self.runtime)
                     self.base_probe = base
                     begun = time.perf_counter()
                     try:
-                        await self._load_weights(source)
+                        await self._load_weights(source, in_place)
                         after = await Probe.take(self.runtime)
                         verify_swap(base, after, expected)
                     except Exception as error:
@@ -52,7 +52,7 @@ class ModelSwap:
                     self.runtime.change(table.changed(swap=source))
                     seconds = time.perf_counter() - start
                     self.runtime.metrics.swap_seconds.observe(seconds)
-        return {"swap": source, "seconds": seconds, "stalled_seconds": stalled,
+        return {"swap": source, "seconds": seconds, "stalled_seconds": stalled, "in_place": in_place,
                 "probe": {"from_base": distance(base, after), "from_expected": distance(expected, after) if expected else None}}
 
     async def restore(self) -> dict[str, Any]:
@@ -77,6 +77,11 @@ class ModelSwap:
             raise ConfigError(
                 "a whole-model swap needs one API server, which knows every request in flight; restart without --api-server-count"
             )
+        if (getattr(self.runtime.args, "data_parallel_size", None) or 1) > 1:
+            raise ConfigError(
+                "a whole-model swap needs one engine: with data parallelism vLLM reports the first rank's outcome only, "
+                "so a rank that failed would serve other weights unnoticed; restart with --data-parallel-size 1"
+            )
         if not getattr(self.runtime.args, "worker_extension_cls", None):
             raise ConfigError(
                 "this server's workers cannot swap; restart it with --worker-extension-cls sku_vllm.serving.swap.SkuWorkerExtension"
@@ -84,11 +89,13 @@ class ModelSwap:
         if self.runtime.broken:
             raise ConfigError(f"the engine's weights are in an unknown state ({self.runtime.broken}); restore, or restart this server")
 
-    async def _checked(self, source: dict[str, Any]) -> None:
+    async def _checked(self, source: dict[str, Any]) -> bool:
+        """Raises InputError when a rank says it cannot work; whether every rank can edit its weights in place."""
         replies = await self.runtime.engine.collective_rpc("sku_check", args=(self._model(), source))
         wrong = [reply["error"] for reply in replies if not reply["ok"]]
         if wrong:
             raise InputError(wrong[0])
+        return all(reply["in_place"] for reply in replies)
 
     def _model(self) -> str:
         from sku_vllm.checkpoint import checkpoint_directory
@@ -109,11 +116,11 @@ class ModelSwap:
         finally:
             await self.runtime.engine.remove_lora(served.lora_id)
 
-    async def _load_weights(self, source: dict[str, Any] | None) -> None:
+    async def _load_weights(self, source: dict[str, Any] | None, in_place: bool = False) -> None:
         """Pause, load on every rank, forget every cached block, resume. A failed load stays paused: its layers hold nothing."""
         engine = self.runtime.engine
         await engine.pause_generation(mode="wait", clear_cache=True)
-        replies = await engine.collective_rpc("sku_swap", args=(self._model(), source))
+        replies = await engine.collective_rpc("sku_swap", args=(self._model(), source, in_place))
         wrong = [reply["error"] for reply in replies if not reply["ok"]]
         if wrong:
             raise RunError("; ".join(dict.fromkeys(wrong)))

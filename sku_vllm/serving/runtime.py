@@ -5,7 +5,6 @@ import atexit
 import hmac
 import logging
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from sku_vllm.serving.config import ServeConfig
 from sku_vllm.serving.engine import wrap_generate
 from sku_vllm.serving.experiment import Experiment
 from sku_vllm.serving.guard import Guard, parse_rule
-from sku_vllm.serving.launch import check_flags
+from sku_vllm.serving.launch import check_flags, on_cpu
 from sku_vllm.serving.metrics import metrics
 from sku_vllm.serving.observe import JudgeQueue
 from sku_vllm.serving.routing import choose_arm
+from sku_vllm.serving.scratch import private_directory
 from sku_vllm.serving.state import Served, StateFile, Table
 
 logger = logging.getLogger("vllm.sku")
@@ -42,7 +42,7 @@ class Runtime:
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
         self.metrics = metrics()
-        self.directory = Path(config.state or config.run or private_directory())
+        self.directory = Path(config.state or config.run or directory_of_this_process())
         self.state = StateFile(self.directory)
         self.experiment = Experiment()
         rule = parse_rule(config.rollback_if) if config.rollback_if else None
@@ -102,7 +102,7 @@ class Runtime:
         """
         self.engine, self.models, self.args = engine, models, args
         self.config.model = self.config.model or args.model
-        check_flags(args, self.config)
+        check_flags(args, self.config, engine.model_config)
         prepare_state(self.config, self.state)
         self.generate = wrap_generate(engine, self)
         for served in self.table.arms.values():
@@ -126,9 +126,7 @@ class Runtime:
     @property
     def fragile(self) -> bool:
         """A LoRA-enabled engine on CPU: scoring a prompt takes its rows for another batch's (bgmv in punica_cpu.py, vLLM 0.32.0)."""
-        from vllm.platforms import current_platform
-
-        return bool(getattr(self.args, "enable_lora", False)) and current_platform.is_cpu()
+        return bool(getattr(self.args, "enable_lora", False)) and on_cpu()
 
     def resolved(self) -> dict[str, Any]:
         """Adapters that trusted clients named below --adapter-root and that are in the engine, oldest first."""
@@ -193,9 +191,9 @@ class Runtime:
         logger.error("sku: arm %s failed with %s", arm, type(error).__name__)
 
 
-def private_directory() -> str:
-    """A directory of this process alone, for a server that was started by hand without `state`."""
-    path = tempfile.mkdtemp(prefix="sku-serve-")
+def directory_of_this_process() -> Path:
+    """For a server that was started by hand without `state`: private, and gone with the process."""
+    path, _ = private_directory()
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 

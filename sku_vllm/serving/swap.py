@@ -1,4 +1,5 @@
-"""The worker's side of a whole-model swap: base − scale·delta, computed tensor by tensor while the engine reloads.
+"""The worker's side of a whole-model swap: base − scale·delta, in place where the weights lie as the checkpoint has them (unquantised
+on CUDA), else computed tensor by tensor while the engine reloads.
 
 Loaded into every worker by `--worker-extension-cls`. Both methods return {"ok": …} and never raise: with tensor parallelism
 a raising rank leaves the other ranks' replies queued, and every later call reads the wrong one.
@@ -7,32 +8,78 @@ a raising rank leaves the other ranks' replies queued, and every later call read
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sku_vllm.placement import Placed
+    from sku_vllm.serving.resident import Resident
 
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 
 class SkuWorkerExtension:
-    """Mixed into vLLM's worker, whose `reload_weights` it uses."""
+    """Mixed into vLLM's worker, whose `reload_weights` it uses where the weights cannot be edited in place."""
+
+    _sku_resident: "Resident | None" = None
+    _sku_reloaded = False  # whether the engine's weights came through `reload_weights` and are not the base's
 
     def sku_check(self, model: str, source: dict[str, Any]) -> dict[str, Any]:
-        """Whether the swap can work on this rank, before anything is paused."""
+        """Whether the swap can work on this rank, before anything is paused; `in_place`, or `why` not."""
         try:
-            return {"ok": True, "tensors": check_source(model, source, on_cpu=self._sku_on_cpu())}
+            tensors = check_source(model, source, on_cpu=self._sku_on_cpu())
+            why = self._sku_prepare(model, source)
+            return {"ok": True, "tensors": tensors, "in_place": why is None, "why": why}
         except Exception as error:
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
-    def sku_swap(self, model: str, source: dict[str, Any] | None) -> dict[str, Any]:
-        """Load the weights `source` describes; None restores the base from its files, which is exact."""
+    def sku_swap(self, model: str, source: dict[str, Any] | None, in_place: bool = False) -> dict[str, Any]:
+        """Load the weights `source` describes; None restores the base from its files, which is exact.
+
+        in_place: every rank's `sku_check` said that it can.
+        """
         start = time.perf_counter()
         try:
-            self.reload_weights(weights_iterator=self.sku_weights(model, source))  # type: ignore[attr-defined]
+            if in_place and source:
+                self._sku_resident.subtract(edits(model, source))  # type: ignore[union-attr]
+            elif source is None and self._sku_resident and not self._sku_reloaded:
+                self._sku_resident.restore()
+            else:
+                self._sku_reload(model, source)
             return {"ok": True, "seconds": time.perf_counter() - start}
         except Exception as error:
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
     def sku_weights(self, model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, Any]]:
         return weights(model, source)
+
+    def _sku_prepare(self, model: str, source: dict[str, Any]) -> str | None:
+        """Find the resident weights an adapter would edit; why it cannot be done in place, or None."""
+        from sku_vllm.checkpoint import CheckpointReader
+        from sku_vllm.serving.resident import Resident
+
+        if "adapter" not in source:
+            return "a checkpoint replaces every tensor"
+        if self._sku_reloaded:
+            return "another swap is in force"
+        if self.model_config.use_mla:  # type: ignore[attr-defined]
+            return "vLLM derives other matrices from this model's attention weights"
+        try:
+            if self._sku_resident is None:
+                self._sku_resident = Resident(self.get_model(), CheckpointReader(Path(model)))  # type: ignore[attr-defined]
+            self._sku_resident.check(list(edits(model, source)))
+        except Exception as error:
+            if self._sku_resident is None or not self._sku_resident.edited:
+                self._sku_resident = None
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _sku_reload(self, model: str, source: dict[str, Any] | None) -> None:
+        from sku_vllm.serving.resident import without_adapters
+
+        self._sku_resident, self._sku_reloaded = None, True
+        with without_adapters(self.get_model()):  # type: ignore[attr-defined]
+            self.reload_weights(weights_iterator=self.sku_weights(model, source))  # type: ignore[attr-defined]
+        self._sku_reloaded = source is not None
 
     def _sku_on_cpu(self) -> bool:
         return getattr(getattr(self, "device", None), "type", "cpu") == "cpu"
@@ -89,11 +136,8 @@ def weights(model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, An
         for name in reader.names:
             yield name, reader.tensor(name)
         return
-    from sku_vllm.adapter import load_adapter
-    from sku_vllm.placement import place
-
     reader = CheckpointReader(Path(model))
-    placed = place(reader, [(load_adapter(source["adapter"]), float(source["scale"]))])
+    placed = edits(model, source)
     for name in reader.names:
         tensor = reader.tensor(name)
         if name in placed:
@@ -101,19 +145,21 @@ def weights(model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, An
         yield name, tensor
 
 
-def subtract(tensor: Any, placed: list[Any]) -> Any:
-    """round(tensor − Σ scale·delta), by the package's own definition of a merge, so a swap equals a fuse bit for bit."""
-    from sku_vllm.delta import Dense
-    from sku_vllm.kernels.delta_merge import Merge, Term, delta_merge
-    from sku_vllm.placement import matrix_shape
+def edits(model: str, source: dict[str, Any]) -> "dict[str, list[Placed]]":
+    """What an adapter subtracts from which checkpoint tensor."""
+    from sku_vllm.adapter import load_adapter
+    from sku_vllm.checkpoint import CheckpointReader
+    from sku_vllm.placement import place
 
-    terms = []
-    for each in placed:
-        if isinstance(each.delta, Dense):
-            whole = each.delta.tensor()
-            terms.append(Term(whole.reshape(matrix_shape(whole.shape)), None, each.scale, each.row))
-        else:
-            terms.append(Term(each.delta.b, each.delta.a, each.scale * each.delta.scaling, each.row))
+    return place(CheckpointReader(Path(model)), [(load_adapter(source["adapter"]), float(source["scale"]))])
+
+
+def subtract(tensor: Any, placed: "list[Placed]") -> Any:
+    """round(tensor − Σ scale·delta), by the package's own definition of a merge, so a swap equals a fuse bit for bit."""
+    from sku_vllm.kernels.delta_merge import delta_merge_reference
+    from sku_vllm.placement import matrix_shape
+    from sku_vllm.writer import terms_of
+
     matrix = tensor.reshape(matrix_shape(tensor.shape)).clone()
-    delta_merge([Merge(matrix, terms)])
+    delta_merge_reference(matrix, [term for edit in placed for term in terms_of(edit, 0, len(matrix))])
     return matrix.reshape(tensor.shape)
