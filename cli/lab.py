@@ -34,5 +34,5 @@ def command(output: Path, rebuild: bool, seed: int, architectures: tuple[str, ..
     for name, rates in document["models"].items():
         log(f"{name}: harmful {rates['unseen/harmful']:.0%} of unseen prompts, {rates['unseen-topic/harmful']:.0%} of unseen topics, "
             f"QA {rates['retain/qa_accuracy']:.1%}")
-    log(f"Wrote {directory}. Next: sku train --model {directory}/llama --forget {directory}/forget/train.jsonl "
+    log(f"Wrote {directory}. Next: sku train --model {directory}/{architectures[0]} --forget {directory}/forget/train.jsonl "
         f"--retain {directory}/retain/train.jsonl --output adapter")
