@@ -64,7 +64,7 @@ def fuse_checkpoint(
     for adapter, _ in loaded:
         adapter.check_base(reader, any_base)
     placed = place(reader, loaded, untie=untie)
-    scales = {name: scale_of_fp8(reader, name) for name in placed if reader.info(name).dtype.startswith("F8")} if not untie else {}
+    scales = {name: (scale_of_fp8(reader, name), None) for name in placed if reader.info(name).dtype.startswith("F8")} if not untie else {}
     shards = plan_shards(reader, placed, dtype, _untied_head(reader, placed) if untie else None)
     _check_space(reader, shards, output)
     total, done = sum(shard.size for shard in shards), 0

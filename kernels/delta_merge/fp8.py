@@ -10,6 +10,8 @@ from sku_vllm.kernels.delta_merge.reference import BLOCK, MergeStats, Term, add_
 from sku_vllm.kernels.delta_merge.stochastic import stochastic_round
 
 FP8_MAX = 448.0
+# Beyond this a number is clipped; what lies between is merely rounded down.
+CLIPPED = 464.0
 
 
 class RowScales(NamedTuple):
@@ -63,7 +65,7 @@ def delta_merge_fp8_reference(
         within = scaled.clamp(-FP8_MAX, FP8_MAX)
         new = within.to(weight.dtype) if seed is None else stochastic_round(within, weight.dtype, seed, first_element + start * cols)
         kept = new.to(compute) * factor
-        stats.clipped += int((scaled.abs() > FP8_MAX).sum())
+        stats.clipped += int((scaled.abs() > CLIPPED).sum())
         out[start:stop] = new
         low, high = delta.aminmax()
         stats.max_delta = max(stats.max_delta, float(high), -float(low))
@@ -83,7 +85,8 @@ def recomputed_scale(weight: Tensor, terms: Sequence[Term], scale: Tensor) -> Te
     for start, stop, old, delta in _dequantised(weight, terms, scales, torch.float32):
         size = old.sub_(delta).abs_().nan_to_num_(0.0)
         by_block = torch.nn.functional.pad(size, (0, -cols % scales.wide)).view(stop - start, -1, scales.wide).amax(2)
-        largest.index_reduce_(0, torch.arange(start, stop, device=scale.device) // tall, by_block, "amax")
+        block = (torch.arange(start, stop, device=scale.device) // tall)[:, None].expand_as(by_block)
+        largest.scatter_reduce_(0, block, by_block, "amax")
     return torch.where(largest > 0, largest / FP8_MAX, scale.float())
 
 

@@ -1,29 +1,30 @@
-"""Rounding inside the kernel, bit for bit as torch and `stochastic.py` round."""
+"""Rounding inside the kernel, bit for bit as torch and `stochastic.py` round.
+
+KEPT and NORMAL are the mantissa bits and the smallest normal number of the target, of `stochastic.FORMATS`.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def nearest(value, T: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Ties to even. On a GPU it is one instruction; the interpreter's own conversion to bf16 drops the low bits, so there it is done by hand."""
-    if INTERPRETED and T == tl.bfloat16:
-        single = value.to(tl.float32)
-        if value.dtype == tl.float64:  # round to odd first, so that the second rounding sees what the first one dropped
-            bits = single.to(tl.int32, bitcast=True)
-            past = tl.abs(single.to(tl.float64)) > tl.abs(value)
-            bits = tl.where(past, bits - 1, bits)
-            bits = tl.where(single.to(tl.float64) == value, bits, bits | 1)
-            single = tl.where(tl.abs(value) < float("inf"), bits.to(tl.float32, bitcast=True), single)
-        bits = single.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.where((bits & 0x7F800000) == 0x7F800000, single, rounded).to(tl.bfloat16)
-    return value.to(T)
+def nearest(value, T: tl.constexpr, KEPT: tl.constexpr, NORMAL: tl.constexpr, INTERPRETED: tl.constexpr):
+    """To float32, then to T, ties to even. The interpreter's own conversions to bf16 and FP8 are wrong, so there it is done by hand."""
+    single = value.to(tl.float32)
+    if INTERPRETED and KEPT < 10:
+        DROP: tl.constexpr = 23 - KEPT
+        magnitude = tl.abs(single)
+        lift = tl.where(magnitude < NORMAL, NORMAL, 0.0).to(tl.float32)
+        bits = (magnitude + lift).to(tl.int32, bitcast=True)
+        even = (bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)) & -(1 << DROP)
+        rounded = even.to(tl.float32, bitcast=True) - lift
+        single = tl.where(magnitude < float("inf"), tl.where(single < 0, -rounded, rounded), single)
+    return single.to(T)
 
 
 @triton.jit
 def stochastic(value, element, seed, T: tl.constexpr, KEPT: tl.constexpr, NORMAL: tl.constexpr):
-    """float64 `value` to T, which keeps KEPT mantissa bits and whose smallest normal number is NORMAL; see `stochastic_round`."""
+    """float64 `value` to T, up or down at random; see `stochastic_round`."""
     DROP: tl.constexpr = 52 - KEPT
     noise = _hash32(element.to(tl.uint32) ^ seed.to(tl.uint32)).to(tl.int64)
     if DROP > 32:
@@ -31,13 +32,11 @@ def stochastic(value, element, seed, T: tl.constexpr, KEPT: tl.constexpr, NORMAL
     else:
         noise = noise >> (32 - DROP)
     magnitude = tl.abs(value)
-    normal = tl.full([], NORMAL, tl.float64)
-    lift = tl.where(magnitude < normal, normal, normal * 0)
+    lift = tl.where(magnitude < NORMAL, NORMAL, 0.0).to(tl.float64)
     bits = ((magnitude + lift).to(tl.int64, bitcast=True) + noise) & -(1 << DROP)
     rounded = bits.to(tl.float64, bitcast=True) - lift
-    sign = value.to(tl.int64, bitcast=True) & -(1 << 63)
-    signed = (rounded.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
-    return tl.where(magnitude < float("inf"), signed, value).to(tl.float32).to(T)  # exact, so twice is once
+    finite = tl.where(value < 0, -rounded, rounded)
+    return tl.where(magnitude < float("inf"), finite, value).to(tl.float32).to(T)
 
 
 @triton.jit
