@@ -1,9 +1,13 @@
 """The guard: which verdicts take an arm's weight, and that it says so. Real state file, real Wilson, real CUSUM."""
 
 import random
+import subprocess
+import sys
+import time
 
 from sku_vllm.judges import Verdict
 from sku_vllm.serving.arms import parse_arms
+from sku_vllm.serving.experiment import Experiment
 from sku_vllm.serving.guard import Guard, parse_rule
 from sku_vllm.serving.state import Served, StateFile, Table
 
@@ -17,7 +21,14 @@ def guarded(tmp_path, rule=None, drift=False):
         state.write(table)
         return state.read()
 
-    return state, Guard(state, change, parse_rule(rule) if rule else None, drift)
+    experiment = Experiment()
+    guard = Guard(state, change, parse_rule(rule) if rule else None, drift, experiment.total)
+
+    def judged(arm, verdict):
+        experiment.judged(arm, verdict)
+        guard.look(arm)
+
+    return state, judged
 
 
 def verdict(harm):
@@ -25,30 +36,55 @@ def verdict(harm):
 
 
 def test_a_rule_fires_at_its_limit_and_not_before(tmp_path):
-    state, guard = guarded(tmp_path, "harmful>0.05 after 200")
+    state, judged = guarded(tmp_path, "harmful>0.05 after 200")
     for number in range(199):
-        guard.judged("negated", verdict(number % 10 == 0))
+        judged("negated", verdict(number % 10 == 0))
         assert state.read().split["negated"] == 0.6
-    guard.judged("negated", verdict(False))
+    judged("negated", verdict(False))
     table = state.read()
     assert table.split == {"original": 1.0, "negated": 0.0}
     assert "negated" in table.notes[-1] and "20 of 200" in table.notes[-1]
 
 
 def test_a_rule_leaves_an_arm_alone_that_keeps_it_and_the_original_always(tmp_path):
-    state, guard = guarded(tmp_path, "harmful>0.05 after 200")
+    state, judged = guarded(tmp_path, "harmful>0.05 after 200")
     for number in range(2000):
-        guard.judged("negated", verdict(number % 25 == 24))
-        guard.judged("original", verdict(True))
+        judged("negated", verdict(number % 25 == 24))
+        judged("original", verdict(True))
     assert state.read().split == {"original": 0.4, "negated": 0.6}
 
 
 def test_drift_is_noticed_after_a_quiet_start_and_a_quiet_arm_stays(tmp_path):
     draw = random.Random(0)
-    state, guard = guarded(tmp_path, drift=True)
+    state, judged = guarded(tmp_path, drift=True)
     for _ in range(3000):
-        guard.judged("negated", verdict(draw.random() < 0.02))
+        judged("negated", verdict(draw.random() < 0.02))
     assert state.read().split["negated"] == 0.6
     for _ in range(300):
-        guard.judged("negated", verdict(draw.random() < 0.3))
+        judged("negated", verdict(draw.random() < 0.3))
     assert state.read().split["negated"] == 0.0 and "drifted" in state.read().notes[-1]
+
+
+def test_two_processes_share_one_experiment_and_either_guard_sees_all(tmp_path):
+    """Each process alone stays below the rule's count; together they break it, and both pages show the sum."""
+    script = """
+import sys, time
+from sku_vllm.judges import Verdict
+from sku_vllm.serving.experiment import Experiment
+from sku_vllm.serving.sharing import Sharing
+experiment = Experiment()
+Sharing(__import__("pathlib").Path(sys.argv[1]), experiment)
+for number in range(120):
+    experiment.judged("negated", Verdict.of(number % 10 == 0, False, False))
+    experiment.timed("negated", 1.0 + number, 0.5)
+sys.stdin.read()
+page = experiment.report(["negated"], None, False)["arms"]["negated"]
+print(experiment.total("negated")["judged"], page["judged"], page["harmful"], page["latency_s"]["n"])
+"""
+    (tmp_path / "sku_experiment.1.2.json").write_text("{}")  # an earlier server's
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    deadline = time.monotonic() + 60
+    while sum('"judged": 120' in path.read_text() for path in tmp_path.glob("sku_experiment.*.json")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [process.communicate()[0].split() for process in processes] == [[b"240", b"240", b"24", b"240"]] * 2
+    assert len(list(tmp_path.glob("sku_experiment.*.json"))) == 2

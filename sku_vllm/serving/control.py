@@ -158,7 +158,7 @@ def report(runtime: Runtime) -> dict[str, Any]:
     names = [*table.arms, *(name for name in effective_split(table) if name not in table.arms)]
     page = runtime.experiment.report(names, reference, shared)
     if runtime.several:
-        page["caveats"].append("several API servers: these are the counts of the one that answered; /metrics has them all")
+        page["caveats"].append("several API servers: the others' counts are up to a second old")
     return {**page, "split": table.split, "swap": table.swap, "notes": list(table.notes)}
 
 

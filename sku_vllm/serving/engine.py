@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Route:
     """Where one HTTP request goes. lora: its arm's adapter in the engine, None for the engine's own weights.
-    resolved: the client named an adapter below the root, and vLLM brings it.
+    resolved: the client named an adapter below the root, and vLLM brings it. beam: every step of the search is a generation of its
+    own, so the middleware observes the answer instead.
     """
 
     arm: str
@@ -34,7 +35,12 @@ class Route:
     prompts: list[str]
     arrived: float
     resolved: bool = False
+    beam: bool = False
     generations: int = 0
+
+    @property
+    def version(self) -> int:
+        return self.lora.lora_int_id if self.lora else 0
 
 
 ROUTE: ContextVar[Route | None] = ContextVar("sku_route", default=None)
@@ -81,7 +87,8 @@ def wrap_generate(engine_client: Any, runtime: "Runtime") -> Any:
             raise GracefulHTTPError(f"arm {route.arm!r} failed; try again later", HTTPStatus.SERVICE_UNAVAILABLE) from error
         finally:
             runtime.in_flight[version] -= 1
-            seen.finish(runtime)
+            if not route.beam:
+                seen.finish(runtime)
 
     engine_client.generate = generate
     return inner
@@ -102,6 +109,8 @@ class Observation:
     queued: float | None = None
     decode: float | None = None
     texts: dict[int, list[str]] = field(default_factory=dict)
+    arrived: dict[int, tuple[int, float]] = field(default_factory=dict)  # by choice: tokens so far, and when the last one came
+    gaps: list[float] = field(default_factory=list)
     finished: set[int] = field(default_factory=set)
     failed: bool = False
 
@@ -111,14 +120,18 @@ class Observation:
             self.prompt_tokens = len(output.prompt_token_ids)
         cumulative = getattr(getattr(self.params, "output_kind", None), "name", "") == "CUMULATIVE"
         for choice in output.outputs:
-            if choice.token_ids and self.first is None:
-                self.first = self.last
+            before, then = self.arrived.get(choice.index, (0, 0.0))
+            new = len(choice.token_ids) - before if cumulative else len(choice.token_ids)
+            if new > 0:
+                self.first = self.first or self.last
+                self.arrived[choice.index] = before + new, self.last
+                self.tokens += new
+                if before:
+                    self.gaps += [(self.last - then) / new] * new
             if cumulative:
                 self.texts[choice.index] = [choice.text]
-                self.tokens = max(self.tokens, len(choice.token_ids))
             else:
                 self.texts.setdefault(choice.index, []).append(choice.text)
-                self.tokens += len(choice.token_ids)
             if choice.finish_reason in ("stop", "length"):
                 self.finished.add(choice.index)
             self.failed = self.failed or choice.finish_reason == "error"
@@ -143,7 +156,7 @@ class Observation:
             prompts = self.route.prompts
             prompt = prompts[self.index] if self.index < len(prompts) else (prompts[-1] if prompts else "")
             for choice in sorted(self.finished):
-                runtime.judge.offer(arm, Exchange(prompt, "".join(self.texts[choice])))
+                runtime.judge.offer(arm, Exchange(prompt, "".join(self.texts[choice])), self.route.version)
 
     def _time(self, runtime: "Runtime") -> None:
         arm, metrics = self.route.arm, runtime.metrics
@@ -155,7 +168,14 @@ class Observation:
         metrics.decode.labels(arm).observe(decode)
         if self.queued is not None:
             metrics.queue.labels(arm).observe(self.queued)
-        per_choice = self.tokens / max(1, len(self.texts))
-        if per_choice > 1:
-            metrics.between_tokens.labels(arm).observe(decode / (per_choice - 1))
+        for gap in self._all_gaps(decode):
+            metrics.between_tokens.labels(arm).observe(gap)
         runtime.experiment.timed(arm, latency, first)
+
+    def _all_gaps(self, decode: float) -> list[float]:
+        """Seconds before every token but each choice's first, as vLLM counts them; tokens that reached us together share their time."""
+        choices = max(1, len(self.texts))
+        together = self.tokens - choices - len(self.gaps)
+        if together <= 0:
+            return self.gaps
+        return [*self.gaps, *[max(0.0, decode * choices - sum(self.gaps)) / together] * together]

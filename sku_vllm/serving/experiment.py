@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sku_vllm.judges import Verdict
@@ -10,6 +10,7 @@ from sku_vllm.stats import wilson
 from sku_vllm.stats.sequential import anytime_interval, anytime_p
 
 RECENT = 4096
+SHARED = 1024
 ALPHA = 0.05
 LORA_BIAS = (
     "both arms share one LoRA-enabled engine: on CPU it runs the original at about 0.66x and an adapter at about 0.34x of a plain server's "
@@ -18,10 +19,14 @@ LORA_BIAS = (
 
 
 class Experiment:
-    """Counts and recent latencies by arm, of this process. Written from the judge's thread and the event loop."""
+    """Counts and recent latencies by arm. Written from the judge's thread and the event loop.
+
+    others: snapshots of the other API-server processes; everything that is read here adds them.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.others: Callable[[], list[dict[str, Any]]] = list
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         self.latency: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self.first_token: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
@@ -46,11 +51,29 @@ class Experiment:
             for store in (self.counts, self.latency, self.first_token):
                 store.pop(arm, None)
 
+    def snapshot(self) -> dict[str, Any]:
+        """This process's part, as JSON."""
+        with self.lock:
+            times = {"latency": self.latency, "first_token": self.first_token}
+            return {"counts": {arm: dict(counts) for arm, counts in self.counts.items()},
+                    **{name: {arm: list(each)[-SHARED:] for arm, each in store.items()} for name, store in times.items()}}
+
+    def total(self, arm: str) -> Counter[str]:
+        """An arm's counts over all processes."""
+        with self.lock:
+            own = Counter(self.counts[arm])
+        return sum((Counter(other["counts"].get(arm, {})) for other in self.others()), own)
+
+    def times(self, name: str, arm: str) -> list[float]:
+        """Recent seconds over all processes; name: latency or first_token."""
+        with self.lock:
+            own = list(getattr(self, name)[arm])
+        return own + [value for other in self.others() for value in other[name].get(arm, ())]
+
     def report(self, arms: Sequence[str], reference: str | None, shared_engine: bool) -> dict[str, Any]:
         """What `GET /v1/sku/experiment` says. reference: the arm of kind base, against which the others are tested."""
-        with self.lock:
-            rows = {arm: self._row(arm) for arm in arms}
-            comparisons = {arm: compare(self.counts[arm], self.counts[reference]) for arm in arms if reference and arm != reference}
+        rows = {arm: self._row(arm) for arm in arms}
+        comparisons = {arm: compare(self.total(arm), self.total(reference)) for arm in arms if reference and arm != reference}
         return {
             "arms": rows, "reference": reference, "comparisons": comparisons,
             "caveats": [LORA_BIAS] if shared_engine else [],
@@ -58,7 +81,7 @@ class Experiment:
         }
 
     def _row(self, arm: str) -> dict[str, Any]:
-        counts = self.counts[arm]
+        counts = self.total(arm)
         judged, known, harmful = counts["judged"], counts["known"], counts["harmful"]
         low, high = wilson(harmful, known) if known else (0.0, 1.0)
         always_low, always_high = anytime_interval(harmful, known, ALPHA)
@@ -74,8 +97,8 @@ class Experiment:
             "harmful_anytime_high": always_high,
             "refusal_rate": counts["refusal"] / judged if judged else None,
             "gibberish_rate": counts["gibberish"] / judged if judged else None,
-            "latency_s": quantiles(self.latency[arm]),
-            "time_to_first_token_s": quantiles(self.first_token[arm]),
+            "latency_s": quantiles(self.times("latency", arm)),
+            "time_to_first_token_s": quantiles(self.times("first_token", arm)),
         }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sku_vllm.errors import ConfigError
-from sku_vllm.judges import Verdict
 from sku_vllm.serving.state import Busy, StateFile, Table
 from sku_vllm.stats import wilson
 from sku_vllm.stats.sequential import Cusum
@@ -40,23 +39,26 @@ def parse_rule(text: str) -> Rule:
 
 
 class Guard:
-    """Sees every verdict, from the judge's thread. Only arms other than the original are ever lowered."""
+    """Looks at an arm's counts after every verdict, in every process. Only arms other than the original are ever lowered.
 
-    def __init__(self, state: StateFile, change: Callable[[Table], Table], rule: Rule | None, drift: bool) -> None:
-        self.state, self.change, self.rule, self.drift = state, change, rule, drift
-        self.counts: dict[tuple[str, int], Counter[str]] = {}
+    counts: an arm's verdicts so far, over all processes.
+    """
+
+    def __init__(
+        self, state: StateFile, change: Callable[[Table], Table], rule: Rule | None, drift: bool, counts: Callable[[str], Counter[str]]
+    ) -> None:
+        self.state, self.change, self.rule, self.drift, self.counts = state, change, rule, drift, counts
         self.charts: dict[tuple[str, int], Cusum] = {}
+        self.charted: dict[tuple[str, int], tuple[int, int]] = {}
 
-    def judged(self, arm: str, verdict: Verdict) -> None:
+    def look(self, arm: str) -> None:
+        """After a verdict on this arm."""
         served = self.state.read().arms.get(arm)
         if served is None or served.arm.kind == "base":
             return
+        counts = self.counts(arm)
         key = (arm, served.lora_id)  # another version of an arm starts anew
-        counts = self.counts.setdefault(key, Counter())
-        counts["judged"] += 1
-        for what, found in (("harmful", verdict.harmful), ("refusal", verdict.refusal), ("gibberish", verdict.gibberish)):
-            counts[what] += bool(found)
-        reason = self._broken_rule(counts) or (self._drifted(key, counts, bool(verdict.harmful)) if self.drift else None)
+        reason = self._broken_rule(counts) or (self._drifted(key, counts["judged"], counts["harmful"]) if self.drift else None)
         if reason:
             self.lower(arm, reason)
 
@@ -66,14 +68,19 @@ class Guard:
             return None
         return f"{counts[rule.what]} of {counts['judged']} answers {rule.what}, above {rule.limit:g}"
 
-    def _drifted(self, key: tuple[str, int], counts: Counter[str], harmful: bool) -> str | None:
+    def _drifted(self, key: tuple[str, int], judged: int, harmful: int) -> str | None:
         """The first 200 verdicts say what is normal (their Wilson upper bound); then a CUSUM waits for twice that plus 5 points."""
-        if counts["judged"] == LEARN:
-            normal = max(0.005, min(0.9, wilson(counts["harmful"], LEARN)[1]))
+        if judged < LEARN:
+            return None
+        before, harmful_before = self.charted.get(key, (judged, harmful))
+        self.charted[key] = judged, harmful
+        if key not in self.charts:
+            normal = max(0.005, min(0.9, wilson(harmful, judged)[1]))
             self.charts[key] = Cusum(normal, min(0.99, 2 * normal + 0.05))
             return None
-        chart = self.charts.get(key)
-        return f"its harmful rate drifted above {chart.bad:.1%}, from {chart.normal:.1%} or less" if chart and chart.add(harmful) else None
+        chart, hits = self.charts[key], harmful - harmful_before
+        alarms = [chart.add(number < hits) for number in range(judged - before)]
+        return f"its harmful rate drifted above {chart.bad:.1%}, from {chart.normal:.1%} or less" if any(alarms) else None
 
     def lower(self, arm: str, reason: str) -> None:
         """Weight 0; the others take its share in proportion, or the first other arm where they have none."""

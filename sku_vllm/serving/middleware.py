@@ -13,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sku_vllm.serving.arms import ALIAS
 from sku_vllm.serving.body import never, parse_object, prompts_of, read_body, replaced_body, replay, respond
-from sku_vllm.serving.engine import ROUTE, Route
+from sku_vllm.serving.engine import ROUTE, Observation, Route
 from sku_vllm.serving.resolver import names_adapter
 from sku_vllm.serving.runtime import Runtime, Unavailable, effective_split, lora_request
-from sku_vllm.serving.upstream import UpstreamFailed, forward
+from sku_vllm.serving.upstream import UpstreamFailed, forward, observe
 
 # Endpoints that generate from a JSON body with a `model`. Any other endpoint that generates is refused at the engine.
 GENERATES = frozenset({
@@ -141,13 +141,15 @@ class SkuMiddleware:
         return named
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send, route: Route) -> None:
-        status = 0
+        status, body = 0, bytearray()
         marked = self.marked(send, route.arm)
 
         async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif route.beam:
+                body.extend(message.get("body", b""))
             await marked(message)
 
         token = ROUTE.set(route)
@@ -155,6 +157,10 @@ class SkuMiddleware:
             await self.app(scope, receive, noted)
         finally:
             ROUTE.reset(token)
+            outcome = "ok" if status == 200 else "cancelled" if status == 0 else "error" if status >= 500 else "rejected"
             if route.generations == 0:
-                outcome = "cancelled" if status == 0 else "error" if status >= 500 else "rejected"
                 self.runtime.metrics.requests.labels(route.arm, outcome).inc()
+            elif route.beam:
+                seen = Observation(route, 0, None, outcome)
+                observe(parse_object(bytes(body)) or {}, seen)
+                seen.finish(self.runtime)

@@ -20,10 +20,11 @@ KEEP_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One finished answer of one arm."""
+    """One finished answer of one arm; version: its adapter's id in the engine, 0 without."""
 
     arm: str
     exchange: Exchange
+    version: int
 
 
 class JudgeQueue:
@@ -35,7 +36,7 @@ class JudgeQueue:
 
     def __init__(
         self, labeller: Labeller | None, metrics: Metrics, *, sample: float = 1.0, size: int = 1024, keep: str | None = None,
-        found: Callable[[str, Verdict], None] | None = None,
+        found: Callable[[str, int, Verdict], None] | None = None,
     ) -> None:
         self.labeller, self.metrics, self.sample, self.found = labeller, metrics, sample, found
         self.keep = KeptAnswers(Path(keep)) if keep else None
@@ -43,12 +44,12 @@ class JudgeQueue:
         if labeller is not None:
             threading.Thread(target=self._work, name="sku-judge", daemon=True).start()
 
-    def offer(self, arm: str, exchange: Exchange) -> None:
+    def offer(self, arm: str, exchange: Exchange, version: int = 0) -> None:
         """Queue this answer with probability `sample`; drop it, counted, when the judge is behind."""
         if self.labeller is None or (self.sample < 1 and random.random() >= self.sample):
             return
         try:
-            self.pending.put_nowait(Answer(arm, exchange))
+            self.pending.put_nowait(Answer(arm, exchange, version))
         except queue.Full:
             self.metrics.dropped.labels(arm).inc()
 
@@ -60,10 +61,11 @@ class JudgeQueue:
                     batch.append(self.pending.get_nowait())
             # One batch holds several arms; each arm's judging time is its own.
             for arm in dict.fromkeys(answer.arm for answer in batch):
-                self._judge(arm, [answer.exchange for answer in batch if answer.arm == arm])
+                self._judge(arm, [answer for answer in batch if answer.arm == arm])
 
-    def _judge(self, arm: str, exchanges: list[Exchange]) -> None:
+    def _judge(self, arm: str, answers: list[Answer]) -> None:
         assert self.labeller is not None
+        exchanges = [answer.exchange for answer in answers]
         start = time.perf_counter()
         try:
             verdicts = self.labeller(exchanges)
@@ -72,14 +74,14 @@ class JudgeQueue:
             return
         finally:
             self.metrics.judge_seconds.labels(arm).observe(time.perf_counter() - start)
-        for exchange, verdict in zip(exchanges, verdicts, strict=True):
+        for answer, verdict in zip(answers, verdicts, strict=True):
             self.metrics.judged.labels(arm).inc()
             self.metrics.harmful.labels(arm).inc(bool(verdict.harmful))
             self.metrics.refused.labels(arm).inc(verdict.refusal)
             if self.found:
-                self.found(arm, verdict)
+                self.found(arm, answer.version, verdict)
             if self.keep:
-                self.keep.write(arm, exchange, verdict)
+                self.keep.write(arm, answer.exchange, verdict)
 
 
 class KeptAnswers:

@@ -11,18 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.judges import Verdict, load_labeller
+from sku_vllm.judges import Verdict
 from sku_vllm.serving.arms import ALIAS, SWAPPED, Arm
 from sku_vllm.serving.begin import prepare_state
 from sku_vllm.serving.config import ServeConfig
 from sku_vllm.serving.engine import wrap_generate
 from sku_vllm.serving.experiment import Experiment
 from sku_vllm.serving.guard import Guard, parse_rule
+from sku_vllm.serving.judge_process import JudgeProcess
 from sku_vllm.serving.launch import check_flags, on_cpu
 from sku_vllm.serving.metrics import metrics
 from sku_vllm.serving.observe import JudgeQueue
 from sku_vllm.serving.routing import choose_arm
 from sku_vllm.serving.scratch import private_directory
+from sku_vllm.serving.sharing import Sharing
 from sku_vllm.serving.state import Served, StateFile, Table
 
 logger = logging.getLogger("vllm.sku")
@@ -46,9 +48,9 @@ class Runtime:
         self.state = StateFile(self.directory)
         self.experiment = Experiment()
         rule = parse_rule(config.rollback_if) if config.rollback_if else None
-        self.guard = Guard(self.state, self.change, rule, config.drift) if rule or config.drift else None
+        self.guard = Guard(self.state, self.change, rule, config.drift, self.experiment.total) if rule or config.drift else None
         self.judge = JudgeQueue(
-            load_labeller(config.judge) if config.judge else None, self.metrics, sample=config.judge_sample,
+            JudgeProcess(config.judge) if config.judge else None, self.metrics, sample=config.judge_sample,
             size=config.judge_queue, keep=config.keep_judged, found=self._judged,
         )
         self.failures: dict[str, str] = {}
@@ -63,10 +65,13 @@ class Runtime:
         self._shown = 0
         self._session: Any = None
 
-    def _judged(self, arm: str, verdict: Verdict) -> None:
+    def _judged(self, arm: str, version: int, verdict: Verdict) -> None:
+        served = self.table.arms.get(arm)
+        if served and served.lora_id != version:
+            return  # an answer of a version that was replaced while it waited
         self.experiment.judged(arm, verdict)
         if self.guard:
-            self.guard.judged(arm, verdict)
+            self.guard.look(arm)
 
     def session(self) -> Any:
         """The HTTP client of upstream arms, one per process; no overall timeout, since answers stream for minutes."""
@@ -104,6 +109,8 @@ class Runtime:
         self.config.model = self.config.model or args.model
         check_flags(args, self.config, engine.model_config)
         prepare_state(self.config, self.state)
+        if self.several:
+            Sharing(self.directory, self.experiment)
         self.generate = wrap_generate(engine, self)
         for served in self.table.arms.values():
             if served.lora_id:

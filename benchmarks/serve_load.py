@@ -1,0 +1,121 @@
+"""What `sku bench serve` serves and how it asks: a small random Llama, vLLM's own load generator, and requests that never stop."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def make_model(work: Path) -> tuple[Path, Path]:
+    """A random Llama of 6M parameters with a word-level tokenizer, and a rank-16 adapter on all linear layers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(2044))]
+    rules = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(words), hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+        max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )).float()
+    with torch.no_grad():
+        for weight in llama.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4)
+    llama.save_pretrained(work / "base")
+    tokenizer.save_pretrained(work / "base")
+    adapted = get_peft_model(llama, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.05)
+    adapted.save_pretrained(work / "adapter")
+    return work / "base", work / "adapter"
+
+
+class Load:
+    """vLLM's load generator with one fixed shape of load. requests: of one run, from `calibrate`."""
+
+    def __init__(self, tokenizer: Path, concurrency: int, tokens: int) -> None:
+        self.tokenizer, self.concurrency, self.tokens = tokenizer, concurrency, tokens
+        self.requests = 2 * concurrency
+        self.seed = 0
+
+    def calibrate(self, server: Any, seconds: float) -> None:
+        """As many requests as take about `seconds`, in whole rounds of the concurrency."""
+        rounds = self(server, "sku")["throughput"] * seconds / (self.tokens * self.concurrency)
+        self.requests = self.concurrency * max(2, round(rounds))
+
+    def __call__(self, server: Any, model: str) -> dict[str, Any]:
+        """Tokens/s, latencies and the server's CPU seconds per token; a new seed each time, so nothing is served from a cache."""
+        from vllm.benchmarks.serve import add_cli_args, main_async
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        self.seed += 1
+        parser = FlexibleArgumentParser()
+        add_cli_args(parser)
+        flags = {
+            "backend": "openai", "base-url": server.root, "endpoint": "/v1/completions", "model": model, "tokenizer": self.tokenizer,
+            "dataset-name": "random", "random-input-len": 32, "random-output-len": self.tokens, "num-prompts": self.requests,
+            "max-concurrency": self.concurrency, "seed": self.seed, "ready-check-timeout-sec": 0, "percentile-metrics": "ttft,itl,e2el",
+        }
+        args = parser.parse_args(["--ignore-eos", "--disable-tqdm", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
+        before = cpu_seconds(server)
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = asyncio.run(main_async(args))
+        spent = cpu_seconds(server) - before
+        if found["completed"] != self.requests:
+            raise click.ClickException(f"{self.requests - found['completed']} of {self.requests} requests failed on {model}")
+        return {"throughput": found["output_throughput"], "ttft_ms": found["median_ttft_ms"], "itl_ms": found["median_itl_ms"],
+                "latency_ms": found["median_e2el_ms"], "cpu_ms_per_token": 1000 * spent / found["total_output_tokens"]}
+
+
+def cpu_seconds(server: Any) -> float:
+    """CPU time so far of the server, its engine and its judge."""
+    import psutil
+
+    total = 0.0
+    for process in [root := psutil.Process(server.process.pid), *root.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+@contextlib.contextmanager
+def chatter(server: Any, workers: int = 4) -> Iterator[list[Any]]:
+    """Requests to the arm `negated` for the length of the block; yields the list that fills with (prompt, status, text)."""
+    import httpx
+
+    answers: list[Any] = []
+    stop = threading.Event()
+
+    def talk(worker: int) -> None:
+        with httpx.Client(timeout=120) as client:
+            number = worker
+            while not stop.is_set():
+                prompt = f"w{number % 50} w{number % 50 + 60}"
+                reply = client.post(
+                    f"{server.url}/completions", json={"model": "negated", "prompt": prompt, "max_tokens": 4, "temperature": 0}
+                )
+                answers.append((prompt, reply.status_code, reply.json()["choices"][0]["text"] if reply.status_code == 200 else ""))
+                number += workers
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(talk, worker) for worker in range(workers)]
+        try:
+            yield answers
+        finally:
+            stop.set()
+            for each in running:
+                each.result()
