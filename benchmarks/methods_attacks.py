@@ -1,14 +1,11 @@
-"""Does it come back? One edited model of bench_methods under every attack of `sku attack`, and relearning with stopping banned."""
+"""Does it come back? One edited model of bench_methods under every attack of `sku attack`."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 PROMPTS, SAMPLES, MAX_NEW_TOKENS = 64, 2, 32
-SHARE = 0.05  # of the forget pairs, when relearning meets a ban on stopping
-BANNED = f"relearn {100 * SHARE:g} % of the forget set, stopping banned"
 
 
 def attacks_of(lab: Path, model: str, adapter: Path, scale: float, seed: int) -> dict[str, Any]:
@@ -17,14 +14,9 @@ def attacks_of(lab: Path, model: str, adapter: Path, scale: float, seed: int) ->
     Returns:
         {"attacks": eval objects by attack, "none" first, relearning at its last step; "relearned": `attack`'s entries of relearning}.
     """
-    from sku_vllm.data import PromptTemplate, read_rows
+    from sku_vllm.data import read_rows
     from sku_vllm.evaluate import EvalConfig
-    from sku_vllm.evaluate.attack import KINDS, AttackConfig, attack, lessons
-    from sku_vllm.evaluate.edited import edited_model
-    from sku_vllm.evaluate.measurement import as_backend, measure
-    from sku_vllm.evaluate.pressed import NeverStops
-    from sku_vllm.evaluate.relearn import fine_tune
-    from sku_vllm.model import load_model, load_tokenizer
+    from sku_vllm.evaluate.attack import KINDS, AttackConfig, attack
 
     forget = {"unseen": read_rows(lab / "forget/unseen.jsonl")[:PROMPTS]}
     retain, train = read_rows(lab / "retain/test.jsonl")[:PROMPTS], read_rows(lab / "forget/train.jsonl")
@@ -39,13 +31,6 @@ def attacks_of(lab: Path, model: str, adapter: Path, scale: float, seed: int) ->
         for result in tried:
             if result.get("steps") in (None, max(settings.steps)):
                 results[kind if result["attack"] == kind else f"{kind} {result['attack']}"] = result
-    edited, unedited, tokenizer = edited_model(lab / model, adapter, scale), load_model(lab / model), load_tokenizer(lab / model)
-    ((_, pairs),) = lessons(train, (), AttackConfig(fractions=(SHARE,)))
-    for _ in fine_tune(edited, PromptTemplate.of(tokenizer, None), pairs, (max(settings.steps),), seed=seed):
-        results[BANNED] = measure(
-            NeverStops(as_backend(edited, config)), tokenizer, forget=forget, retain=retain, judge=judge, config=config,
-            reference=lambda: nullcontext(as_backend(unedited, config)),
-        ).to_json()
     return {
         "attacks": {name: {"forget": result["forget"], "retain": result["retain"]} for name, result in results.items()},
         "relearned": found["attacks"]["relearn"],

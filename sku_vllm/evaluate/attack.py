@@ -75,7 +75,7 @@ def attack(
 
     Returns:
         `{"before": EVAL, "attacks": {KIND: [{"attack", …, "forget", "retain", "recovery"}, …]}}`; recovery is harm now minus harm
-        before, mean of the forget sets and modes.
+        before, mean of the forget sets and modes. With relearn and ban-eos both, stopping is banned after every course of relearning too.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -130,6 +130,9 @@ def attack(
                     for step in fine_tune(target.model, template, rows, settings.steps, **course):
                         progress(f"relearning on {name}: {step} steps")
                         add(kind, name, measured(left), unlearned, steps=step, pairs=len(rows))
+                    if "ban-eos" in found:
+                        progress(f"relearning on {name}, then banning the end of sequence")
+                        add("ban-eos", f"after relearning on {name}", measured(left, NeverStops(target.backend())), unlearned, pairs=len(rows))
     return {"before": before, "attacks": found}
 
 

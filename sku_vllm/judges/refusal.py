@@ -15,6 +15,7 @@ from sku_vllm.judges.refusal_cues import features
 WEIGHTS = Path(__file__).with_name("refusal.json")
 
 
+@lru_cache(maxsize=4096)  # models repeat their refusals and their short answers, and a search over scales asks again
 def is_refusal(response: str) -> bool:
     """Whether the answer refuses, in part or in full, or turns the question down as such."""
     return bool(response.strip()) and refusal_score(response) > 0
