@@ -120,7 +120,11 @@ def copy(base: Path, target: Path) -> None:
 def fuse_process() -> Iterator[Callable[[Path, Path, Path, bool], dict]]:
     """A process that has imported everything and fuses on request, reporting seconds and peak anonymous memory above its imports."""
     worker = subprocess.Popen(
-        [sys.executable, "-m", "sku_vllm.benchmarks.bench_fuse"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "sku_vllm.benchmarks.bench_fuse"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # as the command line sets it
     )
 
     def fuse(base: Path, adapter: Path, target: Path, digests: bool) -> dict:
@@ -141,6 +145,7 @@ def serve_fuse() -> None:
     import torch
 
     from sku_vllm.fuse import fuse_checkpoint
+    from sku_vllm.kernels.delta_merge import round_rows  # noqa: F401
 
     torch.ones(8, 8) @ torch.ones(8, 8)  # the BLAS allocates its own buffers once
     start = anonymous()

@@ -1,4 +1,4 @@
-"""The compiled bf16 merge against float64 and against the reference: values, statistics, what it declines."""
+"""The compiled merge of 16-bit weights against float64 and against the reference: values, statistics, what it declines."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sku_vllm.kernels.delta_merge import Merge, MergeStats, Term, delta_merge, delta_merge_reference
-from sku_vllm.kernels.delta_merge.cpu_kernel import merge_bf16
+from sku_vllm.kernels.delta_merge.cpu_kernel import merge_16_bit
 from tests.test_delta_merge import exact, term, ulps
 
 
@@ -20,18 +20,23 @@ def assert_same_stats(stats: MergeStats, wanted: MergeStats) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 70), cols=st.integers(1, 2100), rank=st.integers(1, 64), seed=st.integers(0, 1000), size=st.sampled_from([1e-3, 0.05])
+    rows=st.integers(1, 70),
+    cols=st.integers(1, 2100),
+    rank=st.integers(1, 64),
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([1e-3, 0.05]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
 )
-def test_any_shape_is_within_one_ulp_and_sums_what_the_reference_sums(rows, cols, rank, seed, size):
+def test_any_shape_is_within_one_ulp_and_sums_what_the_reference_sums(rows, cols, rank, seed, size, dtype):
     torch.manual_seed(seed)
-    weight, terms = (torch.randn(rows, cols) + 0.1).bfloat16(), [term(rows, cols, rank, size)]
+    weight, terms = (torch.randn(rows, cols) + 0.1).to(dtype), [term(rows, cols, rank, size)]
     wanted, by_reference, out = exact(weight, terms), torch.empty_like(weight), torch.empty_like(weight)
-    stats = merge_bf16(weight, terms, out)
+    stats = merge_16_bit(weight, terms, out)
     assert stats is not None
     assert_same_stats(stats, delta_merge_reference(weight, terms, out=by_reference))
     assert ulps(out, wanted).max() <= 1 and (out != by_reference).sum() <= 1 + 1e-4 * out.numel()
     in_place = weight.clone()
-    merge_bf16(in_place, terms, in_place)
+    merge_16_bit(in_place, terms, in_place)
     assert torch.equal(in_place, out)
 
 
@@ -40,33 +45,35 @@ def test_windows_several_adapters_and_dense_terms_sum_in_one_pass():
     weight = torch.randn(600, 1500).bfloat16()  # more than one block
     terms = [term(200, 1500, 4), term(600, 1500, 7, 0.3), Term(torch.randn(100, 1500), None, 0.01, 450)]
     wanted, by_reference, out = exact(weight, terms), torch.empty_like(weight), torch.empty_like(weight)
-    stats = merge_bf16(weight, terms, out)
+    stats = merge_16_bit(weight, terms, out)
     assert_same_stats(stats, delta_merge_reference(weight, terms, out=by_reference))
     assert ulps(out, wanted).max() <= 1 and (out != by_reference).float().mean() < 1e-4
 
 
-def test_what_cancels_is_summed_again_in_float64():
-    """Every 50th element of W is the edit itself rounded: W − Δ is what bf16 lost of it, 2^-9 of Δ, or less where the rounding was lucky."""
+@pytest.mark.parametrize(("dtype", "spare"), [(torch.bfloat16, 13), (torch.float16, 12)])
+def test_what_cancels_is_summed_again_in_float64(dtype, spare):
+    """Every 50th element of W is the edit itself rounded: W − Δ is what 16 bits lost of it, or less where the rounding was lucky."""
     torch.manual_seed(0)
-    terms = [term(300, 1000, 64)]
+    terms = [term(300, 1000, 64, 200.0)]
     delta = -exact(torch.zeros(300, 1000), terms)
-    weight = torch.randn(300, 1000).bfloat16()
-    weight.view(-1)[::50] = delta.to(torch.bfloat16).view(-1)[::50]
+    weight = (torch.randn(300, 1000) * 1000).to(dtype)
+    weight.view(-1)[::50] = delta.to(dtype).view(-1)[::50]
     wanted, out = exact(weight, terms), torch.empty_like(weight)
-    near = wanted.abs() < 2.0**-13 * delta.abs().max()
+    near = wanted.abs() < 2.0**-spare * delta.abs().max()
     assert near.sum() > 100
-    assert merge_bf16(weight, terms, out) is not None
+    assert merge_16_bit(weight, terms, out) is not None
     assert ulps(out, wanted).max() <= 1
-    single = (weight.float() - terms[0].coefficient * (terms[0].b @ terms[0].a)).bfloat16()
+    single = (weight.float() - terms[0].coefficient * (terms[0].b @ terms[0].a)).to(dtype)
     assert ulps(single, wanted)[near].max() > 1  # plain float32 would have failed
 
 
-def test_bad_values_of_the_base_stay_where_they_are_and_stay_out_of_the_sums():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bad_values_of_the_base_stay_where_they_are_and_stay_out_of_the_sums(dtype):
     torch.manual_seed(0)
-    weight, terms = torch.randn(512, 64).bfloat16(), [term(512, 64, 8)]
+    weight, terms = torch.randn(512, 64).to(dtype), [term(512, 64, 8, 0.1)]
     weight[3, 4], weight[5, 6], weight[7, 8] = float("nan"), float("inf"), -float("inf")
     out, wanted = torch.empty_like(weight), torch.empty_like(weight)
-    assert_same_stats(merge_bf16(weight, terms, out), delta_merge_reference(weight, terms, out=wanted))
+    assert_same_stats(merge_16_bit(weight, terms, out), delta_merge_reference(weight, terms, out=wanted))
     assert torch.equal(out.isfinite(), weight.isfinite()) and out[3, 4].isnan() and out[7, 8] == -float("inf")
 
 
@@ -74,11 +81,13 @@ def test_what_it_cannot_promise_it_leaves_to_the_reference():
     torch.manual_seed(0)
     weight = torch.randn(64, 64).bfloat16()
     kept = weight.clone()
-    assert merge_bf16(weight, [term(64, 64, 8, 1e4)], weight) is None, "an edit larger than the weight"
-    assert merge_bf16(weight.float(), [term(64, 64, 8)], weight.float()) is None
-    assert merge_bf16(weight[:, :32], [term(64, 32, 8)], weight[:, :32]) is None, "rows that are not next to each other"
+    assert merge_16_bit(weight, [term(64, 64, 8, 1e4)], weight) is None, "an edit larger than the weight"
+    assert merge_16_bit(weight.float(), [term(64, 64, 8)], weight.float()) is None
+    assert merge_16_bit(weight[:, :32], [term(64, 32, 8)], weight[:, :32]) is None, "rows that are not next to each other"
     assert torch.equal(weight, kept)
     top, edit = torch.full((64, 64), 3.38e38).bfloat16(), [Term(torch.full((1, 64), -1e37), None, 1.0, 5)]
-    assert merge_bf16(top, edit, top) is None and delta_merge([Merge(top, edit)])[0].overflowed == 64
+    assert merge_16_bit(top, edit, top) is None and delta_merge([Merge(top, edit)])[0].overflowed == 64
+    full = torch.full((64, 64), 65504.0, dtype=torch.float16)
+    assert merge_16_bit(full, [Term(torch.full((1, 64), -5000.0), None, 1.0, 5)], full).overflowed == 64
     delta_merge([Merge(weight, [term(64, 64, 8, 1e4)])])
     assert not torch.equal(weight, kept)

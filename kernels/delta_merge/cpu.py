@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sku_vllm.kernels.delta_merge.cpu_kernel import merge_bf16
+from sku_vllm.kernels.delta_merge.cpu_kernel import merge_16_bit
 from sku_vllm.kernels.delta_merge.fp8 import delta_merge_fp8_reference, rows_of
 from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, check_merge, delta_merge_reference
 
@@ -35,7 +35,7 @@ def merge_rows(
     """`delta_merge_reference`, same arguments and errors, by the compiled kernel where it fits."""
     out = weight if out is None else out
     check_merge(weight, terms, out, seed)
-    stats = merge_bf16(weight, terms, out) if seed is None else None
+    stats = merge_16_bit(weight, terms, out) if seed is None else None
     return stats or delta_merge_reference(weight, terms, out=out, seed=seed, first_element=first_element)
 
 

@@ -1,4 +1,4 @@
-"""The bf16 merge on a CPU: one compiled pass over each row subtracts, rounds, compares and sums.
+"""The merge of 16-bit weights on a CPU: one compiled pass over each row subtracts, rounds, compares and sums.
 
 In torch the same takes ten passes over every block. Sums are float32, with a second look in float64 where an element
 comes out so small beside the edit that float32's error could exceed an ulp; weights for which that would be common are refused,
@@ -17,36 +17,40 @@ from sku_vllm.kernels.delta_merge.reference import MergeStats, Term, sum_terms
 
 # Elements per block: a float32 edit of 1 MiB stays in the second-level cache between the product that makes it and the pass that reads it.
 BLOCK = 1 << 18
-# float32 sums are trusted where the edit's norm is at most 1/16 of the weight's …
-SMALL_EDIT = 1 / 16
-# … and the result is at least 2^-16·√rank of the row's largest edit: below that float32's error can exceed a bf16 ulp.
-CANCELLED = 2.0**-16
+# The unsigned or signed 16 bits by which round_rows knows a dtype's format.
+BITS = {torch.bfloat16: np.uint16, torch.float16: np.int16}
+# float32 sums are trusted where the edit's norm is at most this share of the weight's (fp16 has three more bits to get right) …
+SMALL_EDIT = {torch.bfloat16: 1 / 16, torch.float16: 1 / 64}
+# … and the result at least this, times √rank, of the row's largest edit: below that float32's error can exceed an ulp.
+CANCELLED = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-13}
 
 
-def merge_bf16(weight: Tensor, terms: Sequence[Term], out: Tensor) -> MergeStats | None:
+def merge_16_bit(weight: Tensor, terms: Sequence[Term], out: Tensor) -> MergeStats | None:
     """W' = round(W − Σ terms) into `out`, which may be `weight`; None, and nothing done, where this kernel is not the one for it.
 
     Args:
-        weight, out: [rows, cols], bf16, contiguous.
+        weight, out: [rows, cols], both bf16 or both fp16, contiguous.
     """
-    fits = weight.dtype == out.dtype == torch.bfloat16 and weight.is_contiguous() and out.is_contiguous() and weight.numel()
-    if not fits or not _edit_norm(terms) <= SMALL_EDIT * _norm(weight):
+    dtype = weight.dtype
+    fits = dtype in BITS and dtype == out.dtype and weight.is_contiguous() and out.is_contiguous() and weight.numel()
+    if not fits or not _edit_norm(terms) <= SMALL_EDIT[dtype] * _norm(weight):
         return None
     from sku_vllm.kernels.delta_merge.round_rows import SUMS, round_rows
 
     rows, cols = weight.shape
     step = max(1, min(BLOCK // cols, rows))
     scratch, ready = _scratch(step, cols), [term._replace(a=None if term.a is None else term.a.float()) for term in terms]
-    ratio = np.float32(CANCELLED * math.sqrt(sum(1 if term.a is None else term.a.shape[0] for term in terms)))
+    ratio = np.float32(CANCELLED[dtype] * math.sqrt(sum(1 if term.a is None else term.a.shape[0] for term in terms)))
     old, new, totals = _bits(weight), _bits(out), np.zeros(len(SUMS))
     cancelled: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, rows, step):
         delta = scratch.delta[: min(step, rows - start) * cols].view(-1, cols)
         sum_terms(ready, start, delta)
         stop = start + delta.shape[0]
-        found = round_rows(old[start:stop], delta.numpy(), new[start:stop], scratch.row, ratio, scratch.where, scratch.bits, totals)
+        row, bits = scratch.row.view(old.dtype), scratch.bits.view(old.dtype)
+        found = round_rows(old[start:stop], delta.numpy(), new[start:stop], row, ratio, scratch.where, bits, totals)
         if found:
-            cancelled.append((scratch.where[:found] + start * cols, scratch.bits[:found].copy()))
+            cancelled.append((scratch.where[:found] + start * cols, bits[:found].copy()))
     if cancelled:
         _sum_again(out, terms, *(np.concatenate(part) for part in zip(*cancelled, strict=True)))
     return MergeStats(elements=weight.numel(), **{name: kind(value) for (name, kind), value in zip(SUMS, totals, strict=True)})
@@ -56,7 +60,7 @@ class _Scratch(threading.local):
     """Per thread: allocating these for every block cost more than the sums."""
 
     delta = torch.empty(0)
-    row, bits, where = np.empty(0, np.uint16), np.empty(0, np.uint16), np.empty(0, np.int64)
+    row, bits, where = np.empty(0, np.int16), np.empty(0, np.int16), np.empty(0, np.int64)
 
 
 _kept = _Scratch()
@@ -65,14 +69,14 @@ _kept = _Scratch()
 def _scratch(rows: int, cols: int) -> _Scratch:
     if _kept.delta.numel() < rows * cols:
         size = max(rows * cols, BLOCK)
-        _kept.delta, _kept.bits, _kept.where = torch.empty(size), np.empty(size, np.uint16), np.empty(size, np.int64)
+        _kept.delta, _kept.bits, _kept.where = torch.empty(size), np.empty(size, np.int16), np.empty(size, np.int64)
     if len(_kept.row) < cols:
-        _kept.row = np.empty(cols, np.uint16)
+        _kept.row = np.empty(cols, np.int16)
     return _kept
 
 
 def _bits(matrix: Tensor) -> np.ndarray:
-    return matrix.detach().view(torch.int16).numpy().view(np.uint16)
+    return matrix.detach().view(torch.int16).numpy().view(BITS[matrix.dtype])
 
 
 def _edit_norm(terms: Sequence[Term]) -> float:
@@ -94,7 +98,7 @@ def _norm(weight: Tensor) -> float:
 def _sum_again(out: Tensor, terms: Sequence[Term], flat: np.ndarray, old_bits: np.ndarray) -> None:
     """Round once more, from float64 sums, the elements where float32 could be off by more than an ulp."""
     rows, columns = (torch.from_numpy(index) for index in np.divmod(flat, out.shape[1]))
-    exact = torch.from_numpy(old_bits.view(np.int16)).view(torch.bfloat16).double()
+    exact = torch.from_numpy(old_bits.view(np.int16)).view(out.dtype).double()
     for b, a, coefficient, first in terms:
         inside = (rows >= first) & (rows < first + b.shape[0])
         local, where = rows[inside] - first, columns[inside]

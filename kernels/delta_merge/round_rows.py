@@ -1,13 +1,15 @@
-"""The compiled pass of the CPU kernel: subtract, round to bf16, compare and sum, reading and writing every element once.
+"""The compiled pass of the CPU kernel: subtract, round, compare and sum, reading and writing every element once.
 
-numba compiles it on a machine's first use (3 s) and keeps the result beside this file, or in the user's cache directory.
-Importing this module is what triggers that, so it is imported where it is first needed.
+numba compiles it on a machine's first use (seconds) and keeps the result beside this file, or in the user's cache directory.
+Importing this module is what triggers that, so it is imported where it is first needed. numba has no 16-bit floats: bf16 comes
+as uint16 and fp16 as int16.
 """
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 # What is added up, in order, and the type of each in MergeStats.
 SUMS = (
@@ -17,19 +19,42 @@ SUMS = (
     ("max_delta", float),
     ("changed", int),
     ("nonfinite", int),
+    ("overflowed", int),
 )
+
+
+def _reinterpreting(result, argument, *path):
+    """An intrinsic from `argument` to `result` through LLVM casts: (builder method, LLVM type) one after the other."""
+
+    def build(context, builder, signature, args):
+        value = args[0]
+        for method, kind in path:
+            value = getattr(builder, method)(value, kind)
+        return value
+
+    return result(argument), build
 
 
 @intrinsic
 def bits_of(context, value):
     """A float32 as the uint32 of the same bits."""
-    return types.uint32(types.float32), lambda ctx, builder, signature, args: builder.bitcast(args[0], ctx.get_value_type(types.uint32))
+    return _reinterpreting(types.uint32, types.float32, ("bitcast", ir.IntType(32)))
 
 
 @intrinsic
 def float_of(context, value):
     """A uint32 as the float32 of the same bits."""
-    return types.float32(types.uint32), lambda ctx, builder, signature, args: builder.bitcast(args[0], ctx.get_value_type(types.float32))
+    return _reinterpreting(types.float32, types.uint32, ("bitcast", ir.FloatType()))
+
+
+@intrinsic
+def float_of_half(context, value):
+    return _reinterpreting(types.float32, types.int16, ("bitcast", ir.HalfType()), ("fpext", ir.FloatType()))
+
+
+@intrinsic
+def half_of_float(context, value):
+    return _reinterpreting(types.int16, types.float32, ("fptrunc", ir.HalfType()), ("bitcast", ir.IntType(16)))
 
 
 @intrinsic
@@ -41,11 +66,43 @@ def added(context, total, value):
 u32, f32 = np.uint32, np.float32  # numba widens u32 + u32 to 64 bits, which halves the vectors: hence a u32() around each step
 
 
+def decode(bits):
+    """The float32 that 16 bits stand for."""
+
+
+def encode(value, like):
+    """A float32 rounded to nearest, ties to even, as 16 bits of the type of `like`."""
+
+
+def infinity(like):
+    """The bits of infinity: magnitudes from here on are infinite or NaN."""
+
+
+@overload(decode)
+def _decode(bits):
+    return (lambda bits: float_of(u32(u32(bits) << u32(16)))) if bits == types.uint16 else (lambda bits: float_of_half(bits))
+
+
+@overload(encode)
+def _encode(value, like):
+    def bf16(value, like):
+        raw = bits_of(value)
+        nearest = u32(u32(raw + u32(0x7FFF) + u32((raw >> u32(16)) & u32(1))) >> u32(16))
+        return np.uint16(u32((raw >> u32(16)) | u32(0x40)) if u32(raw & u32(0x7FFFFFFF)) > u32(0x7F800000) else nearest)
+
+    return bf16 if like == types.uint16 else (lambda value, like: half_of_float(value))
+
+
+@overload(infinity)
+def _infinity(like):
+    return (lambda like: u32(0x7F80)) if like == types.uint16 else (lambda like: u32(0x7C00))
+
+
 def _round_rows(old, delta, new, row, ratio, where, bits, sums):
     """One block of the merge.
 
     Args:
-        old, new: bf16 bits [rows, cols], which may be the same memory. delta: float32 [rows, cols]. row: bf16 scratch [cols].
+        old, new: bits [rows, cols], which may be the same memory. delta: float32 [rows, cols]. row: scratch bits [cols].
         ratio: results below ratio·max|Δ of the row| are too small to trust. where, bits: their flat index and old bits, filled from 0.
         sums: float64, what SUMS names, added to.
     Returns:
@@ -59,32 +116,31 @@ def _round_rows(old, delta, new, row, ratio, where, bits, sums):
             top = u32(max(top, u32(bits_of(delta[i, j]) & u32(0x7FFFFFFF))))
         finite = top < u32(0x7F800000)
         largest = float_of(top) if finite else f32(0)
-        limit = u32((bits_of(f32(largest * ratio)) >> u32(16)) + u32(1)) if finite else u32(0)
+        limit = u32(u32(u32(encode(f32(largest * ratio), row[0])) & u32(0x7FFF)) + u32(1)) if finite else u32(0)
         row[:cols] = old[i]
         delta_sq, error_sq, error_dot = f32(0), f32(0), f32(0)
         changed, small, wild = u32(0), u32(0), u32(0)
         for j in range(cols):
-            before = u32(row[j])
-            target = f32(float_of(u32(before << u32(16))) - delta[i, j])
-            raw = bits_of(target)
-            nearest = u32(u32(raw + u32(0x7FFF) + u32((raw >> u32(16)) & u32(1))) >> u32(16))  # ties to even
-            after = u32((raw >> u32(16)) | u32(0x40)) if u32(raw & u32(0x7FFFFFFF)) > u32(0x7F800000) else nearest
-            new[i, j] = np.uint16(after)
-            error = f32(f32(float_of(u32(after << u32(16))) - float_of(u32(before << u32(16)))) + delta[i, j])  # the bracket is exact
+            before = decode(row[j])
+            rounded = encode(f32(before - delta[i, j]), row[j])
+            new[i, j] = rounded
+            error = f32(f32(decode(rounded) - before) + delta[i, j])  # the bracket is exact where the edit is small
             delta_sq = added(delta_sq, f32(delta[i, j] * delta[i, j]))
             error_sq = added(error_sq, f32(error * error))
             error_dot = added(error_dot, f32(error * delta[i, j]))
-            magnitude = u32(after & u32(0x7FFF))
-            changed = u32(changed + u32(after != before))
+            magnitude = u32(u32(rounded) & u32(0x7FFF))
+            changed = u32(changed + u32(rounded != row[j]))
             small = u32(small + u32(magnitude < limit))
-            wild = u32(wild + u32(magnitude >= u32(0x7F80)))
-        if wild:  # NaN and infinity of the base stay out of the sums; an edit that makes infinity is too large to come here
+            wild = u32(wild + u32(magnitude >= infinity(row[j])))
+        if wild:  # NaN and infinity stay out of the sums
             delta_sq, error_sq, error_dot = f32(0), f32(0), f32(0)
             for j in range(cols):
-                if u32(row[j] & u32(0x7FFF)) >= u32(0x7F80):
+                if u32(u32(row[j]) & u32(0x7FFF)) >= infinity(row[j]):
                     sums[5] += 1
+                elif u32(u32(new[i, j]) & u32(0x7FFF)) >= infinity(row[j]):
+                    sums[6] += 1
                 else:
-                    error = f32(f32(float_of(u32(u32(new[i, j]) << u32(16))) - float_of(u32(u32(row[j]) << u32(16)))) + delta[i, j])
+                    error = f32(f32(decode(new[i, j]) - decode(row[j])) + delta[i, j])
                     delta_sq = added(delta_sq, f32(delta[i, j] * delta[i, j]))
                     error_sq = added(error_sq, f32(error * error))
                     error_dot = added(error_dot, f32(error * delta[i, j]))
@@ -95,19 +151,21 @@ def _round_rows(old, delta, new, row, ratio, where, bits, sums):
         sums[4] += changed
         if small:
             for j in range(cols):
-                if u32(new[i, j] & u32(0x7FFF)) < limit:
+                if u32(u32(new[i, j]) & u32(0x7FFF)) < limit:
                     where[found], bits[found] = i * cols + j, row[j]
                     found += 1
     return found
 
 
 def _compiled():
-    halves, floats, half_row = types.uint16[:, ::1], types.float32[:, ::1], types.uint16[::1]
-    signature = types.int64(halves, floats, halves, half_row, types.float32, types.int64[::1], half_row, types.float64[::1])
+    signatures = [
+        types.int64(half[:, ::1], types.float32[:, ::1], half[:, ::1], half[::1], types.float32, types.int64[::1], half[::1], types.float64[::1])
+        for half in (types.uint16, types.int16)
+    ]
     try:
-        return numba.njit(signature, nogil=True, cache=True)(_round_rows)
+        return numba.njit(signatures, nogil=True, cache=True)(_round_rows)
     except RuntimeError:  # neither place to keep it can be written
-        return numba.njit(signature, nogil=True)(_round_rows)
+        return numba.njit(signatures, nogil=True)(_round_rows)
 
 
 round_rows = _compiled()
