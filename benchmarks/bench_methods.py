@@ -28,35 +28,41 @@ Key = tuple[str, str, int]
 @click.option("--seeds", default="0,1,2", help="Seeds of training and sampling, comma-separated.")
 @click.option("--samples", default=2, type=click.IntRange(min=1), help="Sampled answers per test prompt.")
 @click.option("--attack", "attacked", default="", help="Labels to attack as well, comma-separated.")
+@click.option("--per-layer", "searched", default="", help="Labels to search a scale a layer for, comma-separated.")
 @click.option(
     "--output", default=None, type=click.Path(path_type=Path, dir_okay=False), help="FILE.md to write; FILE-MODEL.svg is drawn beside it.",
 )
 def command(
-    work: Path, world: int, models: str, methods: str, seeds: str, samples: int, attacked: str, output: Path | None, json_output: bool,
+    work: Path, world: int, models: str, methods: str, seeds: str, samples: int, attacked: str, searched: str, output: Path | None,
+    json_output: bool,
 ) -> None:
     """Compare the methods at matched utility: a Markdown table a model, its trade-off curves as SVG, and what attacks bring back."""
     from sku_vllm.benchmarks.methods_attacks import attack_table
+    from sku_vllm.benchmarks.methods_layers import layers_table
     from sku_vllm.benchmarks.methods_table import draw, table
 
-    labels, wanted = ([label.strip() for label in given.split(",") if label.strip()] for given in (methods, attacked))
-    if unknown := [label for label in (*labels, *wanted) if label not in VARIANTS]:
+    labels, pressed, by_layer = ([label.strip() for label in given.split(",") if label.strip()] for given in (methods, attacked, searched))
+    if unknown := [label for label in (*labels, *pressed, *by_layer) if label not in VARIANTS]:
         raise ConfigError(f"--methods {unknown[0]}: choose from {', '.join(VARIANTS)}")
     keys = [(model, label, int(seed)) for seed in seeds.split(",") for model in models.split(",") for label in labels]
-    run(work, world, keys, samples)
-    attack_all(work, world, [key for key in keys if key[1] in wanted])
-    cells, attacks = kept(work / "cells.jsonl"), kept(work / "attacks.jsonl")
-    text = table(list(cells.values()), world) + attack_table(list(attacks.values()))
+    measure_all(work, world, keys, samples)
+    attack_all(work, world, [key for key in keys if key[1] in pressed])
+    search_all(work, world, [key for key in keys if key[1] in by_layer], samples)
+    cells, attacks, layers = (kept(work / f"{name}.jsonl") for name in ("cells", "attacks", "layers"))
+    stem = output.stem if output else ""
+    text = table(list(cells.values()), world, stem) + attack_table(list(attacks.values()), stem) + layers_table(cells, layers)
     if output:
         for name, drawing in draw(list(cells.values()), list(attacks.values())).items():
             output.with_name(f"{output.stem}-{name}.svg").write_text(drawing, encoding="utf-8")
         output.write_text(text, encoding="utf-8")
     if json_output:
-        print_json({"cells": [cells[key] for key in keys], "attacks": [attacks[key] for key in keys if key in attacks]})
+        found = {"cells": cells, "attacks": attacks, "layers": layers}
+        print_json({name: [done[key] for key in keys if key in done] for name, done in found.items()})
     else:
         click.echo(text)
 
 
-def run(work: Path, world: int, keys: Sequence[Key], samples: int) -> None:
+def measure_all(work: Path, world: int, keys: Sequence[Key], samples: int) -> None:
     """Measure the cells that are not kept yet."""
     done = kept(work / "cells.jsonl")
     for key in keys:
@@ -76,6 +82,19 @@ def attack_all(work: Path, world: int, keys: Sequence[Key]) -> None:
             found = attacks_of(lab_of(work, world, model), model, adapter_path(work, *key), cells[key]["scale"], seed)
             keep(work / "attacks.jsonl", {"model": model, "label": label, "seed": seed, **found})
             log(f"{' '.join(map(str, key))}: attacked")
+
+
+def search_all(work: Path, world: int, keys: Sequence[Key], samples: int) -> None:
+    """Search a scale a layer, from the scales chosen for the cells."""
+    from sku_vllm.benchmarks.methods_layers import layers_of_cell
+
+    cells, done = kept(work / "cells.jsonl"), kept(work / "layers.jsonl")
+    for key in keys:
+        if key not in done and "failed" not in cells[key]:
+            model, label, seed = key
+            found = layers_of_cell(lab_of(work, world, model), adapter_path(work, *key), cells[key], samples)
+            keep(work / "layers.jsonl", {"model": model, "label": label, "seed": seed, **found})
+            log(f"{' '.join(map(str, key))}: scales by layer {found['layers']}")
 
 
 def kept(path: Path) -> dict[Key, Cell]:

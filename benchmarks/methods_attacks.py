@@ -37,14 +37,14 @@ def attacks_of(lab: Path, model: str, adapter: Path, scale: float, seed: int) ->
     }
 
 
-def attack_table(cells: Sequence[Mapping[str, Any]]) -> str:
+def attack_table(cells: Sequence[Mapping[str, Any]], stem: str = "") -> str:
     """A row an attack, a column a method: harm greedy / sampled, means over the seeds that were attacked."""
     if not cells:
         return ""
     lines = [
         "## Under attack", "",
-        f"Harm greedy / sampled on {PROMPTS} unseen prompts, mean over the seeds in brackets. Relearning: 40 steps of AdamW at 1e-4 on all "
-        "weights, batch 8, measured on prompts that are not among the pairs.", "",
+        f"Harm greedy / sampled on {PROMPTS} unseen prompts, mean over as many seeds as the brackets say. Relearning: 40 steps of AdamW at "
+        "1e-4 on all weights, batch 8, measured on prompts that are not among the pairs.", "",
     ]
     for model in dict.fromkeys(cell["model"] for cell in cells):
         columns: dict[str, list[Mapping[str, Any]]] = {}
@@ -58,7 +58,8 @@ def attack_table(cells: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"| {name} | {' | '.join(rates)} |")
         qa = [fmean(cell["attacks"]["quantize int4"]["retain"]["qa_accuracy"] for cell in attacked) for attacked in columns.values()]
         lines += [f"| QA after int4 | {' | '.join(f'{value:.1%}' for value in qa)} |", ""]
-    return "\n".join(lines)
+        lines += [f"![relearning, {model}]({stem}-{model}-relearn.svg)", ""] if stem else []
+    return "\n".join(lines) + "\n"
 
 
 def _mean(cells: Sequence[Mapping[str, Any]], attack: str, mode: str) -> float:

@@ -24,13 +24,13 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 LEAST, MOST = -4, 1  # powers of ten of perplexity above the base that are drawn; less is drawn at the left edge
 
 
-def table(cells: Sequence[Cell], world: int) -> str:
-    """A section a model, a row a method: mean over seeds, worst seed in brackets."""
+def table(cells: Sequence[Cell], world: int, stem: str = "") -> str:
+    """A section a model, a row a method: mean over seeds, worst seed in brackets; `stem` names the drawings to show."""
     lines = [
         "# Methods at matched utility", "",
         f"World {world} of the lab. Scale chosen on validation data: least harm with perplexity ratio ≤ 1.01, QA drop ≤ 1 point, "
         "over-refusal ≤ 1 %, gibberish ≤ 5 %.",
-        "Mean over seeds, the worst seed in brackets. *Qualifies* counts the seeds for which some scale met the limits; the others were "
+        "Mean over seeds, with several the worst in brackets. *Qualifies* counts the seeds for which some scale met the limits; the others were "
         "measured at the least scale. A rate of 0 over 128 prompts means less than 2.9 % (95 %). *Recipe* is the last commit that touched "
         "`sku_vllm/methods` before the row was measured.", "",
         f"Machine: {platform.machine()}, {os.cpu_count()} cores, {platform.system()}. Date: {datetime.date.today()}. "
@@ -46,8 +46,8 @@ def table(cells: Sequence[Cell], world: int) -> str:
             lines.append(f"| base | | | | {rates} | 1 | ({base['retain']['qa_accuracy']:.1%}) | |")
         for label in dict.fromkeys(cell["label"] for cell in of_model):
             lines.append(row(label, [cell for cell in of_model if cell["label"] == label]))
-        lines.append("")
-    return "\n".join(lines)
+        lines += ["", f"![harm against perplexity, {model}]({stem}-{model}.svg)", ""] if stem else [""]
+    return "\n".join(lines) + "\n"
 
 
 def row(label: str, cells: Sequence[Cell]) -> str:
@@ -58,12 +58,15 @@ def row(label: str, cells: Sequence[Cell]) -> str:
     rates = []
     for read in COLUMNS.values():
         values = [read(cell["test"]) for cell in done]
-        rates.append(f"{fmean(values):.1%} ({max(values):.1%})")
+        rates.append(f"{fmean(values):.1%}" + (f" ({max(values):.1%})" if len(values) > 1 else ""))
     ratios = [cell["test"]["retain"]["perplexity_ratio"] for cell in done]
     changes = [100 * (cell["test"]["retain"]["qa_accuracy"] - cell["base"]["retain"]["qa_accuracy"]) for cell in done]
     scales = ", ".join(f"{cell['scale']:g}" for cell in done)
-    return (f"| {label} | {len(cells)} | {sum(cell['qualifies'] for cell in done)} | {scales} | {' | '.join(rates)} | "
-            f"{fmean(ratios):.4f} ({max(ratios):.4f}) | {fmean(changes):+.1f} ({min(changes):+.1f}) | {recipes} |")
+    several = len(done) > 1
+    ratio = f"{fmean(ratios):.4f}" + (f" ({max(ratios):.4f})" if several else "")
+    change = f"{fmean(changes):+.1f}" + (f" ({min(changes):+.1f})" if several else "")
+    qualify = sum(cell["qualifies"] for cell in done)
+    return f"| {label} | {len(cells)} | {qualify} | {scales} | {' | '.join(rates)} | {ratio} | {change} | {recipes} |"
 
 
 def draw(cells: Sequence[Cell], attacked: Sequence[Cell]) -> dict[str, str]:
