@@ -18,8 +18,11 @@ from sku_vllm.cli.options import adapter_at_scale, log, print_json, sku_command
 @click.option("--output", required=True, help="Directory to write; must not exist or be empty.")
 @click.option("--dtype", default="keep", help="keep, float32, bfloat16 or float16.")
 @click.option("--untie", is_flag=True, help="Write tied input and output embeddings apart.")
+@click.option(
+    "--fp8-scales", default="keep", help="keep: scales of FP8 weights stay and clips are counted; recompute: they fit the result (two passes)."
+)
 @click.option("--simulate", default="", help="Comma-separated int4, int8, fp8: how much of the edit those would leave.")
-@click.option("--stochastic", is_flag=True, help="Round bf16 up or down at random, so that small edits survive on average.")
+@click.option("--stochastic", is_flag=True, help="Round up or down at random, so that small edits survive on average.")
 @click.option("--seed", type=int, default=0, help="Seed of --stochastic.")
 @click.option("--no-digests", is_flag=True, help="Leave file digests out of the manifest (faster; sku verify then has nothing to check).")
 @click.option("--signing-key", type=click.Path(dir_okay=False), help="Key file: also write an HMAC-SHA256 of the manifest.")
@@ -34,6 +37,7 @@ def command(
     output: str,
     dtype: str,
     untie: bool,
+    fp8_scales: str,
     simulate: str,
     stochastic: bool,
     seed: int,
@@ -54,6 +58,7 @@ def command(
             output,
             dtype=dtype,
             untie=untie,
+            fp8_scales=fp8_scales,
             kinds=[kind for kind in simulate.split(",") if kind],
             digests=not no_digests,
             any_base=any_base,
@@ -69,7 +74,10 @@ def command(
         print_json(report.to_json())
         return
     kept = "" if report.retained is None else f", {report.retained:.2%} of the edit retained"
-    log(f"{output}: {report.tensors} tensors edited{kept}; {report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s")
+    copy = report.plain_copy
+    beside = f" (a plain copy, estimated from {copy['sampled_bytes'] / 1e6:.0f} MB: {copy['seconds']:.1f} s)" if copy else ""
+    scales = f", FP8 scales {report.fp8_scales}" if report.fp8_scales else ""
+    log(f"{output}: {report.tensors} tensors edited{kept}{scales}; {report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s{beside}")
     for kind, row in report.simulated.items():
         if row["retained"] is not None:
             log(f"  {kind}: {row['retained']:.1%} would be left, noise {row['noise']:.2f}")

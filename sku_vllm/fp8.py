@@ -1,16 +1,37 @@
-"""FP8 checkpoints: which tensor holds the scales of which weight, and in what blocks."""
+"""FP8 checkpoints: which tensor holds the scales of which weight, in what blocks, and what the scales of the edited weight are."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sku_vllm.checkpoint import CheckpointReader
-from sku_vllm.errors import CheckpointError
+from sku_vllm.errors import CheckpointError, ConfigError
+from sku_vllm.placement import Placed
 
 if TYPE_CHECKING:
     import torch
 
+CHOICES = ("keep", "recompute")
 
-def scale_of_fp8(reader: CheckpointReader, name: str) -> "torch.Tensor":
-    """The scales of one float8_e4m3fn weight [rows, cols], float32 [scale rows, scale columns]; weight = stored · scale.
+
+@dataclass(frozen=True, slots=True)
+class Fp8Scale:
+    """Scales of one float8_e4m3fn weight [rows, cols]; weight = stored · scale.
+
+    Attributes:
+        tensor: name of the checkpoint tensor that holds them. old: float32 [scale rows, scale columns].
+        new: those of the edited weight, or None: kept. stored: `new` as the checkpoint stores it, in the tensor's dtype and shape.
+    """
+
+    tensor: str
+    old: "torch.Tensor"
+    new: "torch.Tensor | None" = None
+    stored: "torch.Tensor | None" = None
+
+
+def scale_of_fp8(reader: CheckpointReader, name: str) -> Fp8Scale:
+    """The scales of one weight as they stand.
 
     `NAME_scale_inv` (DeepSeek's blocks of 128x128; despite the name it multiplies) or `NAME_scale` (per tensor or per row).
     Raises CheckpointError when there is none or its shape is unknown.
@@ -21,12 +42,69 @@ def scale_of_fp8(reader: CheckpointReader, name: str) -> "torch.Tensor":
         raise CheckpointError(f"{info.file}: {name!r} is {info.dtype} without a scale this package knows; fuse into the unquantised model")
     scale = reader.tensor(found).float()
     if scale.numel() == 1:
-        return scale.reshape(1, 1)
+        return Fp8Scale(found, scale.reshape(1, 1))
     if scale.numel() == info.shape[0] and scale.ndim <= 2:
-        return scale.reshape(-1, 1)
+        return Fp8Scale(found, scale.reshape(-1, 1))
     block = (reader.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
     if scale.ndim == 2 and all(-(-size // step) == count for size, step, count in zip(info.shape, block, scale.shape, strict=True)):
-        return scale
+        return Fp8Scale(found, scale)
     raise CheckpointError(
         f"{info.file}: {found!r} is {list(scale.shape)}, which fits no known layout of scales; fuse into the unquantised model"
     )
+
+
+def find_scales(reader: CheckpointReader, placed: Mapping[str, Sequence[Placed]], choice: str) -> dict[str, Fp8Scale]:
+    """Scales of every edited FP8 weight by its name; with `choice` "recompute" also those of the result, from a first pass over them.
+
+    Raises ConfigError for an unknown choice, or where there is nothing to recompute; CheckpointError for unknown scales.
+    """
+    if choice not in CHOICES:
+        raise ConfigError(f"--fp8-scales {choice}: unknown; choose from {', '.join(CHOICES)}")
+    scales = {name: scale_of_fp8(reader, name) for name in placed if name in reader and reader.info(name).dtype.startswith("F8")}
+    if choice == "keep":
+        return scales
+    if not scales:
+        raise ConfigError(f"--fp8-scales recompute: no edited tensor of {reader.path} is FP8; leave the flag out")
+    return _recomputed(reader, placed, scales)
+
+
+def _recomputed(
+    reader: CheckpointReader, placed: Mapping[str, Sequence[Placed]], scales: Mapping[str, Fp8Scale]
+) -> dict[str, Fp8Scale]:
+    import os
+
+    from sku_vllm.kernels.delta_merge import recomputed_scale
+    from sku_vllm.kernels.delta_merge.cpu import one_torch_thread
+    from sku_vllm.writer import terms_of
+
+    powers = (reader.config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
+
+    def run(name: str) -> Fp8Scale:
+        scale, rows = scales[name], reader.info(name).shape[0]
+        terms = [term for edit in placed[name] for term in terms_of(edit, 0, rows)]
+        return _stored(reader, scale, recomputed_scale(reader.mapped(name), terms, scale.old), powers)
+
+    with one_torch_thread(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(scales, pool.map(run, scales), strict=True))
+
+
+def _stored(reader: CheckpointReader, scale: Fp8Scale, new: "torch.Tensor", powers: bool) -> Fp8Scale:
+    """`new` in the dtype of its tensor (powers of two only where the checkpoint says so), rounded up: a smaller one would clip."""
+    import torch
+
+    info = reader.info(scale.tensor)
+    dtype = reader.tensor(scale.tensor).dtype
+    if powers or dtype == torch.float8_e8m0fnu:
+        fraction, exponent = torch.frexp(new)
+        new = torch.ldexp(torch.ones_like(new), exponent - (fraction == 0.5).int())
+    stored = new.to(dtype).contiguous()
+    bits = stored.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    bits += (stored.float() < new).to(bits.dtype)
+    return Fp8Scale(scale.tensor, scale.old, stored.float(), stored.reshape(info.shape))
+
+
+def contents_of(scales: Iterable[Fp8Scale]) -> dict[str, "torch.Tensor"]:
+    """The recomputed scale tensors, as bytes by name."""
+    import torch
+
+    return {scale.tensor: scale.stored.reshape(-1).view(torch.uint8) for scale in scales if scale.stored is not None}

@@ -1,31 +1,30 @@
 """base − scale·delta, written as a checkpoint that loads like its base."""
 
 import json
-import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader, TensorInfo, checkpoint_directory
 from sku_vllm.errors import CheckpointError, ConfigError, RunError
-from sku_vllm.fp8 import scale_of_fp8
+from sku_vllm.fp8 import contents_of, find_scales
+from sku_vllm.fuse_checks import check_flags, check_unquantised
 from sku_vllm.fuse_report import FuseReport, build_manifest, build_report, write_card
-from sku_vllm.manifest import combine, file_digest, read_key, verify_checkpoint, write_manifest
+from sku_vllm.manifest import combine, file_digest, verify_checkpoint, write_manifest
 from sku_vllm.output import check_output, output_directory, record
 from sku_vllm.placement import Placed, Scale, place
+from sku_vllm.plain_copy import estimate_copy
 from sku_vllm.shards import OutputShard, fingerprint, plan_shards
 from sku_vllm.simulate import check_kinds
 from sku_vllm.small_files import write_small_files
 from sku_vllm.writer import ShardWriter, Written
 
 __all__ = ["FuseReport", "fuse_checkpoint", "verify_checkpoint"]
-DTYPE_CHOICES = ("keep", "float32", "bfloat16", "float16")
-FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
 
 
 def fuse_checkpoint(
@@ -35,6 +34,7 @@ def fuse_checkpoint(
     *,
     dtype: str = "keep",
     untie: bool = False,
+    fp8_scales: str = "keep",
     kinds: Sequence[str] = (),
     digests: bool = True,
     any_base: bool = False,
@@ -49,23 +49,25 @@ def fuse_checkpoint(
     Args:
         adapters: (directory, scale); a mapping of name patterns to numbers gives layers scales of their own.
         dtype: "keep" leaves every byte outside the edited tensors as it is; else floating tensors are cast.
-        untie: write tied embeddings apart. kinds: "int4", "int8", "fp8" to simulate. seed: stochastic rounding of bf16 instead of nearest.
+        untie: write tied embeddings apart. fp8_scales: "keep" those of FP8 weights and count clips, or "recompute" them in a first pass.
+        kinds: "int4", "int8", "fp8" to simulate. seed: stochastic rounding instead of nearest.
         any_base, as_is: accept an adapter of another base, or a negated one. progress: called with bytes done and in all.
     Raises:
         InputError (and its children) before anything is written; RunError and SkuError for what goes wrong later.
     """
     output = check_output(output)
-    _check_flags(adapters, dtype, signing_key)
+    check_flags(adapters, dtype, signing_key)
     kinds = check_kinds(kinds)
     reader = CheckpointReader(checkpoint_directory(model, revision))
-    check_unquantised(reader, dtype)
     before = fingerprint(reader)
     loaded = [(load_adapter(path, as_is=as_is), scale) for path, scale in adapters]
+    check_unquantised(reader, dtype, [adapter for adapter, _ in loaded])
     for adapter, _ in loaded:
         adapter.check_base(reader, any_base)
     placed = place(reader, loaded, untie=untie)
-    scales = {name: (scale_of_fp8(reader, name), None) for name in placed if reader.info(name).dtype.startswith("F8")} if not untie else {}
-    shards = plan_shards(reader, placed, dtype, _untied_head(reader, placed) if untie else None)
+    started = time.perf_counter()
+    scales = find_scales(reader, placed, fp8_scales)
+    shards = plan_shards(reader, placed, dtype, _untied_head(reader, placed) if untie else None, contents_of(scales.values()))
     _check_space(reader, shards, output)
     total, done = sum(shard.size for shard in shards), 0
 
@@ -74,28 +76,30 @@ def fuse_checkpoint(
         done += count
         progress(done, total)
 
-    started = time.perf_counter()
     with output_directory(output) as partial, ThreadPoolExecutor(1) as aside:
         for thing, name in [(reader, "_identity"), *((adapter, "digest") for adapter, _ in loaded)]:
             aside.submit(getattr, thing, name)  # hashed while the disk is busy; kept by the property for the report
-        writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, scales=scales, progress=advance)
+        pairs = {name: (scale.old, scale.new) for name, scale in scales.items()}
+        writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, scales=pairs, progress=advance)
         written = writer.write(shards)
         _check_overflow(written, dtype)
         if fingerprint(reader) != before:
             raise RunError(f"{reader.path}: changed while it was read; nothing was written, start again when it is at rest")
         write_small_files(reader, partial, dtype, untie, shards)
-        report = build_report(reader, loaded, output, dtype, shards, written, kinds)
+        report = build_report(reader, loaded, output, dtype, shards, written, kinds, fp8_scales if scales else None)
         manifest = build_manifest(report, written, kinds, seed)
         write_card(partial, report)
         if digests:
             manifest["files"] = _digests(partial, shards, written)
         write_manifest(partial, manifest, signing_key)
         report.seconds = round(time.perf_counter() - started, 3)
+        report.compare(estimate_copy(reader, partial))
         settings = {
             "model": str(model),
             "adapters": [[str(path), scale] for path, scale in adapters],
             "dtype": dtype,
             "untie": untie,
+            "fp8_scales": fp8_scales,
             "simulate": list(kinds),
             "digests": digests,
             "any_base": any_base,
@@ -117,35 +121,6 @@ def read_layer_scales(file: str | Path) -> dict[str, float]:
     except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
         raise ConfigError(f"--layer-scales {file}: expected a JSON object of regular expressions and numbers ({error})") from error
     return scales
-
-
-def _check_flags(adapters: Sequence[tuple[str | Path, Scale]], dtype: str, signing_key: str | Path | None) -> None:
-    if dtype not in DTYPE_CHOICES:
-        raise ConfigError(f"--dtype {dtype}: unknown; choose from {', '.join(DTYPE_CHOICES)}")
-    if not adapters:
-        raise ConfigError("--adapter: give at least one adapter directory")
-    for path, scale in adapters:
-        for value in scale.values() if isinstance(scale, Mapping) else [scale]:
-            if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"--adapter {path}: scale {value} must be a number ≥ 0; 1 subtracts exactly what was trained")
-    if signing_key is not None:
-        read_key(signing_key)
-
-
-def check_unquantised(reader: CheckpointReader, dtype: str) -> None:
-    """Refuse bases whose stored numbers are codes of the weights; FP8 ones are numbers and stay in their format. Raises CheckpointError."""
-    settings = reader.config.get("quantization_config") or {}
-    method = settings.get("quant_method")
-    if method is None:
-        return
-    if method in FP8_METHODS or (method == "compressed-tensors" and settings.get("format") in ("float-quantized", "naive-quantized")):
-        if dtype != "keep":
-            raise CheckpointError(f"{reader.path}: is quantised to FP8, which --dtype {dtype} would mix with its scales; use --dtype keep")
-        return
-    raise CheckpointError(
-        f"{reader.path}: is quantised ({method}), so an edit cannot be added to its weights; "
-        "fuse into the unquantised model it was made from and quantise the result again"
-    )
 
 
 def _untied_head(reader: CheckpointReader, placed: dict[str, list[Placed]]) -> dict[str, TensorInfo]:

@@ -7,9 +7,11 @@ from typing import Any
 
 from sku_vllm.adapter import LoraAdapter
 from sku_vllm.checkpoint import CheckpointReader
+from sku_vllm.fuse_checks import trained_on
 from sku_vllm.kernels.delta_merge import MergeStats
 from sku_vllm.output import write_text
 from sku_vllm.placement import Scale
+from sku_vllm.plain_copy import PlainCopy
 from sku_vllm.shards import OutputShard
 from sku_vllm.writer import Written
 
@@ -23,6 +25,8 @@ class FuseReport:
 
     Attributes:
         tensors, bytes: edited tensors, and bytes written. seconds: wall time of reading, merging and writing.
+        plain_copy: {"seconds", "sampled_bytes", "ratio"}: what copying the base takes here, estimated from a sample, and seconds over it.
+        fp8_scales: "kept" or "recomputed"; None without FP8 weights among the edited ones.
         retained, noise: over all edited tensors together. per_tensor: {name: {"retained", "noise", …}}.
         simulated: {kind: {"retained", "noise"}} overall. warnings: lines for people.
     """
@@ -34,11 +38,18 @@ class FuseReport:
     tensors: int
     bytes: int
     seconds: float
+    fp8_scales: str | None
     retained: float | None
     noise: float | None
     simulated: dict[str, dict[str, float | None]]
     per_tensor: dict[str, dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
+    plain_copy: dict[str, float] | None = None
+
+    def compare(self, copy: PlainCopy | None) -> None:
+        """Hold `seconds` against a plain copy."""
+        if copy is not None:
+            self.plain_copy = {**asdict(copy), "ratio": round(self.seconds / max(copy.seconds, 1e-3), 2)}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,6 +63,7 @@ def build_report(
     shards: Sequence[OutputShard],
     written: Written,
     kinds: Sequence[str],
+    fp8_scales: str | None = None,
 ) -> FuseReport:
     overall, per_tensor = MergeStats(), {}
     together = {kind: MergeStats() for kind in kinds}
@@ -62,7 +74,7 @@ def build_report(
         for key in ("nonfinite", "clipped"):
             if getattr(stats, key):
                 per_tensor[name][key] = getattr(stats, key)
-        for kind in kinds if name in written.simulated.get(kinds[0] if kinds else "", {}) else ():  # FP8 weights are what they are
+        for kind in kinds:
             simulated = written.totals(written.simulated[kind][name])
             together[kind].add(simulated)
             per_tensor[name][kind] = {"retained": simulated.retained, "noise": simulated.noise}
@@ -74,12 +86,22 @@ def build_report(
         tensors=len(per_tensor),
         bytes=sum(shard.size for shard in shards),
         seconds=0.0,
+        fp8_scales={"keep": "kept", "recompute": "recomputed", None: None}[fp8_scales],
         retained=overall.retained,
         noise=overall.noise,
         simulated={kind: {"retained": stats.retained, "noise": stats.noise} for kind, stats in together.items()},
         per_tensor=per_tensor,
-        warnings=_warnings(per_tensor, together, dtype),
+        warnings=_quantised_training(loaded) + _warnings(per_tensor, together, dtype),
     )
+
+
+def _quantised_training(loaded: Sequence[tuple[LoraAdapter, Scale]]) -> list[str]:
+    return [
+        f"{adapter.path}: was trained with its base in {trained_on(adapter)}; its edit belongs to the unquantised base, which it is fused into "
+        "here; evaluate the result as you will serve it"
+        for adapter, _ in loaded
+        if trained_on(adapter)
+    ]
 
 
 def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, MergeStats], dtype: str) -> list[str]:
@@ -101,7 +123,8 @@ def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, M
     clipped = sum(row.get("clipped", 0) for row in per_tensor.values())
     if clipped:
         lines.append(
-            f"{clipped} FP8 weights ran into the limit of their kept scale; use a smaller --scale, or fuse into the unquantised model"
+            f"{clipped} FP8 weights ran into the limit of their kept scale; use --fp8-scales recompute, a smaller --scale, or fuse into the "
+            "unquantised model"
         )
     return lines
 
@@ -114,6 +137,7 @@ def build_manifest(report: FuseReport, written: Written, kinds: Sequence[str], s
         "adapters": [{"digest": adapter["digest"], "scale": adapter["scale"]} for adapter in report.adapters],
         "dtype": report.dtype,
         "rounding": "nearest" if seed is None else f"stochastic, seed {seed}",
+        **({} if report.fp8_scales is None else {"fp8_scales": report.fp8_scales}),
         "backend": "torch-cpu",
         "tensors": {name: {key: row[key] for key in keys if key in row} for name, row in report.per_tensor.items()},
     }

@@ -5,9 +5,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sku_vllm.checkpoint import DTYPES, CheckpointReader, Shard, TensorInfo
 from sku_vllm.placement import Placed
+
+if TYPE_CHECKING:
+    import torch
 
 TORCH_TO_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # The unit of writing and hashing, in bytes.
@@ -17,7 +21,10 @@ CASTABLE = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor of the output at `start`…`stop` of its file, made from `source` (of which it may be a renamed copy)."""
+    """A tensor of the output at `start`…`stop` of its file, made from `source` (of which it may be a renamed copy).
+
+    `content`: its bytes (uint8), where they are known beforehand.
+    """
 
     name: str
     source: TensorInfo
@@ -25,11 +32,12 @@ class OutputTensor:
     start: int
     stop: int
     edits: tuple[Placed, ...]
+    content: "torch.Tensor | None" = None
 
     @property
     def copied(self) -> bool:
         """Whether its bytes are the base's."""
-        return not self.edits and self.dtype == self.source.dtype
+        return not self.edits and self.dtype == self.source.dtype and self.content is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +51,28 @@ class OutputShard:
 
 
 def plan_shards(
-    reader: CheckpointReader, placed: Mapping[str, Sequence[Placed]], dtype: str = "keep", extra: Mapping[str, TensorInfo] | None = None
+    reader: CheckpointReader,
+    placed: Mapping[str, Sequence[Placed]],
+    dtype: str = "keep",
+    extra: Mapping[str, TensorInfo] | None = None,
+    contents: Mapping[str, "torch.Tensor"] | None = None,
 ) -> list[OutputShard]:
     """One output shard per base shard, with the base's names and order.
 
     With dtype "keep" headers and offsets are the base's to the byte; otherwise every floating tensor is cast. `extra` tensors
-    (an untied lm_head) go to the end of the last shard.
+    (an untied lm_head) go to the end of the last shard. `contents` replace the bytes of tensors whose dtype and shape stay.
     """
     shards = []
     for shard in reader.shards:
         added = dict(extra or {}) if shard is reader.shards[-1] else {}
         if dtype == "keep" and not added:
             tensors = [
-                OutputTensor(i.name, i, i.dtype, i.offset, i.offset + i.nbytes, tuple(placed.get(i.name, ()))) for i in shard.tensors
+                OutputTensor(i.name, i, i.dtype, i.offset, i.offset + i.nbytes, tuple(placed.get(i.name, ())), (contents or {}).get(i.name))
+                for i in shard.tensors
             ]
             shards.append(OutputShard(shard.file.name, _header_of(shard), tuple(tensors), shard.size))
         else:
-            shards.append(_new_layout(shard, placed, dtype, added))
+            shards.append(_new_layout(shard, placed, dtype, added, contents or {}))
     return shards
 
 
@@ -68,7 +81,13 @@ def _header_of(shard: Shard) -> bytes:
         return stream.read(shard.data_start)
 
 
-def _new_layout(shard: Shard, placed: Mapping[str, Sequence[Placed]], dtype: str, added: Mapping[str, TensorInfo]) -> OutputShard:
+def _new_layout(
+    shard: Shard,
+    placed: Mapping[str, Sequence[Placed]],
+    dtype: str,
+    added: Mapping[str, TensorInfo],
+    contents: Mapping[str, "torch.Tensor"],
+) -> OutputShard:
     entries: dict[str, object] = {"__metadata__": shard.metadata} if shard.metadata else {}
     rows, position = [], 0
     for name, info in [*((info.name, info) for info in shard.tensors), *added.items()]:
@@ -81,7 +100,10 @@ def _new_layout(shard: Shard, placed: Mapping[str, Sequence[Placed]], dtype: str
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     base = len(header)
-    tensors = [OutputTensor(n, info, cast, base + start, base + stop, tuple(placed.get(n, ()))) for n, info, cast, start, stop in rows]
+    tensors = [
+        OutputTensor(n, info, cast, base + start, base + stop, tuple(placed.get(n, ())), contents.get(n))
+        for n, info, cast, start, stop in rows
+    ]
     return OutputShard(shard.file.name, header, tuple(tensors), base + position)
 
 

@@ -313,33 +313,109 @@ def test_refusals_name_the_remedy(llama, tmp_path):
     assert not list(tmp_path.glob("fused*"))
 
 
-@pytest.mark.parametrize("layout", ["tensor", "row", "block"])
-def test_fp8_base_keeps_its_format_and_scales(tmp_path, layout):
+def save_fp8(directory: Path, layout: str, scale_dtype=torch.float32) -> tuple[str, str, torch.Tensor, torch.Tensor]:
+    """An FP8 base and an adapter; returns the names of weight and scale, the scales element by element, and the wanted result."""
     torch.manual_seed(0)
     shape, name = (300, 260), "model.layers.0.self_attn.q_proj.weight"
     scale = {"tensor": torch.tensor(0.003), "row": torch.rand(300, 1) * 0.002 + 0.002, "block": torch.rand(3, 3) * 0.002 + 0.002}[layout]
+    scale = scale.to(scale_dtype)
     weight = (torch.randn(shape) * 30).clamp(-448, 448).to(torch.float8_e4m3fn)
-    (tmp_path / "base").mkdir()
+    (directory / "base").mkdir()
     key = name + ("_scale_inv" if layout == "block" else "_scale")
-    save_file({name: weight, key: scale, "model.norm.weight": torch.ones(260).bfloat16()}, tmp_path / "base/model.safetensors")
+    save_file({name: weight, key: scale, "model.norm.weight": torch.ones(260).bfloat16()}, directory / "base/model.safetensors")
     quantisation = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantisation}))
-    (tmp_path / "adapter").mkdir()
+    (directory / "base/config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantisation}))
+    (directory / "adapter").mkdir()
     b, a = torch.randn(300, 4) * 0.05, torch.randn(4, 260) * 0.3
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-    save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, tmp_path / "adapter/adapter_model.safetensors")
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
-    report = fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "fused")
-    fused = load_file(tmp_path / "fused/model.safetensors")
-    assert torch.equal(fused[key], scale) and fused[name].dtype == torch.float8_e4m3fn
-    factor = scale.reshape(1, 1) if layout == "tensor" else scale
-    if layout == "block":
-        factor = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :260]
-    wanted = ((weight.float() * factor - b @ a) / factor).clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert (wanted.float() != fused[name].float()).float().mean() < 1e-3
-    assert 0.9 < report.retained < 1.1
+    save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, directory / "adapter/adapter_model.safetensors")
+    (directory / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    return name, key, per_element(scale), weight.float() * per_element(scale) - b @ a
+
+
+def per_element(scale: torch.Tensor) -> torch.Tensor:
+    scale = scale.float().reshape(1, 1) if scale.ndim == 0 else scale.float()
+    return scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :260] if scale.shape == (3, 3) else scale
+
+
+@pytest.mark.parametrize("layout", ["tensor", "row", "block"])
+def test_fp8_base_keeps_its_format_and_scales(tmp_path, layout):
+    name, key, factor, wanted = save_fp8(tmp_path, layout)
+    report = fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "fused", kinds=["int8"])
+    fused, base = (load_file(tmp_path / folder / "model.safetensors") for folder in ("fused", "base"))
+    assert torch.equal(fused[key], base[key]) and fused[name].dtype == torch.float8_e4m3fn and report.fp8_scales == "kept"
+    codes = (wanted / factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert (codes.float() != fused[name].float()).float().mean() < 1e-3
+    assert 0.9 < report.retained < 1.1 and 0.9 < report.simulated["int8"]["retained"] < 1.1
     with pytest.raises(CheckpointError, match="--dtype keep"):
         fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "no", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("layout", ["tensor", "row", "block"])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+def test_fp8_scales_recomputed_hold_an_edit_that_the_kept_ones_clip(tmp_path, layout, scale_dtype):
+    name, key, factor, _ = save_fp8(tmp_path, layout, scale_dtype)
+    base, adapter = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "adapter/adapter_model.safetensors")
+    a, b = (next(value for at, value in adapter.items() if side in at) for side in ("lora_A", "lora_B"))
+    strength = 10 * float(factor.max()) / 0.003
+    wanted = base[name].float() * factor - strength * b @ a
+    kept = fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", strength)], tmp_path / "kept")
+    assert any("--fp8-scales recompute" in line for line in kept.warnings) and sum(row["clipped"] for row in kept.per_tensor.values()) > 0
+    report = fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", strength)], tmp_path / "new", fp8_scales="recompute")
+    assert report.fp8_scales == "recomputed" and not any("clipped" in row for row in report.per_tensor.values())
+    assert report.noise < kept.noise and abs(report.retained - 1) < 0.01
+    fused = load_file(tmp_path / "new/model.safetensors")
+    assert fused[key].dtype == scale_dtype and fused[key].shape == base[key].shape
+    found = per_element(fused[key])
+    assert ((fused[name].float() * found - wanted).abs() <= wanted.abs() / 16 * (1 + 1e-5) + found * 2.0**-10).all()
+    assert fused[name].float().abs().max() > (224 if scale_dtype == torch.float8_e8m0fnu else 447)
+    assert json.loads((tmp_path / "new/sku_manifest.json").read_text())["fp8_scales"] == "recomputed"
+    assert verify_checkpoint(tmp_path / "new")["verified"]
+
+
+def test_fp8_rounds_stochastically_and_only_fp8_has_scales_to_recompute(tmp_path, llama):
+    name, key, factor, _ = save_fp8(tmp_path, "row")
+    before = load_file(tmp_path / "base/model.safetensors")[name].float() * factor
+    for scale, seed in ((0.02, None), (0.02, 1)):
+        report = fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", scale)], tmp_path / f"fused{seed}", seed=seed)
+        after = load_file(tmp_path / f"fused{seed}/model.safetensors")[name].float() * factor
+        assert (after != before).any() and (seed is None or abs(report.retained - 1) < 0.3 < abs(nearest - 1))
+        nearest = report.retained
+    with pytest.raises(ConfigError, match="leave the flag out"):
+        fuse_checkpoint(llama[0], [(llama[1], 1.0)], tmp_path / "no", fp8_scales="recompute")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_stochastic_rounding_of_other_dtypes(llama, tmp_path, dtype):
+    base, adapter = llama
+    one, two = (fuse_checkpoint(base, [(adapter, 0.01)], tmp_path / str(seed), dtype=dtype, seed=seed) for seed in (1, 2))
+    assert abs(one.retained - 1) < 0.02 and abs(two.retained - 1) < 0.02
+    name = "model.layers.0.self_attn.q_proj.weight"
+    left, right = (CheckpointReader(tmp_path / str(seed)).tensor(name) for seed in (1, 2))
+    assert not torch.equal(left, right) and (left.float() - right.float()).abs().max() <= 2.0**-10
+
+
+def test_time_is_held_against_a_plain_copy(llama, tmp_path):
+    base, adapter = llama
+    report = fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused")
+    copy = report.plain_copy
+    assert copy["sampled_bytes"] == sum(file.stat().st_size for file in base.glob("*.safetensors")) and copy["seconds"] >= 0
+    assert copy["ratio"] == pytest.approx(report.seconds / max(copy["seconds"], 1e-3), rel=0.02)
+    assert not list((tmp_path / "fused").glob(".*"))
+
+
+def test_adapter_of_a_four_bit_base_belongs_to_the_unquantised_one(llama, tmp_path):
+    base, adapter = llama
+    other = shutil.copytree(adapter, tmp_path / "other")
+    run = {"schema": "sku.run/1", "base": "org/model", "base_identity": CheckpointReader(base).identity(), "config": {"quantize": "4bit"}}
+    (other / "sku_run.json").write_text(json.dumps(run))
+    report = fuse_checkpoint(base, [(other, 1.0)], tmp_path / "fused")
+    assert any("4bit" in line and "unquantised base" in line for line in report.warnings)
+    quantised = shutil.copytree(base, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(CheckpointError, match=r"org/model: .* belongs to the unquantised base"):
+        fuse_checkpoint(quantised, [(other, 1.0)], tmp_path / "no")
 
 
 def test_plain_families_are_loaded_name_by_name():

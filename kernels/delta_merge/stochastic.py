@@ -33,7 +33,3 @@ def hash32(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
-
-
-def stochastic_bf16(value: Tensor, seed: int, first_element: int) -> Tensor:
-    return stochastic_round(value, torch.bfloat16, seed, first_element)

@@ -1,0 +1,51 @@
+"""What `sku fuse` refuses before it writes anything."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sku_vllm.adapter import LoraAdapter
+from sku_vllm.checkpoint import CheckpointReader
+from sku_vllm.errors import CheckpointError, ConfigError
+from sku_vllm.manifest import read_key
+from sku_vllm.placement import Scale
+
+DTYPE_CHOICES = ("keep", "float32", "bfloat16", "float16")
+FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
+
+
+def check_flags(adapters: Sequence[tuple[str | Path, Scale]], dtype: str, signing_key: str | Path | None) -> None:
+    """Raises ConfigError for values that mean nothing."""
+    if dtype not in DTYPE_CHOICES:
+        raise ConfigError(f"--dtype {dtype}: unknown; choose from {', '.join(DTYPE_CHOICES)}")
+    if not adapters:
+        raise ConfigError("--adapter: give at least one adapter directory")
+    for path, scale in adapters:
+        for value in scale.values() if isinstance(scale, Mapping) else [scale]:
+            if not math.isfinite(value) or value < 0:
+                raise ConfigError(f"--adapter {path}: scale {value} must be a number ≥ 0; 1 subtracts exactly what was trained")
+    if signing_key is not None:
+        read_key(signing_key)
+
+
+def check_unquantised(reader: CheckpointReader, dtype: str, adapters: Sequence[LoraAdapter] = ()) -> None:
+    """Refuse bases whose stored numbers are codes of the weights; FP8 ones are numbers and stay in their format. Raises CheckpointError."""
+    settings = reader.config.get("quantization_config") or {}
+    method = settings.get("quant_method")
+    if method is None:
+        return
+    if method in FP8_METHODS or (method == "compressed-tensors" and settings.get("format") in ("float-quantized", "naive-quantized")):
+        if dtype != "keep":
+            raise CheckpointError(f"{reader.path}: is quantised to FP8, which --dtype {dtype} would mix with its scales; use --dtype keep")
+        return
+    bases = sorted({str(adapter.run["base"]) for adapter in adapters if trained_on(adapter) and adapter.run.get("base")})
+    which = f" ({', '.join(bases)}: an adapter trained with --quantize belongs to the unquantised base)" if bases else ""
+    raise CheckpointError(
+        f"{reader.path}: is quantised ({method}), so an edit cannot be added to its weights; "
+        f"fuse into the unquantised model it was made from{which} and quantise the result again"
+    )
+
+
+def trained_on(adapter: LoraAdapter) -> str | None:
+    """How the base was quantised while this adapter was trained ("4bit"), or None."""
+    return (adapter.run.get("config") or {}).get("quantize")
