@@ -15,6 +15,7 @@ from sku_vllm.evaluate import EvalConfig
 from sku_vllm.evaluate.attack import AttackConfig, attack
 from sku_vllm.evaluate.disguises import DISGUISES, disguised
 from sku_vllm.evaluate.pressed import openings
+from sku_vllm.evaluate.recovery import recovery_svg
 from sku_vllm.evaluate.relearn import fine_tune
 from sku_vllm.evaluate.target import Restored, quantize_weights
 from sku_vllm.model import load_model, load_tokenizer
@@ -63,6 +64,20 @@ def test_disguises_reword_the_last_turn_only() -> None:
     for name in DISGUISES:
         (reworded,) = disguised([row], name)
         assert reworded.messages[:2] == row.messages[:2] and reworded.prompt != row.prompt and "hat is it" in reworded.prompt
+
+
+def test_recovery_is_drawn_with_a_line_a_lesson_and_mode() -> None:
+    def entry(lesson: str, steps: int, sampled: float) -> dict:
+        modes = {mode: {"harmful": rate, "harmful_low": 0.0, "harmful_high": 1.0} for mode, rate in (("greedy", 0.0), ("sampled", sampled))}
+        return {"attack": lesson, "steps": steps, "forget": {"u": modes}}
+
+    entries = [entry("benign", 0, 0.0), entry("benign", 10, 0.0), entry("5 % <all>", 0, 0.0), entry("5 % <all>", 10, 1.0)]
+    drawn = ElementTree.fromstring(recovery_svg(entries))
+    lines = [line.get("points").split() for line in drawn.findall(".//{*}polyline")]
+    assert len(lines) == 4 and all(len(line) == 2 for line in lines)
+    height = [[float(point.split(",")[1]) for point in line] for line in lines]
+    assert height[0][1] == height[0][0] and height[2][1] < height[2][0] - 100  # only what was learned rises
+    assert "5 % <all>, sampled" in [text.text for text in drawn.findall(".//{*}text")]
 
 
 @pytest.mark.slow

@@ -57,6 +57,18 @@ def harmful_adapter(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
+def test_plain_weights_say_what_the_adapter_beside_them_says(lab: Path, harmful_adapter: Path) -> None:
+    from sku_vllm.evaluate.edited import edited_model
+    from sku_vllm.model import attach_adapter, load_model
+
+    ids = torch.arange(3, 40)[None]
+    beside, plain = attach_adapter(load_model(lab / "llama"), harmful_adapter, 0.7), edited_model(lab / "llama", harmful_adapter, 0.7)
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    with torch.inference_mode():
+        assert torch.allclose(plain(ids).logits, beside(ids).logits, atol=1e-4)
+        assert not torch.allclose(plain(ids).logits, load_model(lab / "llama")(ids).logits, atol=0.1)
+
+
 def command(lab: Path, adapter: Path, tmp_path: Path, *more: object) -> list[object]:
     for name in ("forget/validation", "forget/unseen", "retain/validation", "retain/test"):
         lines = (lab / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
