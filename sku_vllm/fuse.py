@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sku_vllm.adapter import load_adapter
-from sku_vllm.checkpoint import CheckpointReader, TensorInfo, checkpoint_directory
+from sku_vllm.checkpoint import CheckpointReader, checkpoint_directory
 from sku_vllm.errors import CheckpointError, ConfigError, RunError
 from sku_vllm.fp8 import contents_of, find_scales
 from sku_vllm.fuse_checks import check_flags, check_unquantised
@@ -19,6 +19,7 @@ from sku_vllm.manifest import combine, file_digest, verify_checkpoint, write_man
 from sku_vllm.output import check_output, output_directory, record
 from sku_vllm.placement import Placed, Scale, place
 from sku_vllm.plain_copy import estimate_copy
+from sku_vllm.safetensors_file import TensorInfo
 from sku_vllm.shards import OutputShard, fingerprint, plan_shards
 from sku_vllm.simulate import check_kinds
 from sku_vllm.small_files import write_small_files

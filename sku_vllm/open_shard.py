@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sku_vllm.checkpoint import read_into
 from sku_vllm.errors import CheckpointError
+from sku_vllm.safetensors_file import read_into
 from sku_vllm.shards import CHUNK, OutputShard, OutputTensor, data_ranges
 
 # copy_file_range says these where source and target cannot be joined inside the kernel.

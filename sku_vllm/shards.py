@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sku_vllm.checkpoint import DTYPES, CheckpointReader, Shard, TensorInfo
+from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.placement import Placed
+from sku_vllm.safetensors_file import DTYPES, Shard, TensorInfo
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from sku_vllm.checkpoint import INDEX, CheckpointReader
+from sku_vllm.checkpoint import CheckpointReader
+from sku_vllm.checkpoint_files import INDEX
 from sku_vllm.output import write_json
 from sku_vllm.shards import OutputShard
 

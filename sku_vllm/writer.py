@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sku_vllm.checkpoint import DTYPES, read_into
 from sku_vllm.delta import Dense
 from sku_vllm.errors import CheckpointError
 from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_fp8_reference
@@ -23,6 +22,7 @@ from sku_vllm.kernels.delta_merge.cpu import merge_rows, one_torch_thread
 from sku_vllm.kernels.delta_merge.fp8 import rows_of
 from sku_vllm.open_shard import OpenShard, write_all
 from sku_vllm.placement import Placed, matrix_shape
+from sku_vllm.safetensors_file import DTYPES, read_into
 from sku_vllm.shards import CHUNK, OutputShard, OutputTensor
 from sku_vllm.simulate import simulate
 

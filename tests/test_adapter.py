@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sku_vllm.adapter import load_adapter, negate
-from sku_vllm.checkpoint import CheckpointReader, base_identity, sample_windows
+from sku_vllm.checkpoint import CheckpointReader, base_identity
 from sku_vllm.errors import AdapterError, CheckpointError, ConfigError
+from sku_vllm.identity import sample_windows
 
 CONFIG = LlamaConfig(
     hidden_size=64,

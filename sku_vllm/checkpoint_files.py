@@ -1,0 +1,58 @@
+"""Which files make up a checkpoint: one, or the shards that an index names; and which the remedy is where there are none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sku_vllm.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+def find_files(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
+    """The safetensors files of a model directory (or of one file) and its parsed index. Raises CheckpointError saying what is missing."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: not a .safetensors file; give a model directory")
+        return [path], None
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such model directory; check the path, or download the model first")
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"], None
+    if (path / INDEX).is_file():
+        return _indexed_files(path)
+    files = sorted(path.glob("*.safetensors"))
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{path}: is an adapter, not a model; give it as --adapter and its base as --model")
+    if len(files) == 1:
+        return files, None
+    if files:
+        raise CheckpointError(f"{path}: {len(files)} safetensors files but no {INDEX}; save the model again with save_pretrained")
+    raise CheckpointError(f"{path}: {_why_no_files(path)}")
+
+
+def _indexed_files(path: Path) -> tuple[list[Path], dict[str, Any]]:
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / INDEX}: not a safetensors index (no valid weight_map); download it again") from error
+    files = [path / name for name in names]
+    if not files:
+        raise CheckpointError(f"{path / INDEX}: its weight_map is empty; download it again")
+    for file in files:
+        if file.parent != path or not file.is_file():
+            raise CheckpointError(f"{file}: named in {INDEX} but not there; download the missing shard")
+    return files, index
+
+
+def _why_no_files(path: Path) -> str:
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
+    pickles = [name for name in pickles if name != "training_args.bin"]
+    if not pickles:
+        return "no safetensors weights in this directory; give a directory written by save_pretrained"
+    return (
+        f"holds pickled weights only ({pickles[0]}), and unpickling runs any code in them; if you trust their source, convert them: "
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{path}').save_pretrained('{path}-safetensors')\" and copy the tokenizer files beside them"
+    )
