@@ -1,5 +1,6 @@
 """`sku train`: identify harmful knowledge as an adapter."""
 
+import os
 from typing import Any
 
 import click
@@ -90,6 +91,8 @@ def command(
             raise
         log(f"warning: {error}; no method was asked for, so this trains sku-mirrored")
         report = train_adapter(model, forget_set, retain_set, output, TrainConfig.of("sku-mirrored", **settings), **more)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes speaks
     if json_output:
         print_json(report.to_json())
     _say(report)

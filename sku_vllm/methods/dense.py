@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from sku_vllm.errors import ConfigError
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.method import Phase
+from sku_vllm.methods.sharding import whole
 from sku_vllm.model import load_model
 
 if TYPE_CHECKING:
@@ -40,5 +41,5 @@ def load(
 def deltas(model: PreTrainedModel, path: Path, sign: int) -> dict[str, torch.Tensor]:
     """sign·(trained − base) for every weight that changed, fp32, under the names of the checkpoint's parameters."""
     base = dict(load_model(path, dtype="auto", device="cpu").named_parameters())
-    found = {name: sign * (parameter.detach().float().cpu() - base[name].detach().float()) for name, parameter in model.named_parameters()}
+    found = {name: sign * (whole(parameter.detach()).float().cpu() - base[name].detach().float()) for name, parameter in model.named_parameters()}
     return {name: delta for name, delta in found.items() if delta.any()}

@@ -43,6 +43,8 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.passes = forward
         self.train_head = train_head
+        self.alike = False  # every pass runs every reference, as processes that gather weights together need
+        self._no_split_modules = forward.core._no_split_modules  # what FSDP makes its units of
 
     def forward(self, pieces: Sequence[Piece], terms: Sequence[Term], totals: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Sum over these pieces of each term, divided by its total over the whole step; weights are not applied.
@@ -63,6 +65,8 @@ class Objective(torch.nn.Module):
         """Hidden states of the pieces some term compares with `name`, and which of them are each piece's."""
         wanted = {(term.rows, term.side) for term in terms if name in term.references}
         chosen = [number for number, piece in enumerate(pieces) if (piece.kind, piece.side) in wanted]
+        if not chosen and self.alike and any(name in term.references for term in terms):
+            chosen = [0]
         if not chosen:
             return None
         with torch.no_grad(), self.passes.reference_adapter(name == "adapted"):

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
 from sku_vllm.methods.forward import CURRENT, Forward, _scaling
+from sku_vllm.methods.sharding import sharded_like, whole
 
 # What vLLM's --max-lora-rank takes; an adapter of another rank wastes the difference there.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -21,9 +22,10 @@ def fresh_adapter(model: PeftModel, seed: int, name: str = CURRENT) -> None:
         with torch.no_grad():
             if "lora_A" in parameter_name:
                 bound = parameter.shape[1] ** -0.5  # kaiming_uniform_(a=√5)
-                parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+                drawn = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+                parameter.copy_(sharded_like(drawn, parameter))
             elif "lora_embedding_B" in parameter_name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(sharded_like(torch.randn(parameter.shape, generator=generator), parameter))
             else:
                 parameter.zero_()
 
@@ -34,7 +36,7 @@ def set_aside(model: PeftModel, name: str) -> None:
     parameters = dict(model.named_parameters())
     for key, parameter in parameters.items():
         if f".{name}" in key and "lora_" in key:
-            parameter.data.copy_(parameters[key.replace(f".{name}", f".{CURRENT}")].data)
+            parameter.data.copy_(whole(parameters[key.replace(f".{name}", f".{CURRENT}")].data))
             parameter.requires_grad_(False)
 
 
@@ -105,7 +107,7 @@ def recompress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
 
 def _state(model: PeftModel, name: str) -> Factors:
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {key: value.detach().float().cpu() for key, value in state.items()}
+    return {key: whole(value.detach()).float().cpu() for key, value in state.items()}
 
 
 def _is_b(key: str) -> bool:

@@ -12,12 +12,13 @@ from peft import LoraConfig, TaskType, get_peft_model
 from sku_vllm.data import Encoded
 from sku_vllm.data.packing import split_by_prefix, split_by_tokens
 from sku_vllm.errors import ConfigError, DivergenceError
-from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, training_state
+from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, sharding, training_state
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.config import TrainConfig
-from sku_vllm.methods.forward import CURRENT, KEPT, Forward
+from sku_vllm.methods.forward import CURRENT, KEPT, RELEARNER, Forward
 from sku_vllm.methods.method import Phase, Term
 from sku_vllm.methods.objective import Objective, Piece, pieces_of, total
+from sku_vllm.methods.relearner import TERM, Relearner, through
 from sku_vllm.model import load_model
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Run:
         self.at = self.tokens = self.examples = 0
         self.seconds = 0.0
         self.refusal_share: float | None = None
+        self.relearner: Relearner | None = None
         if accelerator.num_processes > config.batch_size:
             raise ConfigError(
                 f"--batch-size {config.batch_size}: counts rows over all {accelerator.num_processes} processes, and each needs one; "
@@ -60,7 +62,7 @@ class Run:
             self.passes.core.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
         self.parameters = sum(parameter.numel() for name, parameter in self.model.named_parameters() if "lora_" not in name)
-        self.objective = accelerator.prepare(Objective(self.passes, train_head=config.full))
+        self.objective = sharding.prepare(Objective(self.passes, train_head=config.full), accelerator)
         self.names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.trainable = sum(parameter.numel() for parameter in self.names)
         self.optimizer = self._new_optimizer()
@@ -91,7 +93,8 @@ class Run:
         rate = self.config.rate(at, phase.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        values, tokens = self._gradients([term for term in phase.terms if at >= term.begin])
+        terms, relearned = self._relearn(phase, at, [term for term in phase.terms if at >= term.begin])
+        values, tokens = self._gradients(terms)
         norm = self._clip()
         bad = [name for name, value in values.items() if not _finite(value)]
         if bad or not _finite(norm):
@@ -105,6 +108,7 @@ class Run:
             self.end_phase(phase, number)
         seconds = time.perf_counter() - begun
         self.seconds += seconds
+        tokens += relearned
         self.tokens += tokens
         return {
             "step": self.at, "phase": number, "losses": values, "lr": rate, "gradient_norm": norm, "tokens": tokens, "seconds": round(seconds, 4),
@@ -117,7 +121,8 @@ class Run:
         if phase.sample_at is not None and not self.batches.samples:
             # Rows of the right length stand in for samples, which only training can draw.
             self.batches.samples = self.batches.rows("forget", self.at)
-        values, tokens = self._gradients(phase.terms)
+        terms, relearned = self._relearn(phase, at, phase.terms)
+        values, tokens = self._gradients(terms)
         self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -125,30 +130,46 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.at += 1
-        return {"losses": values, "tokens": tokens, "seconds": time.perf_counter() - begun}
+        return {"losses": values, "tokens": tokens + relearned, "seconds": time.perf_counter() - begun}
+
+    def _relearn(self, phase: Phase, at: int, terms: Sequence[Term]) -> tuple[Sequence[Term], int]:
+        """The terms as this step sees them; where an adversary is at work, it first takes a step of its own, of so many tokens."""
+        if not (phase.relearner and Relearner.at_work(at)):
+            return terms, 0
+        self.relearner = self.relearner or Relearner(self.model, self.config)
+        rows = {"forget": self.batches.rows("forget", self.at)}
+        totals = {TERM.name: total(TERM, rows["forget"])}
+        self.relearner.step(self.accelerator.unwrap_model(self.objective), self.passes_of([TERM], rows), totals, at)
+        return through(terms), self._count_tokens([TERM], rows)
 
     def _gradients(self, terms: Sequence[Term]) -> tuple[dict[str, float], int]:
         """Accumulate the gradients of every term over this process's share of the step; the terms' values over all processes."""
         rows = {kind: self.batches.rows(kind, self.at) for kind in {term.rows for term in terms}}
         totals = {term.name: total(term, rows[term.rows]) for term in terms}
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        # Neighbours, since rows of one prompt are, and share its tokens.
-        passes = self.passes_of(terms, {kind: some[len(some) * rank // world:len(some) * (rank + 1) // world] for kind, some in rows.items()})
+        passes = self._passes_of_process(rank, terms, rows)
+        # Sharded processes gather every layer together, so all take as many passes; those beyond its own count nothing.
+        count = max(len(self._passes_of_process(other, terms, rows)) for other in range(world)) if self.accelerator.is_fsdp2 else len(passes)
         values = {term.name: torch.zeros((), device=self.accelerator.device) for term in terms}
         weights = {term.name: term.weight for term in terms}
-        for number, pieces in enumerate(passes):
-            last = number == len(passes) - 1
-            with _sync(self.accelerator, self.objective, last):
-                shares = self.objective(pieces, terms, totals)
+        for number in range(count):
+            counts = number < len(passes)
+            with _sync(self.accelerator, self.objective, number == count - 1):
+                shares = self.objective(passes[number if counts else 0], terms, totals)
                 for name, share in shares.items():
-                    values[name] += share.detach().float()
-                # DDP averages gradients over processes; a share is already divided by the whole step's total.
-                loss = sum(weights[name] * share for name, share in shares.items()) * world
+                    values[name] += share.detach().float() * counts
+                # DDP and FSDP average gradients over processes; a share is already divided by the whole step's total.
+                loss = sum(weights[name] * share for name, share in shares.items()) * world * counts
                 self.accelerator.backward(loss)
         if world > 1:
             values = self.accelerator.reduce(values)
         self.examples += sum(map(len, rows.values()))
         return {name: float(value) for name, value in values.items()}, self._count_tokens(terms, rows)
+
+    def _passes_of_process(self, rank: int, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> list[list[Piece]]:
+        """The passes of one process: its share of every kind is neighbours, since rows of one prompt are, and share its tokens."""
+        world = self.accelerator.num_processes
+        return self.passes_of(terms, {kind: some[len(some) * rank // world:len(some) * (rank + 1) // world] for kind, some in rows.items()})
 
     def passes_of(self, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> list[list[Piece]]:
         """The step's rows in forward passes of at most `tokens_per_pass` tokens; unpacked passes have one side each."""
@@ -167,7 +188,7 @@ class Run:
 
     def _clip(self) -> float:
         limit = self.config.clip or float("inf")
-        return float(self.accelerator.clip_grad_norm_(self.objective.parameters(), limit))
+        return float(sharding.whole(self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)))
 
     def end_phase(self, phase: Phase, number: int) -> None:
         """Fold the phase's delta in or set it aside, as the method asks, and start the next adapter."""
@@ -191,9 +212,13 @@ class Run:
         prompts = {tuple(self.batches.template.prompt_ids(row)): None for row in self.batches.forget}
         order = self.batches._random("prompts").permutation(len(prompts))
         listed = list(prompts)
+        if self.accelerator.is_fsdp2:
+            self.objective.unshard()  # generation calls the model itself, not the objective that would gather head and embeddings
         samples = sampling.draw_contrastive(
             self.passes, [list(listed[number]) for number in order], self.config, self.batches.template.stop_ids
         )
+        if self.accelerator.is_fsdp2:
+            self.objective.reshard()
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -211,30 +236,35 @@ class Run:
         return bool(broadcast(torch.tensor(int(due), device=self.accelerator.device)).item())
 
     def save(self, partial: Path) -> None:
-        """Write the checkpoint (main process)."""
-        if not self.accelerator.is_main_process:
-            return
-        tensors = {f"model/{name}": p.detach().cpu() for name, p in self.model.named_parameters() if "lora_" in name or p.requires_grad}
+        """Write the checkpoint (main process; the others help to gather it)."""
+        kept = {name: p for name, p in self.model.named_parameters() if "lora_" in name or p.requires_grad}
+        tensors = {f"model/{name}": sharding.whole(p.detach()).cpu() for name, p in kept.items()}
         tensors |= training_state.optimizer_tensors(self.optimizer, self.names)
+        tensors |= self.relearner.tensors() if self.relearner else {}
         tensors["random"] = torch.get_rng_state()
         progress = {
             "at": self.at, "tokens": self.tokens, "examples": self.examples, "seconds": self.seconds, "refusal_share": self.refusal_share,
             "samples": [[sample.ids, sample.answer_start] for sample in self.batches.samples], "folded": self.passes.folded,
         }
-        training_state.TrainingState(tensors, progress).write(partial)
+        if self.accelerator.is_main_process:
+            training_state.TrainingState(tensors, progress).write(partial)
 
     def load(self, state: training_state.TrainingState) -> None:
         """Continue from a checkpoint."""
         progress = state.progress
         self.passes.folded = dict(progress["folded"])
-        for name in {*progress["folded"], *([KEPT] if any(f".{KEPT}." in key for key in state.tensors) else [])}:
+        for name in [*progress["folded"], *(name for name in (KEPT, RELEARNER) if any(f".{name}." in key for key in state.tensors))]:
             rounds.set_aside(self.model, name)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for key, value in state.tensors.items():
                 if key.startswith("model/"):
-                    parameters[key.removeprefix("model/")].copy_(value)
+                    parameter = parameters[key.removeprefix("model/")]
+                    parameter.copy_(sharding.sharded_like(value, parameter))
         training_state.restore_optimizer(self.optimizer, state.tensors, self.names)
+        if RELEARNER in self.model.peft_config:
+            self.relearner = Relearner(self.model, self.config)
+            self.relearner.restore(state.tensors)
         torch.set_rng_state(state.tensors["random"])
         self.at, self.tokens, self.examples, self.seconds = (progress[key] for key in ("at", "tokens", "examples", "seconds"))
         self.refusal_share = progress["refusal_share"]

@@ -14,7 +14,7 @@ import torch
 from sku_vllm.checkpoint import base_identity
 from sku_vllm.data import ForgetSet, PromptTemplate, RetainSet, Row
 from sku_vllm.errors import ConfigError, DivergenceError, SkuError
-from sku_vllm.methods import METHODS
+from sku_vllm.methods import METHODS, sharding
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.progress import Progress
@@ -126,8 +126,7 @@ def _train(run: Run, partial: Path, shown: Progress, run_json: Mapping[str, Any]
                 saved = time.monotonic()
     except DivergenceError as error:
         run.restore_good()
-        if run.accelerator.is_main_process:
-            run.write_adapter(partial / LAST_GOOD, {**run_json, "diverged_at_step": run.at}, name)
+        run.write_adapter(partial / LAST_GOOD, {**run_json, "diverged_at_step": run.at}, name)
         raise DivergenceError(f"{error}; the last good adapter is in {partial / LAST_GOOD}; lower --lr or the weights") from error
     except BaseException:
         # Ctrl-C or a crash between checkpoints: keep what there is, unless nothing was saved yet.
@@ -214,6 +213,7 @@ def _accelerator(tracker: str | None, output: Path) -> "Accelerator":
         raise ConfigError(f"--tracker {tracker}: not available ({error}); pip install {tracker}") from error
     if tracker and not accelerator.trackers:
         raise ConfigError(f"--tracker {tracker}: not installed; pip install {tracker}")
+    sharding.check(accelerator)
     return accelerator
 
 

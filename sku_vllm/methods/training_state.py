@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sku_vllm.errors import RunError
+from sku_vllm.methods.sharding import sharded_like, whole
 from sku_vllm.output import sync_tree, write_json
 
 FOLDER = "checkpoint"
@@ -62,7 +63,7 @@ class TrainingState:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """AdamW's moments and step counts, by parameter name."""
     return {
-        f"optimizer/{key}/{names[parameter]}": value.detach().cpu()
+        f"optimizer/{key}/{names[parameter]}": whole(value.detach()).cpu()
         for parameter, state in optimizer.state.items() for key, value in state.items()
     }
 
@@ -73,5 +74,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
         for key in ("step", "exp_avg", "exp_avg_sq"):
             stored = tensors.get(f"optimizer/{key}/{name}")
             if stored is not None:
-                on = "cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device
-                optimizer.state[parameter][key] = stored.to(on)
+                # The step count is one number that every process has.
+                optimizer.state[parameter][key] = stored.to(parameter.device) if key == "step" else sharded_like(stored, parameter)

@@ -1,0 +1,53 @@
+"""FSDP2: parameters live in shards over the processes and are gathered where a file or a copy needs them whole."""
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sku_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sku_vllm.methods.objective import Objective
+
+
+def check(accelerator: "Accelerator") -> None:
+    """Whether this launch is one we train with; lets `accelerate launch --use_fsdp` shard on CPUs as well.
+
+    Raises:
+        ConfigError: FSDP1 or DeepSpeed, whose flattened parameters cannot be saved by name.
+    """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate 1.x knows FSDP on accelerators alone and would quietly copy the model instead; torch's FSDP2 runs on gloo.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("accelerate launch --use_fsdp: FSDP1 is not supported; add --fsdp_version 2")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError("accelerate launch --use_deepspeed: not supported; use DDP (--multi_gpu), or FSDP2 (--use_fsdp --fsdp_version 2)")
+
+
+def prepare(objective: "Objective", accelerator: "Accelerator") -> torch.nn.Module:
+    """The objective for its processes: alone, wrapped by DDP, or sharded layer by layer by FSDP2."""
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(objective)
+    objective.alike = True
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    # accelerate prepares an FSDP2 model with an optimizer only; the real one is made afterwards, as in every round.
+    return accelerator.prepare(objective, torch.optim.SGD(trained, lr=0.0))[0]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, gathered from its shards; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor cut the way the parameter is; the same on every process to begin with."""
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else value
