@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from sku_vllm.benchmarks.methods_cell import VARIANTS
 from sku_vllm.evaluate.chart import Curve, chart_svg
 from sku_vllm.output import versions
 
@@ -88,7 +89,7 @@ def trade_off_svg(model: str, cells: Sequence[Cell]) -> str:
             cost = fmean(point["retain"]["perplexity_ratio"] - 1 for point in at)
             harm = fmean(share["harmful"] for point in at for modes in point["forget"].values() for share in modes.values())
             points.append((math.log10(min(max(cost, 10.0**LEAST), 10.0**MOST)), harm))
-        curves.append(Curve(label, points))
+        curves.append(Curve(label, points, colour=list(VARIANTS).index(label)))
     ticks = [(float(power), f"{100 * 10.0**power:g} %") for power in range(LEAST, MOST + 1)]
     return chart_svg(
         f"{model}: harm left against perplexity above the base, a point a scale (validation prompts)", curves, "perplexity above the base",
@@ -99,7 +100,7 @@ def trade_off_svg(model: str, cells: Sequence[Cell]) -> str:
 def relearn_svg(model: str, cells: Sequence[Cell]) -> str:
     """A colour a method, a line a lesson: sampled harm on prompts that were not trained on, over steps of fine-tuning; means over seeds."""
     curves = []
-    for colour, label in enumerate(dict.fromkeys(cell["label"] for cell in cells)):
+    for label in dict.fromkeys(cell["label"] for cell in cells):
         entries = [entry for cell in cells if cell["label"] == label for entry in cell["relearned"]]
         for lesson in dict.fromkeys(entry["attack"] for entry in entries):
             harm: dict[int, list[float]] = {}
@@ -107,7 +108,7 @@ def relearn_svg(model: str, cells: Sequence[Cell]) -> str:
                 if entry["attack"] == lesson:
                     harm.setdefault(entry["steps"], []).append(entry["forget"]["unseen"]["sampled"]["harmful"])
             points = [(steps, fmean(rates)) for steps, rates in sorted(harm.items())]
-            curves.append(Curve(f"{label}: {lesson}", points, (), colour, dashed=lesson == "benign"))
+            curves.append(Curve(f"{label}: {lesson}", points, colour=list(VARIANTS).index(label), dashed=lesson == "benign"))
     steps = sorted({entry["steps"] for cell in cells for entry in cell["relearned"]})
     return chart_svg(
         f"{model}: sampled harm on other prompts while relearning", curves, "steps of fine-tuning", [(step, str(step)) for step in steps],

@@ -7,8 +7,8 @@ from xml.sax.saxutils import escape
 LEFT, TOP, PLOT_W, PLOT_H, LEGEND = 56, 40, 500, 300, 300
 LINE_HEIGHT = 20
 COLOURS = (
-    "#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#117a65", "#ca6f1e", "#5d6d7e",
-    "#e08e79", "#85c1e9", "#82e0aa", "#f7dc6f", "#c39bd3", "#000000", "#aab7b8",
+    "#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#000000", "#ca6f1e", "#5d6d7e",
+    "#e08e79", "#85c1e9", "#82e0aa", "#f7dc6f", "#c39bd3", "#117a65", "#aab7b8",
 )
 
 
