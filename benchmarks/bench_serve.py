@@ -32,7 +32,7 @@ STUDENT = {1: 12.706, 4: 2.776, 9: 2.262, 11: 2.201, 14: 2.145, 19: 2.093}
 @click.option("--concurrency", default=12, help="Requests in flight.")
 @click.option("--tokens", default=24, help="Tokens generated per request.")
 @click.option("--soak", default=0, help="Requests of the soak over 20 adapter swaps that checks every answer (10000 is the goal's).")
-@click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results; sku_bench_serve.json, for sku report, goes beside it.")
+@click.option("--output", type=click.Path(dir_okay=False), help="Markdown file; sku_bench_serve.json, for sku report, goes beside it.")
 def command(json_output: bool, output: str | None, **settings: Any) -> None:
     """Alias against direct, judging, swaps, and original, LoRA, fused and swapped side by side."""
     from sku_vllm.benchmarks.serve_cost import middleware_cost
@@ -61,6 +61,7 @@ def command(json_output: bool, output: str | None, **settings: Any) -> None:
 def measure(base: Path, adapter: Path, work: Path, load: Any, pairs: int, seconds: float, soak: int) -> dict[str, Any]:
     """All comparisons on servers that run side by side."""
     from sku_vllm.benchmarks.serve_cost import stalled_judge
+    from sku_vllm.benchmarks.serve_load import side_by_side
     from sku_vllm.benchmarks.serve_swaps import adapter_swaps, model_swaps, run_soak
     from sku_vllm.fuse import fuse_checkpoint
     from sku_vllm.serving.server import start_server
@@ -122,18 +123,11 @@ def compare(name: str, left: Callable[[], dict[str, Any]], right: Callable[[], d
         found["cpu"].append(math.log(b["cpu_ms_per_token"] / a["cpu_ms_per_token"]))
         log(f"{name}, pair {pair + 1}/{pairs}: {math.exp(found['throughput'][-1]):.3f}, per CPU second {math.exp(found['cpu'][-1]):.3f}")
     ratio, low, high = interval(found["throughput"])
-    return {"ratio": ratio, "low": low, "high": high, "pairs": pairs, "goal": 0.98, "met": low >= 0.98, "per_cpu_second": interval(found["cpu"])}
+    cpu = interval(found["cpu"])
+    return {"ratio": ratio, "low": low, "high": high, "pairs": pairs, "goal": 0.98, "met": low >= 0.98, "per_cpu_second": cpu}
 
 
 def interval(logs: Sequence[float]) -> tuple[float, float, float]:
     """Geometric mean of ratios and its 95 % interval (Student's t)."""
     mean, half = statistics.mean(logs), STUDENT[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-
-
-def side_by_side(contenders: dict[str, Callable[[], dict[str, Any]]], runs: int) -> dict[str, dict[str, float]]:
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    for _ in range(runs):
-        for name, run in contenders.items():
-            found[name].append(run())
-    return {name: {key: statistics.median(each[key] for each in values) for key in values[0]} for name, values in found.items()}

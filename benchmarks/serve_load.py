@@ -4,8 +4,9 @@ import asyncio
 import concurrent.futures
 import contextlib
 import io
+import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class Load:
             "dataset-name": "random", "random-input-len": 32, "random-output-len": self.tokens, "num-prompts": self.requests,
             "max-concurrency": self.concurrency, "seed": self.seed, "ready-check-timeout-sec": 0, "percentile-metrics": "ttft,itl,e2el",
         }
-        args = parser.parse_args(["--ignore-eos", "--disable-tqdm", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        args = parser.parse_args(["--ignore-eos", "--disable-tqdm", *words])
         before = cpu_seconds(server)
         with contextlib.redirect_stdout(io.StringIO()):
             found = asyncio.run(main_async(args))
@@ -90,6 +92,15 @@ def cpu_seconds(server: Any) -> float:
             times = process.cpu_times()
             total += times.user + times.system
     return total
+
+
+def side_by_side(contenders: dict[str, Callable[[], dict[str, Any]]], runs: int) -> dict[str, dict[str, float]]:
+    """Each contender's medians over interleaved runs."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for _ in range(runs):
+        for name, run in contenders.items():
+            found[name].append(run())
+    return {name: {key: statistics.median(each[key] for each in values) for key in values[0]} for name, values in found.items()}
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
         *(
             f"| {name} | {each['ratio']:.3f} | {each['low']:.3f} – {each['high']:.3f} ({each['pairs']} pairs) | "
-            f"≥ {each['goal']}: {yes[each['met']]} | {each['per_cpu_second'][0]:.3f} ({each['per_cpu_second'][1]:.3f} – {each['per_cpu_second'][2]:.3f}) |"
+            f"≥ {each['goal']}: {yes[each['met']]} | {'{:.3f} ({:.3f} – {:.3f})'.format(*each['per_cpu_second'])} |"
             for name, each in result["ratios"].items()
         ),
         "",
@@ -62,7 +62,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         f"- middleware, {cost['bytes']} bytes, in process: p50 +{cost['p50_ms']:.3f} ms (goal 0.3), p99 +{cost['p99_ms']:.3f} ms (goal 1)",
         f"- adapter swap under load: {adapter['mean_inside_s'] * 1000:.0f} ms from an adapter on disk to answers from it (goal 50 ms), "
-        f"{adapter['median_s'] * 1000:.0f} ms for the whole call with writing the negation (median of {adapter['swaps']}), {adapter['errors']} errors in {adapter['requests']} requests",
+        f"{adapter['median_s'] * 1000:.0f} ms for the whole call with writing the negation (median of {adapter['swaps']}), "
+        f"{adapter['errors']} errors in {adapter['requests']} requests",
         f"- whole-model swap: median {model['median_s']:.2f} s, of which requests wait {model['median_stalled_s'] * 1000:.0f} ms; "
         f"server start {model['start_s']:.1f} s, "
         f"{model['ratio']:.0f}x (goal 100x), {model['ratio_stalled']:.0f}x by the wait",
@@ -72,6 +73,7 @@ def markdown(result: dict[str, Any]) -> str:
         soak = result["soak"]
         lines.append(
             f"- soak: {soak['requests']} requests over {soak['swaps']} swaps, {soak['errors']} errors, "
-            f"{soak['neither_version']} answers of neither version; {soak['prompts_that_differ']} of {soak['prompts']} prompts tell the versions apart"
+            f"{soak['neither_version']} answers of neither version; "
+            f"{soak['prompts_that_differ']} of {soak['prompts']} prompts tell the versions apart"
         )
     return "\n".join(lines) + "\n"

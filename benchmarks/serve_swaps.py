@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.benchmarks.serve_load import chatter
+from sku_vllm.benchmarks.serve_load import chatter, side_by_side
 
 
 def adapter_swaps(server: Any, adapter: Path, wanted: int = 500) -> dict[str, Any]:

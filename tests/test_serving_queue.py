@@ -1,5 +1,6 @@
 """The judge's queue in process: a judge that stalls or dies costs nobody a request, and every lost answer is counted."""
 
+import contextlib
 import json
 import threading
 import time
@@ -83,3 +84,25 @@ def test_kept_text_is_private_and_rotates(tmp_path, monkeypatch):
     assert file.stat().st_mode & 0o777 == older.stat().st_mode & 0o777 == 0o600
     assert older.stat().st_size < 2500
     assert json.loads(older.read_text().splitlines()[-1])["label"] == "harmful"
+
+
+def test_the_judge_in_its_process_says_what_it_says_here_and_outlives_its_own_death(tmp_path):
+    from sku_vllm.errors import ConfigError, JudgeError
+    from sku_vllm.judges import load_labeller
+    from sku_vllm.serving.judge_process import JudgeProcess
+
+    (tmp_path / "words.json").write_text(json.dumps({"harmful": ["bad"], "refusal": ["schluss"]}))
+    spec = f"lexicon:{tmp_path}/words.json"
+    exchanges = [Exchange("q", text) for text in ("bad", "schluss", "", "fine\nand \u2028 well", "I cannot help with that.")]
+    judge = JudgeProcess(spec)
+    assert judge(exchanges) == load_labeller(spec)(exchanges)
+    judge.process.kill()
+    judge.process.wait()
+    assert judge(exchanges[:1])[0].label == "harmful"  # another process
+    judge.process.kill()
+    with contextlib.suppress(JudgeError):  # the kill may be noticed by this batch or before it
+        judge(exchanges)
+    assert len(judge(exchanges)) == 5
+    judge.process.kill()
+    with pytest.raises(ConfigError, match="lexicon"):
+        JudgeProcess(f"lexicon:{tmp_path}/none.json")

@@ -89,7 +89,11 @@ def test_an_edit_in_place_is_what_a_fuse_writes_and_restores_to_the_bit(tiny, tm
 def test_every_element_of_a_packed_weight_has_one_source(tiny):
     reader = CheckpointReader(tiny / "base")
     windows = Resident(loaded(reader, 1, 2), reader).windows
-    rows = [(each.row, each.column, tuple(each.resident.shape)) for part in ("q", "k", "v") for each in windows[f"model.layers.1.self_attn.{part}_proj.weight"]]
+    rows = [
+        (each.row, each.column, tuple(each.resident.shape))
+        for part in ("q", "k", "v")
+        for each in windows[f"model.layers.1.self_attn.{part}_proj.weight"]
+    ]
     assert rows == [(64, 0, (64, 128)), (32, 0, (32, 128)), (32, 0, (32, 128))]
     down = windows["model.layers.0.mlp.down_proj.weight"]
     assert [(each.row, each.column, tuple(each.resident.shape)) for each in down] == [(0, 128, (128, 128))]

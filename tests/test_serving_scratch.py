@@ -25,7 +25,9 @@ def holder(place, inherit=False):
         "child = subprocess.Popen(['sleep', '60'], pass_fds=[lock], stdout=subprocess.DEVNULL) if sys.argv[2] == 'True' else None\n"
         "print(path, child.pid if child else 0, flush=True); sys.stdin.read()"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(place), str(inherit)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(place), str(inherit)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     path, child = process.stdout.readline().split()
     return process, place / os.path.basename(path), int(child)
 
@@ -66,4 +68,7 @@ def test_what_is_not_a_private_directory_of_ours_stays(place):
     (place / "sku-serve-lock/lock").symlink_to(outside / "lock")
     (place / "sku-serve-file").touch()
     assert scratch.reclaim() == []
-    assert {path.name for path in place.iterdir()} == {"outside", *(f"sku-serve-{name}" for name in ("link", "open", "young", "lock", "file"))}
+    assert {path.name for path in place.iterdir()} == {
+        "outside",
+        *(f"sku-serve-{name}" for name in ("link", "open", "young", "lock", "file")),
+    }

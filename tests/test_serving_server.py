@@ -9,6 +9,7 @@ import time
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from sku_vllm.errors import RunError
@@ -163,6 +164,49 @@ def test_several_choices_and_prompts_are_each_judged(client, served):
     assert served.metric("sku_requests_total") - before["sku_requests_total"] == 3
     assert served.metric("sku_judged_total") - before["sku_judged_total"] == 8
     assert served.metric("sku_generation_tokens_total") - before["sku_generation_tokens_total"] == tokens
+
+
+def test_every_gap_between_tokens_is_counted_streamed_or_not(client, served):
+    def gaps(**options):
+        names = ("sku_inter_token_latency_seconds_count", "sku_inter_token_latency_seconds_sum", "sku_decode_seconds_sum")
+        before = [served.metric(name) for name in names]
+        reply = client.completions.create(model="sku", prompt="w1 w2", max_tokens=12, temperature=0, extra_body={"ignore_eos": True}, **options)
+        if options.get("stream"):
+            list(reply)
+        time.sleep(0.1)
+        return [served.metric(name) - value for name, value in zip(names, before, strict=True)]
+
+    count, total, decode = gaps()
+    assert count == 11 and total == pytest.approx(decode, rel=0.01)
+    count, total, decode = gaps(stream=True)
+    assert count == 11 and total == pytest.approx(decode, rel=0.5, abs=0.05)
+    assert gaps(stream=True, n=2)[0] == gaps(n=2)[0] == 22
+
+
+def test_beam_search_is_one_request_whose_answers_are_judged(client, served):
+    wait_judged(served)
+    before = {name: served.metric(name) for name in ("sku_requests_total", "sku_judged_total", "sku_generation_tokens_total")}
+    reply = client.completions.create(model="sku", prompt="w1 w2", n=2, max_tokens=4, temperature=0, extra_body={"use_beam_search": True})
+    wait_judged(served)
+    after = {name: served.metric(name) - value for name, value in before.items()}
+    assert len(reply.choices) == 2
+    assert after == {"sku_requests_total": 1, "sku_judged_total": 2, "sku_generation_tokens_total": reply.usage.completion_tokens}
+
+
+def test_the_judge_may_be_killed(client, served):
+    """Its process is another one than the server's; the next answers start a new one."""
+    (judge,) = [each for each in psutil.Process(served.process.pid).children(recursive=True) if "sku_vllm.serving.judge_process" in each.cmdline()]
+    assert judge.nice() > psutil.Process(served.process.pid).nice()
+    wait_judged(served)
+    before = served.metric("sku_judged_total") + served.metric("sku_judge_errors_total")
+    judge.kill()
+    judge.wait(10)
+    for prompt in PROMPTS[:4]:
+        assert say(client, prompt)[1]
+    deadline = time.monotonic() + 30
+    while served.metric("sku_judged_total") + served.metric("sku_judge_errors_total") < before + 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert served.metric("sku_judged_total") + served.metric("sku_judge_errors_total") == before + 4
 
 
 def test_the_responses_and_messages_apis_are_routed_too(client, served):

@@ -76,7 +76,7 @@ def read(pipe: IO[bytes] | None) -> Any:
 
 
 def main(spec: str) -> None:
-    """Batches on stdin, verdicts on stdout, until stdin ends. An error is a string; it names the kind only, since messages may quote text."""
+    """Batches on stdin, verdicts on stdout, until stdin ends. An error is a string: its kind only, since messages may quote text."""
     die_with_parent()
     os.nice(NICE)
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # a judge that prints must not be taken for its verdicts

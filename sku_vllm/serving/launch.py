@@ -92,7 +92,7 @@ def check_flags(args: Namespace, config: ServeConfig, model_config: Any) -> None
         )
     if args.enable_lora and model_config.get_num_experts() > 0 and on_cpu():
         raise ConfigError(
-            f"--model {args.model}: is a mixture of experts, for which vLLM's CPU build has no adapter kernel (the one it calls is Triton's); "
+            f"--model {args.model}: is a mixture of experts, for which vLLM's CPU build has no adapter kernel (it calls Triton's); "
             "fuse the adapter and serve the result as an upstream: arm, or start with the base alone and swap"
         )
     check_processes(args, config, bool(adapters or config.adapter_root))
@@ -119,8 +119,8 @@ def check_processes(args: Namespace, config: ServeConfig, adapters: bool) -> Non
                  if getattr(args, flag, None) == value] + ["nnodes"] * ((getattr(args, "nnodes", 1) or 1) > 1)
     if elsewhere and adapters and not config.state:
         raise ConfigError(
-            f"--{elsewhere[0].replace('_', '-')} {getattr(args, elsewhere[0])}: workers on other machines cannot read the adapters, which lie in a "
-            "private directory of this one; give --state DIR on a file system that every machine mounts, or serve fused weights"
+            f"--{elsewhere[0].replace('_', '-')} {getattr(args, elsewhere[0])}: workers on other machines cannot read the adapters, "
+            "which lie in a private directory of this one; give --state DIR on a file system that every machine mounts, or serve fused weights"
         )
 
 

@@ -32,7 +32,7 @@ class Metrics:
         self.latency = Histogram("sku_request_latency_seconds", "Arrival to last token.", arm, buckets=LATENCY)
         self.first_token = Histogram("sku_time_to_first_token_seconds", "Arrival to first token.", arm, buckets=FIRST_TOKEN)
         self.between_tokens = Histogram(
-            "sku_inter_token_latency_seconds", "Time between a choice's tokens; tokens that came together share it.", arm, buckets=BETWEEN_TOKENS
+            "sku_inter_token_latency_seconds", "Between a choice's tokens; those that came together share it.", arm, buckets=BETWEEN_TOKENS
         )
         self.queue = Histogram("sku_queue_seconds", "Waiting in the engine's queue.", arm, buckets=LATENCY)
         self.decode = Histogram("sku_decode_seconds", "First to last token.", arm, buckets=LATENCY)

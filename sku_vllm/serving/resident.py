@@ -76,7 +76,10 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     from vllm.lora.layers import BaseLayerWithLoRA
 
     wrapped = [
-        (parent, name, child) for parent in model.modules() for name, child in parent.named_children() if isinstance(child, BaseLayerWithLoRA)
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, BaseLayerWithLoRA)
     ]
     for parent, name, child in wrapped:
         parent._modules[name] = child.base_layer
