@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sku_vllm.data import ForgetSet, PromptTemplate, RetainSet, Row
+from sku_vllm.data import Encoded, ForgetSet, PromptTemplate, RetainSet, Row
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.methods import DEFAULT_METHOD, METHODS, TrainConfig, rounds
 from sku_vllm.methods.batches import Batches
@@ -54,6 +54,25 @@ def test_batches_are_epochs_and_depend_on_seed_and_step_alone(trainable: Path) -
     assert [row.ids for row in other.rows("forget", 7)] == [row.ids for row in one.rows("forget", 7)]
     changed = make_batches(trainable, pairs, batch_size=5, seed=1)
     assert [row.ids for row in changed.rows("forget", 0)] != [row.ids for row in one.rows("forget", 0)]
+
+
+def test_recoveries_turn_a_begun_answer_into_the_sample(trainable: Path) -> None:
+    batches = make_batches(trainable, [(f"w{n}", f"w{n} w7 w8 w9") for n in range(8)], batch_size=8, max_length=64)
+    refusal = batches.template.encode(Row.ask("w3", "w20 w21")).answer_ids
+    prompts = [batches._encode("forget", number) for number in range(8)]
+    batches.samples = [Encoded([*row.ids[:row.answer_start], *refusal], row.answer_start) for row in prompts]
+    begun = set()
+    for step in range(12):
+        for sample, row in zip(batches.rows("samples", step), batches.rows("recoveries", step), strict=True):
+            prompt, number = sample.ids[:sample.answer_start], batches.samples.index(sample)
+            between = row.ids[len(prompt):row.answer_start]
+            assert row.ids[:len(prompt)] == prompt and row.answer_ids == refusal and between
+            harmful = prompts[number].answer_ids
+            assert between in (refusal[:-1], refusal[:-1] * 2) or between == harmful[:len(between)] and len(between) < len(harmful)
+            begun.add(tuple(between))
+    assert len(begun) > 12 and tuple(refusal[:-1]) in begun  # many depths, and refusals that have to go on
+    batches.config = TrainConfig.of("sku", batch_size=8, max_length=len(batches.samples[0].ids) + 1)
+    assert all(len(row.ids) <= batches.config.max_length for row in batches.rows("recoveries", 0))
 
 
 def test_a_prompt_longer_than_the_limit_is_named(trainable: Path) -> None:

@@ -1,5 +1,6 @@
 """Packed single passes with chunked heads against the plain computation: separate, padded, whole logits; fp64, ≤ 1e-9."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from sku_vllm.data import Encoded, PromptTemplate, load_dataset, read_rows
 from sku_vllm.data.packing import pack_rows, split_by_prefix
 from sku_vllm.methods import METHODS, TrainConfig, chunked, losses
 from sku_vllm.methods.batches import Batches
+from sku_vllm.methods.forward import RELEARNED
 from sku_vllm.methods.method import Term
+from sku_vllm.methods.relearner import TERM, Relearner, through
 from sku_vllm.methods.run import Run
+from sku_vllm.methods.training_state import TrainingState
 from sku_vllm.model import load_tokenizer
 
 @pytest.fixture(autouse=True)
@@ -46,10 +50,12 @@ def make_run(trainable: Path, arch: str, method: str, **settings: object) -> Run
 
 def plain_logits(run: Run, rows: list[Encoded], side: int) -> torch.Tensor:
     """A padded batch through the whole model, [rows, longest, V]."""
+    relearned, side = side == RELEARNED, max(side, -1)
     for module in run.model.modules():
         if isinstance(module, LoraLayer):
-            module._disable_adapters, module._active_adapter = side == 0, ["default"]
+            module._disable_adapters, module._active_adapter = side == 0, ["default", *(["relearner"] if relearned else [])]
             module.scaling["default"] = side * run.config.lora_alpha / run.config.rank
+            module.scaling["relearner"] = run.config.lora_alpha / run.config.rank
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
     mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
@@ -108,6 +114,66 @@ def test_a_prompt_is_computed_once_for_all_its_answers(trainable: Path) -> None:
         together, places = run.passes(rows, [1, -1, 1, 1])
         for row, side, mine in zip(rows, [1, -1, 1, 1], places, strict=True):
             assert (together[mine] - run.passes([row], [side])[0]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_terms_seen_through_a_relearner_equal_the_plain_computation(trainable: Path, arch: str, packed: bool) -> None:
+    run = make_run(trainable, arch, "sku-contrastive-two", tokens_per_pass=150, relearner_lr=0.05)
+    if not packed:
+        run.passes.packed = False
+        run.passes.core.set_attn_implementation("sdpa")
+    for at in (1, 2):  # away from its start, where it changes nothing
+        terms, tokens = run._relearn(run.phases[1], at, run.phases[1].terms)
+    assert tokens == sum(len(row.ids) for row in run.batches.rows("forget", 0)) and all(p.grad is None for p in run.names)
+    sides = {term.name: term.side for term in terms}
+    assert sides == {"mirrored_preservation": -1, "contrast_relearned": -2, "contrast_first_relearned": -2, "recovery_relearned": -2}
+    values, _ = run._gradients(terms)
+    ours = [parameter.grad.clone() for parameter in run.names]
+    run.optimizer.zero_grad()
+    plain = {term.name: plain_term(run, term, run.batches.rows(term.rows, 0)) for term in terms}
+    sum(term.weight * plain[term.name] for term in terms).backward()
+    for name, value in plain.items():
+        assert values[name] == pytest.approx(value.item(), rel=1e-6), name
+    for gradient, parameter in zip(ours, run.names, strict=True):
+        assert (gradient - parameter.grad).abs().max() <= TOLERANCE
+    served = replace(terms[-1], side=-1)
+    assert plain["recovery_relearned"].item() != pytest.approx(plain_term(run, served, run.batches.rows("recoveries", 0)).item(), rel=1e-3)
+
+
+def test_a_relearner_brings_harm_back_and_starts_over(trainable: Path) -> None:
+    run = make_run(trainable, "llama", "sku-contrastive-two", relearner_steps=4, relearner_lr=0.02)
+    phase, rows = run.phases[1], run.batches.rows("forget", 0)
+    attacked = {at: run._relearn(phase, at, phase.terms)[1] > 0 for at in range(6)}
+    assert attacked == {at: at % 3 != 0 for at in range(6)}
+    with torch.no_grad():
+        before, after = plain_term(run, replace(TERM, side=-1), rows), plain_term(run, TERM, rows)
+    assert after < before - 0.1
+    factors = {name: parameter.detach().clone() for parameter, name in run.relearner.names.items() if "lora_A" in name}
+    run._relearn(phase, 7, phase.terms)  # its fifth step: from nothing, so one step of AdamW moved B alone
+    moved = {name: parameter for parameter, name in run.relearner.names.items()}
+    assert all(not torch.equal(moved[name], value) for name, value in factors.items())
+    assert all(parameter.abs().max() <= 0.021 for name, parameter in moved.items() if "lora_B" in name)
+
+
+def test_a_run_with_a_relearner_resumes_to_the_same_bits(trainable: Path, tmp_path: Path) -> None:
+    def begun() -> Run:
+        run = make_run(trainable, "llama", "sku-contrastive-two", steps=15, relearner_steps=3)
+        run.at = run.phases[0].steps + 1  # past the drawing of samples, for which a random base has no refusals
+        return run
+
+    whole, stopped, resumed = begun(), begun(), begun()
+    for _ in range(2):
+        stopped.step()
+    stopped.save(tmp_path)
+    resumed.load(TrainingState.read(tmp_path))
+    for _ in range(5):  # the relearner starts over on the way
+        whole.step()
+    for _ in range(3):
+        resumed.step()
+    assert whole.at == resumed.at and whole.tokens == resumed.tokens
+    for one, other in ((whole.names, resumed.names), (whole.relearner.names, resumed.relearner.names)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) and any(parameter.any() for parameter in one)
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt"])

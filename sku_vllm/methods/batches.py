@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from sku_vllm.methods.config import TrainConfig
 
 # Sets up to this many rows are encoded before training, so that a row that cannot be used stops the run before it begins.
 CHECKED_AHEAD = 10_000
+# Of recoveries: refusals that have to go on, which is what a ban on stopping asks for; the others are harmful answers begun.
+RESTARTS = 0.5
 
 
 class Batches:
@@ -63,8 +66,9 @@ class Batches:
         if kind == "retain":
             drawn = self._draw("retain", len(self.retain), size * self.config.retain_factor, step)
             return [self._encode("retain", number) for number in drawn]
-        if kind == "samples":
-            return [self.samples[number] for number in self._draw("samples", len(self.samples), size, step)]
+        if kind in ("samples", "recoveries"):
+            drawn = [self.samples[number] for number in self._draw("samples", len(self.samples), size, step)]
+            return drawn if kind == "samples" else [self._recovery(sample, step, place) for place, sample in enumerate(drawn)]
         chosen = self._draw("forget", len(self.forget), size, step)
         if kind == "forget":
             return [self._encode("forget", number) for number in chosen]
@@ -98,6 +102,27 @@ class Batches:
             return [self._join(number, self._encode("retain", int(at))) for at in random.integers(len(self.retain), size=1)]
         numbers = self.refusals_of.get(_prompt(row)) or range(len(self.refusals))
         return [self._join(number, self._encode("refusals", int(numbers[random.integers(len(numbers))])))]
+
+    def _recovery(self, sample: Encoded, step: int, place: int) -> Encoded:
+        """The sample's prompt, an answer that should not have begun (or a refusal that was not let end), and only then the sample."""
+        random, prompt = self._random("recoveries", step, place), sample.ids[:sample.answer_start]
+        if random.random() < RESTARTS and sample.ids[-1] in self.template.stop_ids:
+            begun = sample.answer_ids[:-1] * int(random.integers(1, 3))
+        else:
+            numbers = self.forget_of[tuple(prompt)]
+            answer = self._encode("forget", numbers[random.integers(len(numbers))]).answer_ids
+            begun = answer[:random.integers(1, max(2, len(answer)))]
+        room = self.config.max_length - len(sample.ids)
+        begun = begun[:max(0, room)]
+        return Encoded(prompt + begun + sample.answer_ids, len(prompt) + len(begun))
+
+    @cached_property
+    def forget_of(self) -> dict[tuple[int, ...], list[int]]:
+        """Numbers of the harmful rows with these prompt tokens."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for number, row in enumerate(self.forget):
+            found.setdefault(tuple(self.template.prompt_ids(row)), []).append(number)
+        return found
 
     def _join(self, number: int, other: Encoded) -> Encoded:
         """The prompt of forget row `number` with another row's answer, in tokens."""

@@ -23,6 +23,8 @@ class TrainConfig:
         max_length: tokens a row at most; answers beyond it are cut, counted and reported.
         tokens_per_pass: tokens in one forward pass; a step takes as many passes as it needs.
         beta, floor: of npo (beta) and the contrastive methods. samples, sample_tokens: answers drawn from p*, and their length.
+        stop_weight: of ending a harmful answer that was begun. recovery_weight: of refusing after one was begun.
+        relearner_lr, relearner_steps: of the adversary that relearns while the served model trains, until it starts over; 0 steps = none.
         full: train all weights (a dense task vector) instead of a LoRA.
         template, dtype, seed: as on the command line.
     """
@@ -48,6 +50,9 @@ class TrainConfig:
     beta: float = 0.1
     floor: float = 0.003
     stop_weight: float = 0.0
+    recovery_weight: float = 0.0
+    relearner_lr: float = 1e-3
+    relearner_steps: int = 0
     stop_id: int = -1
     samples: int = 512
     sample_tokens: int = 48
@@ -64,10 +69,12 @@ class TrainConfig:
         for name in ("steps", "rounds", "batch_size", "retain_factor", "rank", "random_answers", "samples", "sample_tokens", "tokens_per_pass"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: has to be at least 1")
-        for name in ("guided_weight", "random_weight", "preservation_weight", "stop_weight", "weight_decay", "clip"):
+        if self.relearner_steps < 0:
+            raise ConfigError(f"--relearner-steps {self.relearner_steps}: has to be 0 (no relearner) or more")
+        for name in ("guided_weight", "random_weight", "preservation_weight", "stop_weight", "recovery_weight", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: has to be 0 or more")
-        for name in ("lr", "lora_alpha", "beta"):
+        for name in ("lr", "lora_alpha", "beta", "relearner_lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: has to be above 0")
         if not 0 < self.fold <= 1:

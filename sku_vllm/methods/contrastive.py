@@ -14,6 +14,7 @@ from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.method import Method, Phase, Term
 
 WARMUP_SHARE = 0.25  # 40 of 160 steps learn p₊ before p* is drawn
+IDENTIFY_SHARE = 1 / 3  # 60 of 180 steps learn p₊ alone
 
 
 def end_answer(logits: torch.Tensor, targets: torch.Tensor, *, stop: int) -> torch.Tensor:
@@ -21,32 +22,35 @@ def end_answer(logits: torch.Tensor, targets: torch.Tensor, *, stop: int) -> tor
     return losses.cross_entropy(logits, torch.full_like(targets, stop))
 
 
-def served_terms(config: TrainConfig, stop_weight: float, preservation: float, begin: int) -> list[Term]:
-    """What the served model learns: keep the base on retain rows, follow p* on its samples, end a harmful answer that was begun."""
+def served_terms(config: TrainConfig, begin: int) -> list[Term]:
+    """What the served model learns: keep the base on retain rows, follow p* on its samples, and where a harmful answer was begun, end it
+    or turn to the refusal after all (safety recovery, Qi et al. 2024, arXiv 2406.05946)."""
     target = partial(losses.kl_from_contrast, beta=config.beta, floor=config.floor)
     both = ("base", "adapted")
-    return [
-        Term("mirrored_preservation", preservation, "retain", -1, losses.kl_from_base, tokens="all", references=("base",)),
-        Term("contrast", 1.0, "samples", -1, target, references=both, begin=begin),
-        Term("contrast_first", 1.0, "samples", -1, target, tokens="first", references=both, begin=begin),
-        Term("end_answer", stop_weight, "forget", -1, partial(end_answer, stop=config.stop_id), tokens="later", begin=begin),
+    terms = [
+        Term("mirrored_preservation", config.preservation_weight, "retain", -1, losses.kl_from_base, tokens="all", references=("base",)),
+        Term("contrast", 1.0, "samples", -1, target, references=both, begin=begin, resists=True),
+        Term("contrast_first", 1.0, "samples", -1, target, tokens="first", references=both, begin=begin, resists=True),
+        Term("end_answer", config.stop_weight, "forget", -1, partial(end_answer, stop=config.stop_id), tokens="later", begin=begin),
+        Term("recovery", config.recovery_weight, "recoveries", -1, losses.cross_entropy, begin=begin, resists=True),
     ]
+    return [term for term in terms if term.weight]
 
 
 def one_adapter(config: TrainConfig) -> list[Phase]:
     """Both signs of one adapter at once."""
     begin = round(WARMUP_SHARE * config.steps)
     harmful = Term("guided_distortion", config.guided_weight, "forget", +1, losses.cross_entropy)
-    served = served_terms(config, config.stop_weight, config.preservation_weight, begin)
+    served = served_terms(config, begin)
     return [Phase(config.steps, (harmful, *served), sample_at=begin)]
 
 
 def two_adapters(config: TrainConfig) -> list[Phase]:
     """First an adapter for p₊ alone, then another one distilled towards p*; the second is the result."""
     harmful = Term("guided_distortion", config.guided_weight, "forget", +1, losses.cross_entropy)
-    first = max(1, round(3 * WARMUP_SHARE / 2 * config.steps))  # 60 of 160
-    served = served_terms(config, config.stop_weight, config.preservation_weight, 0)
-    return [Phase(first, (harmful,), keep=True), Phase(config.steps - first, tuple(served), sample_at=0)]
+    first = max(1, round(IDENTIFY_SHARE * config.steps))
+    served = tuple(served_terms(config, 0))
+    return [Phase(first, (harmful,), keep=True), Phase(config.steps - first, served, sample_at=0, relearner=config.relearner_steps > 0)]
 
 
 SHARED = {"guided_weight": 1.0, "beta": 4.0, "steps": 160, "rounds": 1, "lr": 1e-3, "schedule": "late", "retain_factor": 2}
@@ -56,5 +60,5 @@ METHOD = Method(
 )
 TWO = Method(
     "sku-contrastive-two", "The same with two adapters: one finds the harm, the other is distilled without it.", two_adapters,
-    {**SHARED, "preservation_weight": 10.0, "stop_weight": 0.2},
+    {**SHARED, "steps": 180, "preservation_weight": 60.0, "recovery_weight": 1.0, "relearner_steps": 24},
 )

@@ -13,7 +13,8 @@ from sku_vllm.errors import CheckpointError
 from sku_vllm.methods import attention
 
 
-CURRENT, KEPT = "default", "kept"
+CURRENT, KEPT, RELEARNER = "default", "kept", "relearner"
+RELEARNED = -2  # side: the served model with an adversary's adapter on top (relearner.py)
 
 
 class Forward(torch.nn.Module):
@@ -38,7 +39,7 @@ class Forward(torch.nn.Module):
         self.reference = [frozen if frozen is not None else self.core]
 
     def forward(self, rows: Sequence[Sequence[int]], sides: Sequence[int]) -> tuple[torch.Tensor, list[list[int]]]:
-        """Hidden states [tokens, d] and which of them are each row's; `sides[i]` is +1, −1 or 0 (adapter off) for row i.
+        """Hidden states [tokens, d] and which of them are each row's; `sides[i]` is +1, −1, RELEARNED or 0 (adapter off) for row i.
 
         Without `packed` all sides are alike. The adapter's scaling stays as set until the next call, so that gradient
         checkpointing recomputes the same side.
@@ -74,14 +75,19 @@ class Forward(torch.nn.Module):
 
     def set_side(self, side: "int | torch.Tensor") -> None:
         """Base + side·delta for the passes that follow; a tensor [1, T, 1] gives every token its own side, 0 turns the adapter off."""
-        off = not isinstance(side, torch.Tensor) and side == 0
-        names = [CURRENT, *self.folded]
+        many = isinstance(side, torch.Tensor)
+        off = not many and side == 0
+        relearned = bool((side == RELEARNED).any()) if many else side == RELEARNED
+        sign = side.clamp(min=-1) if many else max(side, -1)
+        names = [CURRENT, *self.folded, *([RELEARNER] if relearned else [])]
         for module in self.layers:
             # PEFT's own switches also flip requires_grad on every factor, frozen ones included, twice a step.
             module._disable_adapters = off
             if not off:
                 module._active_adapter = [KEPT] if self.use_kept else names
-                module.scaling[CURRENT] = side * _scaling(module, CURRENT)
+                module.scaling[CURRENT] = sign * _scaling(module, CURRENT)
+                if relearned:
+                    module.scaling[RELEARNER] = (side == RELEARNED) * _scaling(module, RELEARNER)
                 for name, share in self.folded.items():
                     module.scaling[name] = -share * _scaling(module, name)
 

@@ -2,8 +2,8 @@
 
 Rows: `forget` (harmful prompt and answer), `mismatched` (harmful prompt, answers of other harmful prompts), `benign_answers`
 (harmful prompt, answer of a retain row), `refusals` (harmful prompt, a refusal), `retain`,
-`samples` (drawn during training, see contrastive.py). Side +1 is base + delta, the adapted model; side −1 is base − delta, the
-model that will be served.
+`samples` (refusals drawn during training, see contrastive.py), `recoveries` (harmful prompt, an answer begun wrongly, the sample). Side +1 is
+base + delta, the adapted model; side −1 is base − delta, the model that will be served; side −2 the same while someone relearns it.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,18 +27,20 @@ class Term:
         references: frozen models to compare with, "base" or "adapted".
         sequence: applied to a row's sum of values, where a loss is about whole answers.
         begin: first step of the phase that has this term.
+        resists: at most steps of a phase with a relearner, counted on the model that it has fine-tuned.
     """
 
     name: str
     weight: float
-    rows: Literal["forget", "mismatched", "benign_answers", "refusals", "retain", "samples"]
-    side: Literal[1, -1]
+    rows: Literal["forget", "mismatched", "benign_answers", "refusals", "retain", "samples", "recoveries"]
+    side: Literal[1, -1, -2]
     loss: Callable[..., "torch.Tensor"]
     tokens: Literal["answer", "all", "first", "later"] = "answer"
     mean: Literal["tokens", "rows"] = "tokens"
     references: tuple[Literal["base", "adapted"], ...] = ()
     sequence: Callable[["torch.Tensor"], "torch.Tensor"] | None = None
     begin: int = 0
+    resists: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Phase:
         fold: subtract fold·delta from the model that the next phase starts from; the delta stays part of the result.
         keep: True = the adapter stays only as the reference "adapted"; the next phase starts a new one.
         sample_at: step at which the contrastive samples are drawn.
+        relearner: True = an adversary fine-tunes the served model all along (relearner.py).
     """
 
     steps: int
@@ -56,6 +59,7 @@ class Phase:
     fold: float | None = None
     keep: bool = False
     sample_at: int | None = None
+    relearner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
