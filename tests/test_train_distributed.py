@@ -1,35 +1,95 @@
-"""Two processes do the work of one with twice the batch (gloo, CPU, accelerate's DDP)."""
+"""Two processes do the work of one (gloo, CPU), whether each has the whole model or half of it: `accelerate launch` with DDP and with FSDP2."""
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
+from sku_vllm.data import load_dataset
+from sku_vllm.errors import ConfigError
+from sku_vllm.methods import TrainConfig, train_adapter
+from sku_vllm.methods.trainer import TrainReport
+from sku_vllm.output import partial_path
 
-def launch(processes: int, output: Path, trainable: Path, *more: object) -> dict:
-    # What `accelerate launch` itself starts for several processes, but for CPUs, where it wants mpirun.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m", "sku_vllm.cli", "train",
-               "--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl", "--output", output,
-               "--steps", 4, "--batch-size", 8, "--json", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, env=environment)
+DDP, FSDP2 = ("--multi_gpu",), ("--use_fsdp", "--fsdp_version", "2")
+# --multi_gpu on CPUs: accelerate's own --cpu wants mpirun, while this starts the same processes by torchrun.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def command(engine: tuple[str, ...], output: Path, trainable: Path, *more: object) -> list[str]:
+    accelerate = [Path(sys.executable).with_name("accelerate"), "launch", *engine, "--num_processes", 2, "--main_process_port", 0]
+    train = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl", "--output", output]
+    return [str(part) for part in (*accelerate, "-m", "sku_vllm.cli", "train", *train, "--steps", 4, "--batch-size", 8, "--json", *more)]
+
+
+def launch(*arguments: object) -> dict:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    (printed,) = done.stdout.strip().splitlines()  # one of the processes speaks
+    return json.loads(printed)
+
+
+def alone(output: Path, trainable: Path, **settings: object) -> TrainReport:
+    """The same in this process."""
+    sets = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")
+    return train_adapter(trainable / "llama", *sets, output, TrainConfig.of(**settings, steps=4, batch_size=8), progress=False)
+
+
+def same(one: Path, other: Path) -> bool:
+    (mine,), (theirs,) = (map(load_file, place.glob("*.safetensors")) for place in (one, other))
+    assert mine.keys() == theirs.keys() and max(float(value.abs().max()) for key, value in mine.items() if "lora_A" not in key) > 1e-4
+    return max(float((mine[key] - theirs[key]).abs().max()) for key in mine) <= 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sku", "sku-mirrored"])
-def test_two_processes_equal_one(trainable: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "settings", "flags"),
+    [
+        (DDP, {"method": "sku"}, []),
+        (FSDP2, {"method": "gradient-ascent", "full": True}, ["--full"]),
+    ],
+    ids=["ddp", "fsdp2-all-weights"],
+)
+def test_two_processes_equal_one(trainable: Path, tmp_path: Path, engine: tuple[str, ...], settings: dict, flags: list[str]) -> None:
     """--batch-size counts over all processes, so the same settings are the same batch."""
-    reports = [launch(count, tmp_path / str(count), trainable, "--method", method) for count in (1, 2)]
-    one, two = (load_file(tmp_path / str(count) / "adapter_model.safetensors") for count in (1, 2))
-    assert one.keys() == two.keys()
-    assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
-    assert max(float(one[key].abs().max()) for key in one if "lora_B" in key) > 1e-3
-    for name, value in reports[0]["losses"].items():
-        assert reports[1]["losses"][name] == pytest.approx(value, abs=1e-5)
-    assert reports[0]["tokens"] == reports[1]["tokens"]
+    one = alone(tmp_path / "one", trainable, **settings)
+    two = launch(engine, tmp_path / "two", trainable, "--method", settings["method"], *flags)
+    assert same(tmp_path / "one", tmp_path / "two")
+    for name, value in one.losses.items():
+        assert two["losses"][name] == pytest.approx(value, abs=1e-5)
+    assert one.tokens == two["tokens"] and one.trainable == two["trainable"]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_in_rounds_that_was_killed_is_resumed(trainable: Path, tmp_path: Path) -> None:
+    """Passes so small that the processes need different numbers of them."""
+    flags = ["--method", "sku-mirrored", "--rounds", 2, "--save-seconds", 0, "--tokens-per-pass", 60]
+    begun = subprocess.Popen(command(FSDP2, tmp_path / "two", trainable, *flags), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    history, deadline = partial_path(tmp_path / "two") / "history.jsonl", time.monotonic() + 120
+    step = random.Random(os.urandom(4)).randint(2, 6)
+    while not history.is_file() or len(history.read_text().splitlines()) < step:
+        assert begun.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    for process in [psutil.Process(begun.pid), *psutil.Process(begun.pid).children(recursive=True)]:
+        process.kill()
+    begun.wait()
+    two = launch(FSDP2, tmp_path / "two", trainable, *flags, "--resume")
+    assert two["resumed_from"] >= step - 1 and not two["finished_before"]
+    alone(tmp_path / "one", trainable, method="sku-mirrored", rounds=2, tokens_per_pass=60)
+    assert same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(("variable", "message"), [("ACCELERATE_USE_FSDP", "add --fsdp_version 2"), ("ACCELERATE_USE_DEEPSPEED", "use DDP")])
+def test_engines_that_cannot_be_saved_by_name_are_refused(
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=message):
+        alone(tmp_path / "no", trainable, method="sku")

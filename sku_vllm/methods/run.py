@@ -1,5 +1,6 @@
 """A run in memory: model, adapter, optimizer, and where it stands."""
 
+import importlib.util
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -324,11 +325,14 @@ def no_dropout(path: Path) -> dict[str, float]:
 def _quantized(config: TrainConfig) -> dict[str, object]:
     if config.quantize is None:
         return {}
-    if config.quantize != "4bit" or not torch.cuda.is_available():
-        raise ConfigError(f"--quantize {config.quantize}: only 4bit (bitsandbytes, NF4), and only on a CUDA GPU")
+    if config.quantize != "4bit":
+        raise ConfigError(f"--quantize {config.quantize}: only 4bit (bitsandbytes, NF4)")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("--quantize 4bit: needs bitsandbytes; install it with: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)}
+    computed = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)}
 
 
 def _sync(accelerator: "Accelerator", module: torch.nn.Module, last: bool) -> Any:

@@ -14,22 +14,29 @@ if TYPE_CHECKING:
     from sku_vllm.methods.objective import Objective
 
 
-def check(accelerator: "Accelerator") -> None:
-    """Whether this launch is one we train with; lets `accelerate launch --use_fsdp` shard on CPUs as well.
+def check_launch() -> None:
+    """Whether `accelerate launch` asked for an engine we train with.
 
     Raises:
-        ConfigError: FSDP1 or DeepSpeed, whose flattened parameters cannot be saved by name.
+        ConfigError: FSDP1 or DeepSpeed, whose flattened parameters have no names to be saved by.
     """
+    if _asked("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("accelerate launch --use_fsdp: FSDP1 is not supported; add --fsdp_version 2")
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError("accelerate launch --use_deepspeed: not supported; use DDP (--multi_gpu), or FSDP2 (--use_fsdp --fsdp_version 2)")
+
+
+def shard_on_cpu(accelerator: "Accelerator") -> None:
+    """Let `accelerate launch --use_fsdp` shard on CPUs as well: accelerate 1.x would quietly copy the model; torch's FSDP2 runs on gloo."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate 1.x knows FSDP on accelerators alone and would quietly copy the model instead; torch's FSDP2 runs on gloo.
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and _asked("ACCELERATE_USE_FSDP"):
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = DistributedType.FSDP
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ConfigError("accelerate launch --use_fsdp: FSDP1 is not supported; add --fsdp_version 2")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigError("accelerate launch --use_deepspeed: not supported; use DDP (--multi_gpu), or FSDP2 (--use_fsdp --fsdp_version 2)")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() == "true"
 
 
 def prepare(objective: "Objective", accelerator: "Accelerator") -> torch.nn.Module:

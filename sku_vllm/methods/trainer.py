@@ -204,6 +204,7 @@ def _accelerator(tracker: str | None, output: Path) -> "Accelerator":
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
+    sharding.check_launch()
     try:
         places = ProjectConfiguration(project_dir=str(output.parent), logging_dir=str(output.parent / f"{output.name}.logs"))
         accelerator = Accelerator(log_with=tracker, project_config=places)
@@ -213,7 +214,7 @@ def _accelerator(tracker: str | None, output: Path) -> "Accelerator":
         raise ConfigError(f"--tracker {tracker}: not available ({error}); pip install {tracker}") from error
     if tracker and not accelerator.trackers:
         raise ConfigError(f"--tracker {tracker}: not installed; pip install {tracker}")
-    sharding.check(accelerator)
+    sharding.shard_on_cpu(accelerator)
     return accelerator
 
 
