@@ -19,11 +19,9 @@ from pathlib import Path
 
 import click
 
+from sku_vllm.benchmarks.fuse_inputs import RANK, SHARDS, SIZES, make_adapter, make_base
 from sku_vllm.cli.options import log, print_json, sku_command
 
-# TinyLlama-1.1B's shapes; other sizes by layers and width. (layers, hidden, intermediate, key/value width)
-SIZES = {"0.5B": (10, 2048, 5632, 256), "1.1B": (22, 2048, 5632, 256), "3B": (28, 3072, 8192, 1024)}
-VOCABULARY, RANK, SHARDS = 32000, 32, 4
 PEFT_SCRIPT = """
 import sys, time, json
 import_started = time.perf_counter()
@@ -47,21 +45,54 @@ print(json.dumps({"seconds": time.perf_counter() - started}))
 @click.option("--runs", default=5, help="Interleaved runs of each contender.")
 @click.option("--peft-runs", default=2, help="Runs of PEFT and mergekit, which take several times longer.")
 @click.option("--mergekit", help="A Python with mergekit installed, of an environment of its own.")
+@click.option("--memory", is_flag=True, help="Only peak memory, over all sizes; of files full of holes, which need little disk.")
 @click.option("--directory", type=click.Path(file_okay=False), help="Where to work (about 3 checkpoints); a temporary directory otherwise.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results.")
 def command(
-    size: str, runs: int, peft_runs: int, mergekit: str | None, directory: str | None, output: str | None, json_output: bool
+    size: str, runs: int, peft_runs: int, mergekit: str | None, memory: bool, directory: str | None, output: str | None, json_output: bool
 ) -> None:
     """Fuse against cp, PEFT and mergekit: seconds, ratios, peak anonymous memory."""
     with tempfile.TemporaryDirectory(dir=directory) as work:
-        results = measure(Path(work), size, runs, peft_runs, mergekit)
+        results = measure_memory(Path(work)) if memory else measure(Path(work), size, runs, peft_runs, mergekit)
+    text = memory_markdown(results) if memory else markdown(results)
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(markdown(results), encoding="utf-8")
+        Path(output).write_text(text, encoding="utf-8")
     if json_output:
         print_json(results)
     else:
-        click.echo(markdown(results))
+        click.echo(text)
+
+
+def measure_memory(work: Path) -> dict:
+    """{"machine", "rows": {size: {"bytes", "tensors", "memory_mb"}}}."""
+    rows = {}
+    for size in SIZES:
+        base = make_base(work / size / "base", size, sparse=True)
+        adapter = make_adapter(base, work / size / "adapter", ("q_proj", "v_proj"))
+        with fuse_process() as fuse:
+            found = fuse(base, adapter, work / size / "out", True)
+        report = json.loads((work / size / "out/sku_fuse.json").read_text())
+        rows[size] = {"bytes": report["bytes"], "tensors": report["tensors"], "memory_mb": found["memory_mb"]}
+        log(f"{size}: {found['memory_mb']:.0f} MB above imports for a checkpoint of {report['bytes'] / 1e9:.1f} GB")
+        shutil.rmtree(work / size)
+    return {"machine": machine(), "rows": rows}
+
+
+def memory_markdown(results: dict) -> str:
+    about = results["machine"]
+    lines = [
+        "# bench fuse --memory",
+        "",
+        f"{about['date']}, {about['cores']} cores ({about['cpu']}), torch {about['versions']['torch']}. Peak anonymous memory above imports, "
+        f"q and v edited at rank {RANK}, with digests. The bases are holes: zeros, beside which any edit is large, so that it is summed in "
+        "float64, which takes more memory than the compiled path of real weights.",
+        "",
+        "| size | GB | tensors edited | peak MB |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {size} | {row['bytes'] / 1e9:.1f} | {row['tensors']} | {row['memory_mb']:.0f} |" for size, row in results["rows"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def measure(work: Path, size: str, runs: int, peft_runs: int, mergekit: str | None) -> dict:
@@ -211,91 +242,6 @@ def run_mergekit(python: str, base: Path, adapter: Path, target: Path) -> dict:
     seconds = timed(lambda: subprocess.run(command, check=True, capture_output=True))
     shutil.rmtree(str(target) + "-lora", ignore_errors=True)
     return {"seconds": seconds, "wall": seconds}
-
-
-def make_base(directory: Path, size: str) -> Path:
-    """A Llama checkpoint of random bf16 weights in 4 shards with an index, as save_pretrained would leave it."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    layers, hidden, intermediate, narrow = SIZES[size]
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
-    for layer in range(layers):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in linear_shapes(hidden, intermediate, narrow).items()}
-        shapes |= {f"model.layers.{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
-    directory.mkdir(parents=True)
-    LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=narrow // 64,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(directory)
-    total = sum(2 * rows(shape) for shape in shapes.values())
-    torch.manual_seed(0)
-    names, weight_map, written = list(shapes), {}, 0
-    for shard in range(SHARDS):
-        tensors = {}
-        while names and (written < total * (shard + 1) / SHARDS or shard == SHARDS - 1):
-            name = names.pop(0)
-            tensors[name] = (torch.randn(shapes[name]) * 0.02).bfloat16()
-            written += tensors[name].nbytes
-        file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    return directory
-
-
-def rows(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) > 1 else 1)
-
-
-def linear_shapes(hidden: int, intermediate: int, narrow: int) -> dict[str, tuple[int, int]]:
-    """[out, in] of one decoder layer's linear weights."""
-    attention = {"q_proj": (hidden, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden), "o_proj": (hidden, hidden)}
-    mlp = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
-    return {f"self_attn.{name}": shape for name, shape in attention.items()} | {f"mlp.{name}": shape for name, shape in mlp.items()}
-
-
-def make_adapter(base: Path, directory: Path, targets: tuple[str, ...] | None) -> Path:
-    """A rank-32 LoRA with float32 factors whose delta is about 1 % of the weights, as trained ones are."""
-    import torch
-    from safetensors.torch import save_file
-
-    from sku_vllm.checkpoint import CheckpointReader
-
-    torch.manual_seed(1)
-    tensors, modules = {}, set()
-    reader = CheckpointReader(base)
-    for name in reader.names:
-        module = name.removesuffix(".weight")
-        kind = module.rpartition(".")[2]
-        if not kind.endswith("_proj") or (targets and kind not in targets):
-            continue
-        modules.add(kind)
-        out, inside = reader.info(name).shape
-        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, inside) / inside**0.5
-        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, RANK) * 0.003
-    directory.mkdir()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": RANK,
-        "target_modules": sorted(modules),
-        "bias": "none",
-        "base_model_name_or_path": str(base),
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return directory
 
 
 def machine() -> dict:

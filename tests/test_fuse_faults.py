@@ -228,6 +228,16 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     assert fused.tensor("model.layers.599.self_attn.q_proj.weight").any()
 
 
+@pytest.mark.slow
+def test_memory_is_flat_over_model_sizes(tmp_path):
+    """0.5, 1.1 and 3B parameters, as the benchmark measures them."""
+    from sku_vllm.benchmarks.bench_fuse import measure_memory
+
+    rows = measure_memory(tmp_path)["rows"]
+    peaks = [rows[size]["memory_mb"] for size in ("0.5B", "1.1B", "3B")]
+    assert rows["3B"]["bytes"] > 5 * rows["0.5B"]["bytes"] and max(peaks) < 300 and max(peaks) - min(peaks) < 50, rows
+
+
 def test_pickled_and_damaged_checkpoints_are_refused_with_the_remedy(pair, tmp_path):
     base, adapter = pair
     (tmp_path / "pickled").mkdir()
