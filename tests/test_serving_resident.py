@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sku_vllm.checkpoint import CheckpointReader
@@ -84,6 +84,25 @@ def test_an_edit_in_place_is_what_a_fuse_writes_and_restores_to_the_bit(tiny, tm
         assert all(torch.equal(after[name], each) for name, each in expected.items())
         resident.restore()
         assert all(torch.equal(model.bits()[name], each) for name, each in before.items()) and resident.edited == []
+
+
+def test_dense_edits_go_a_part_at_a_time_to_the_same_bits(tiny, tmp_path, monkeypatch):
+    from sku_vllm.fuse import fuse_checkpoint
+
+    base = load_file(tiny / "base/model.safetensors")
+    (tmp_path / "dense").mkdir()
+    deltas = {name: torch.randn_like(each) * 0.01 for name, each in base.items() if "layers.0" in name}
+    save_file(deltas, tmp_path / "dense/task_vector.safetensors")
+    fuse_checkpoint(tiny / "base", [(tmp_path / "dense", 0.5)], tmp_path / "fused")
+    reader, fused = CheckpointReader(tiny / "base"), CheckpointReader(tmp_path / "fused")
+    model = loaded(reader, 1, 2)
+    before, resident = model.bits(), Resident(model, reader)
+    monkeypatch.setattr("sku_vllm.serving.resident.AT_ONCE", 1)
+    resident.subtract(edits(str(tiny / "base"), {"adapter": str(tmp_path / "dense"), "scale": 0.5}))
+    expected = loaded(fused, 1, 2).bits()
+    assert all(torch.equal(model.bits()[name], each) for name, each in expected.items())
+    resident.restore()
+    assert all(torch.equal(model.bits()[name], each) for name, each in before.items())
 
 
 def test_every_element_of_a_packed_weight_has_one_source(tiny):

@@ -18,6 +18,9 @@ from sku_vllm.kernels.delta_merge import Merge, MergeStats, Term, delta_merge
 from sku_vllm.placement import Placed, matrix_shape
 from sku_vllm.writer import terms_of
 
+# Bytes of factors that lie on the device at a time: low-rank edits go in one launch, dense ones in several.
+AT_ONCE = 2**28
+
 
 class Window(NamedTuple):
     """`resident` [rows, cols], part of a parameter, holds the checkpoint tensor's matrix from (row, column) on."""
@@ -122,13 +125,16 @@ class Resident:
         """Base − Σ scale·delta, whatever was edited before; the same rounding as a fuse."""
         self.restore()
         self.edited = list(placed)
-        merges = [
-            Merge(where.resident, [term for edit in placed[name] for term in _terms(edit, where)])
-            for name in placed
-            for where in self.windows.get(name, ())
-        ]
+        stats: list[MergeStats] = []
+        batch: list[Merge] = []
         with torch.no_grad():
-            return delta_merge(merges) if merges else []
+            for name, edits in placed.items():
+                for where in self.windows.get(name, ()):
+                    terms = [term for edit in edits for term in _terms(edit, where)]
+                    batch += [Merge(where.resident, terms)] if terms else []
+                    if sum(each.nbytes for merge in batch for term in merge.terms for each in term[:2] if each is not None) > AT_ONCE:
+                        stats, batch = stats + delta_merge(batch), []
+            return stats + (delta_merge(batch) if batch else [])
 
     def restore(self) -> None:
         """The base's bits back, from its files: subtracting an edit twice with opposite signs would not be exact."""
