@@ -38,6 +38,7 @@ def command(
 ) -> None:
     """Compare the methods at matched utility: a Markdown table a model, its trade-off curves as SVG, and what attacks bring back."""
     from sku_vllm.benchmarks.methods_attacks import attack_table
+    from sku_vllm.benchmarks.methods_goals import goals_table
     from sku_vllm.benchmarks.methods_layers import layers_table
     from sku_vllm.benchmarks.methods_table import draw, table
 
@@ -50,7 +51,8 @@ def command(
     search_all(work, world, [key for key in keys if key[1] in by_layer], samples)
     cells, attacks, layers = (kept(work / f"{name}.jsonl") for name in ("cells", "attacks", "layers"))
     stem = output.stem if output else ""
-    text = table(list(cells.values()), world, stem) + attack_table(list(attacks.values()), stem) + layers_table(cells, layers)
+    text = table(list(cells.values()), world, stem) + goals_table(list(cells.values()), list(attacks.values()))
+    text += attack_table(list(attacks.values()), stem) + layers_table(cells, layers)
     if output:
         for name, drawing in draw(list(cells.values()), list(attacks.values())).items():
             output.with_name(f"{output.stem}-{name}.svg").write_text(drawing, encoding="utf-8")
@@ -86,6 +88,7 @@ def attack_all(work: Path, world: int, keys: Sequence[Key]) -> None:
 
 def search_all(work: Path, world: int, keys: Sequence[Key], samples: int) -> None:
     """Search a scale a layer, from the scales chosen for the cells."""
+    from sku_vllm.benchmarks.methods_goals import goals_table
     from sku_vllm.benchmarks.methods_layers import layers_of_cell
 
     cells, done = kept(work / "cells.jsonl"), kept(work / "layers.jsonl")

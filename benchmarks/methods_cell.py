@@ -28,6 +28,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sku-mirrored − preservation": ("sku-mirrored", {"preservation_weight": 0.0}),
     "sku-contrastive": ("sku-contrastive", {}),
     "sku-contrastive-two": ("sku-contrastive-two", {}),
+    # neither the adversary that relearns nor refusals in the middle of an answer; the constants that went with it
+    "sku-contrastive-two, first recipe": (
+        "sku-contrastive-two",
+        {"steps": 160, "preservation_weight": 10.0, "stop_weight": 0.2, "recovery_weight": 0.0, "relearner_steps": 0},
+    ),
     "refusal-tune": ("refusal-tune", {}),
 }
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
