@@ -6,7 +6,7 @@ import contextlib
 import io
 import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def side_by_side(contenders: dict[str, Callable[[], dict[str, Any]]], runs: int)
 
 
 @contextlib.contextmanager
-def chatter(server: Any, workers: int = 4) -> Iterator[list[Any]]:
+def chatter(server: Any, prompts: Sequence[str], workers: int = 4) -> Iterator[list[Any]]:
     """Requests to the arm `negated` for the length of the block; yields the list that fills with (prompt, status, text)."""
     import httpx
 
@@ -115,7 +115,7 @@ def chatter(server: Any, workers: int = 4) -> Iterator[list[Any]]:
         with httpx.Client(timeout=120) as client:
             number = worker
             while not stop.is_set():
-                prompt = f"w{number % 50} w{number % 50 + 60}"
+                prompt = prompts[number % len(prompts)]
                 reply = client.post(
                     f"{server.url}/completions", json={"model": "negated", "prompt": prompt, "max_tokens": 4, "temperature": 0}
                 )

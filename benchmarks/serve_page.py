@@ -74,6 +74,6 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"- soak: {soak['requests']} requests over {soak['swaps']} swaps, {soak['errors']} errors, "
             f"{soak['neither_version']} answers of neither version; "
-            f"{soak['prompts_that_differ']} of {soak['prompts']} prompts tell the versions apart"
+            f"{soak['prompts_clear']} of {soak['prompts']} prompts are clear, {soak['prompts_that_differ']} tell the versions apart"
         )
     return "\n".join(lines) + "\n"

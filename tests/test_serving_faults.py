@@ -204,7 +204,7 @@ def several_api_servers(tiny, state, port, log, base, negated, scratch):
         assert answers == [negated[PROMPTS[number % 16]] for number in range(48)]
         for each in judges:
             each.kill()
-        psutil.wait_procs(judges)
+        psutil.wait_procs(judges, timeout=1)  # they stay zombies until their server asks them again
         judged = server.metric("sku_judged_total")
         assert all(text(complete(server, "sku", PROMPTS[number])) == negated[PROMPTS[number]] for number in range(16))
         assert eventually(lambda: server.metric("sku_judged_total") >= judged + 16), "no new judge after the old one was killed"

@@ -200,7 +200,7 @@ def test_the_judge_may_be_killed(client, served):
     wait_judged(served)
     before = served.metric("sku_judged_total") + served.metric("sku_judge_errors_total")
     judge.kill()
-    judge.wait(10)
+    time.sleep(0.5)  # a zombie, until the server asks it again
     for prompt in PROMPTS[:4]:
         assert say(client, prompt)[1]
     deadline = time.monotonic() + 30
