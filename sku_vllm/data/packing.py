@@ -47,13 +47,13 @@ def pack_rows(rows: Sequence[Sequence[int]], sides: Sequence[int]) -> Pack:
     """Lay out rows of token ids; rows on different sides share nothing."""
     import torch
 
-    known: dict[tuple[int, int], int] = {}  # (token before, or −1 and below for each side's beginning; id) → token
+    known: dict[tuple[int, int, int], int] = {}  # (side, token before or −1, id) → token
     ids, positions, indices = [], [], []
     for row, side in zip(rows, sides, strict=True):
-        at, mine = -2 - side, []
+        at, mine = -1, []
         for depth, token in enumerate(row):
             new = len(ids)
-            at = known.setdefault((at, token), new)
+            at = known.setdefault((side, at, token), new)
             if at == new:
                 ids.append(token)
                 positions.append(depth)
