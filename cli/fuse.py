@@ -24,6 +24,7 @@ from sku_vllm.cli.options import adapter_at_scale, log, print_json, sku_command
 @click.option("--simulate", default="", help="Comma-separated int4, int8, fp8: how much of the edit those would leave.")
 @click.option("--stochastic", is_flag=True, help="Round up or down at random, so that small edits survive on average.")
 @click.option("--seed", type=int, default=0, help="Seed of --stochastic.")
+@click.option("--device", default="auto", help="auto (the faster one, measured), cpu or cuda: where weights are merged.")
 @click.option("--no-digests", is_flag=True, help="Leave file digests out of the manifest (faster; sku verify then has nothing to check).")
 @click.option("--signing-key", type=click.Path(dir_okay=False), help="Key file: also write an HMAC-SHA256 of the manifest.")
 @click.option("--any-base", is_flag=True, help="Accept an adapter that was trained on another base.")
@@ -41,6 +42,7 @@ def command(
     simulate: str,
     stochastic: bool,
     seed: int,
+    device: str,
     no_digests: bool,
     signing_key: str | None,
     any_base: bool,
@@ -64,6 +66,7 @@ def command(
             any_base=any_base,
             as_is=as_is,
             seed=seed if stochastic else None,
+            device=device,
             signing_key=signing_key,
             revision=revision,
             progress=advance,

@@ -13,7 +13,7 @@ from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader, checkpoint_directory
 from sku_vllm.errors import CheckpointError, ConfigError, RunError
 from sku_vllm.fp8 import contents_of, find_scales
-from sku_vllm.fuse_checks import check_flags, check_unquantised
+from sku_vllm.fuse_checks import check_device, check_flags, check_unquantised
 from sku_vllm.fuse_report import FuseReport, build_manifest, build_report, write_card
 from sku_vllm.manifest import combine, file_digest, verify_checkpoint, write_manifest
 from sku_vllm.output import check_output, output_directory, record
@@ -41,6 +41,7 @@ def fuse_checkpoint(
     any_base: bool = False,
     as_is: bool = False,
     seed: int | None = None,
+    device: str = "auto",
     signing_key: str | Path | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -52,6 +53,7 @@ def fuse_checkpoint(
         dtype: "keep" leaves every byte outside the edited tensors as it is; else floating tensors are cast.
         untie: write tied embeddings apart. fp8_scales: "keep" those of FP8 weights and count clips, or "recompute" them in a first pass.
         kinds: "int4", "int8", "fp8" to simulate. seed: stochastic rounding instead of nearest.
+        device: "cpu", "cuda" (FP8 weights stay on the CPU), or "auto": the one that is measured to be faster.
         any_base, as_is: accept an adapter of another base, or a negated one. progress: called with bytes done and in all.
     Raises:
         InputError (and its children) before anything is written; RunError and SkuError for what goes wrong later.
@@ -70,6 +72,7 @@ def fuse_checkpoint(
     scales = find_scales(reader, placed, fp8_scales)
     shards = plan_shards(reader, placed, dtype, _untied_head(reader, placed) if untie else None, contents_of(scales.values()))
     _check_space(reader, shards, output)
+    backend = check_device(device)
     total, done = sum(shard.size for shard in shards), 0
 
     def advance(count: int) -> None:
@@ -81,14 +84,14 @@ def fuse_checkpoint(
         for thing, name in [(reader, "_identity"), *((adapter, "digest") for adapter, _ in loaded)]:
             aside.submit(getattr, thing, name)  # hashed while the disk is busy; kept by the property for the report
         pairs = {name: (scale.old, scale.new) for name, scale in scales.items()}
-        writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, scales=pairs, progress=advance)
+        writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, scales=pairs, backend=backend, progress=advance)
         written = writer.write(shards)
         _check_overflow(written, dtype)
         if fingerprint(reader) != before:
             raise RunError(f"{reader.path}: changed while it was read; nothing was written, start again when it is at rest")
         write_small_files(reader, partial, dtype, untie, shards)
         report = build_report(reader, loaded, output, dtype, shards, written, kinds, fp8_scales if scales else None)
-        manifest = build_manifest(report, written, kinds, seed)
+        manifest = build_manifest(report, kinds, seed, backend.name)
         write_card(partial, report)
         if digests:
             manifest["files"] = _digests(partial, shards, written)
@@ -106,6 +109,7 @@ def fuse_checkpoint(
             "any_base": any_base,
             "as_is": as_is,
             "seed": seed,
+            "device": device,
             "revision": revision,
         }
         record(partial, "fuse", report.to_json(), settings)

@@ -7,6 +7,7 @@ from pathlib import Path
 from sku_vllm.adapter import LoraAdapter
 from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.errors import CheckpointError, ConfigError
+from sku_vllm.kernels.delta_merge.backend import Backend, choose_backend
 from sku_vllm.manifest import read_key
 from sku_vllm.placement import Scale
 
@@ -26,6 +27,14 @@ def check_flags(adapters: Sequence[tuple[str | Path, Scale]], dtype: str, signin
                 raise ConfigError(f"--adapter {path}: scale {value} must be a number ≥ 0; 1 subtracts exactly what was trained")
     if signing_key is not None:
         read_key(signing_key)
+
+
+def check_device(device: str) -> Backend:
+    """Where `--device` says to merge. Raises ConfigError where it says nothing known, or there is no such device."""
+    try:
+        return choose_backend(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_unquantised(reader: CheckpointReader, dtype: str, adapters: Sequence[LoraAdapter] = ()) -> None:

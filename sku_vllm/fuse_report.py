@@ -129,7 +129,7 @@ def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, M
     return lines
 
 
-def build_manifest(report: FuseReport, written: Written, kinds: Sequence[str], seed: int | None) -> dict[str, Any]:
+def build_manifest(report: FuseReport, kinds: Sequence[str], seed: int | None, backend: str) -> dict[str, Any]:
     keys = ("retained", "noise", *kinds)
     return {
         "schema": "sku.manifest/1",
@@ -138,7 +138,7 @@ def build_manifest(report: FuseReport, written: Written, kinds: Sequence[str], s
         "dtype": report.dtype,
         "rounding": "nearest" if seed is None else f"stochastic, seed {seed}",
         **({} if report.fp8_scales is None else {"fp8_scales": report.fp8_scales}),
-        "backend": "torch-cpu",
+        "backend": backend,
         "tensors": {name: {key: row[key] for key in keys if key in row} for name, row in report.per_tensor.items()},
     }
 

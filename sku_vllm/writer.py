@@ -18,7 +18,8 @@ from torch import Tensor
 from sku_vllm.delta import Dense
 from sku_vllm.errors import CheckpointError
 from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_fp8_reference
-from sku_vllm.kernels.delta_merge.cpu import merge_rows, one_torch_thread
+from sku_vllm.kernels.delta_merge.backend import CPU, Backend
+from sku_vllm.kernels.delta_merge.cpu import one_torch_thread
 from sku_vllm.kernels.delta_merge.fp8 import rows_of
 from sku_vllm.open_shard import OpenShard, write_all
 from sku_vllm.placement import Placed, matrix_shape
@@ -48,7 +49,8 @@ class ShardWriter:
 
     Args:
         digests: hash every chunk. kinds: quantisers to simulate. seed: stochastic rounding, or None.
-        scales: of FP8 weights by name, with those of the result (None: kept). progress: called with bytes done.
+        scales: of FP8 weights by name, with those of the result (None: kept). backend: where other weights are merged.
+        progress: called with bytes done.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class ShardWriter:
         kinds: Sequence[str] = (),
         seed: int | None = None,
         scales: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,
+        backend: Backend = CPU,
         threads: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.directory, self.digests, self.kinds, self.seed, self.progress = directory, digests, tuple(kinds), seed, progress
-        self.scales = scales or {}
+        self.scales, self.backend = scales or {}, backend
         self.threads = threads or min(len(os.sched_getaffinity(0)), 16)
         self.written = Written()
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -95,7 +98,7 @@ class ShardWriter:
 
     def _work(self, jobs: Iterator[tuple["OpenShard", int]], pool: ThreadPoolExecutor, syncs: list) -> None:
         torch.set_num_threads(1)
-        buffer = torch.empty(CHUNK, dtype=torch.uint8)
+        buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.backend.pinned)
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -179,7 +182,7 @@ class ShardWriter:
         seed = None if self.seed is None else self.seed + tensor.source.offset
         scale = self.scales.get(tensor.name)
         if scale is None:
-            stats = merge_rows(weight, terms, out=out, seed=seed, first_element=begin * columns)
+            stats = self.backend.merge(weight, terms, out=out, seed=seed, first_element=begin * columns)
         else:
             scales = rows_of(*scale, tensor.source.shape, begin, end)
             stats = delta_merge_fp8_reference(weight, terms, scales, out=out, seed=seed, first_element=begin * columns)

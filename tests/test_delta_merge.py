@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sku_vllm.kernels.delta_merge import Merge, Term, delta_merge, delta_merge_reference
+from sku_vllm.kernels.delta_merge.backend import CPU, choose_backend, on_device
 
 SHAPES = [(1, 1), (3, 5), (64, 128), (65, 131), (16, 200)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -131,6 +132,38 @@ def test_fp8_keeps_its_scales_and_counts_what_they_cannot_hold(blocks):
     assert delta_merge([Merge(weight, [term(96, 128, 8, 1e5)], scale=scale)])[0].clipped > 0
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("out", [None, torch.float32])
+def test_streaming_through_a_device_gives_the_same_bits(seed, out):
+    """The code that streams rows through a GPU, with the CPU as its device."""
+    torch.manual_seed(0)
+    weight, terms = torch.randn(300, 1001).bfloat16(), [term(200, 1001, 8, 0.05, row=50), Term(torch.randn(10, 1001), None, 0.01, 3)]
+    mine, theirs = (torch.empty_like(weight, dtype=out or weight.dtype) for _ in range(2))
+    found = on_device(torch.device("cpu")).merge(weight, terms, out=mine, seed=seed, first_element=99)
+    same = CPU.merge(weight, terms, out=theirs, seed=seed, first_element=99)
+    assert torch.equal(mine, theirs) and found == same
+    copy = weight.clone()
+    on_device(torch.device("cpu")).merge(copy, terms, seed=seed, first_element=99)
+    assert out is not None or torch.equal(copy, theirs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_cpu_is_chosen():
+    assert choose_backend() is CPU and choose_backend("cpu") is CPU
+    for device, message in (("cuda", "no usable GPU"), ("tpu", "choose from")):
+        with pytest.raises(ValueError, match=message):
+            choose_backend(device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_streaming_through_a_gpu_is_within_an_ulp():
+    torch.manual_seed(0)
+    weight, terms = torch.randn(300, 1024).bfloat16(), [term(300, 1024, 8, 0.05)]
+    wanted = exact(weight, terms)
+    on_device(torch.device("cuda")).merge(weight, terms)
+    assert ulps(weight, wanted).max() <= 1 and choose_backend("cuda").pinned
+
+
 INTERPRETED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -209,43 +242,37 @@ def test_kernel_in_the_interpreter_agrees_with_float64_and_the_reference():
 
 
 COMPILE = """
-import json, sys
-import triton, triton.language as tl
+import json, sys, torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sku_vllm.kernels.delta_merge import triton_kernel as k
-from sku_vllm.kernels.delta_merge.launch_table import ALIGNED_TILE, MASKED_TILE
-from sku_vllm.kernels.delta_merge.stochastic import FORMATS
+bf16, fp16, fp32, fp64, fp8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn
 found = []
+# weight, factor, dense, stochastic, double: everything the launcher asks for, but for what differs in nothing that matters here
+variants = [(bf16, bf16, False, False, double) for double in (False, True)]
+if sys.argv[2] == "all":
+    for weight, factor in ((bf16, fp32), (fp16, fp16), (fp16, fp32), (fp32, fp32), (fp8, bf16), (fp8, fp32)):
+        for dense in (False, True):
+            doubles = (True,) if weight == fp32 else (False,) if weight == fp8 else (False, True)
+            variants += [(weight, factor, dense, False, double) for double in doubles]
+        variants += [(weight, factor, False, True, True)] * (factor == fp32)
+    variants += [(bf16, fp64, True, False, double) for double in (False, True)]
 for capability in json.loads(sys.argv[1]):
-    for aligned in (True, False):
-        kinds = [(tl.bfloat16, tl.bfloat16), (tl.bfloat16, tl.float32), (tl.float16, tl.float32), (tl.float32, tl.float32)]
-        kinds += [(tl.float8e4nv, tl.bfloat16), (tl.float8e4nv, tl.float32)] if capability >= 90 else []
-        for weight, factor in kinds[: int(sys.argv[2])]:
-            for dense, stochastic in ((False, False), (True, False), (False, True)):
-                fp8 = weight == tl.float8e4nv
-                if stochastic and (weight, factor) != (tl.bfloat16, tl.float32) or dense and factor == tl.bfloat16:
-                    continue
-                for double in (False, True):
-                    if (stochastic or weight == tl.float32) and not double or fp8 and double:
-                        continue
-                    m, n = ALIGNED_TILE if aligned else MASKED_TILE
-                    kept, normal = FORMATS[next(dtype for dtype, name in k.TL.items() if name == weight)]
-                    parts = k.PARTS if double else 1
-                    constants = dict(
-                        W=weight, R=weight, F=factor, DENSE=dense, ALIGNED=aligned, STOCHASTIC=stochastic, DOUBLE=double,
-                        KEPT=kept, NORMAL=normal, DOUBTFUL=2.0**-13, INTERPRETED=False, PARTS=parts, BM=m, BN=n // parts, BK=k.BLOCK_K,
-                        PRECISION="tf32x3" if factor == tl.float32 and not double else "ieee",
-                    )
-                    signature = {name: "constexpr" for name in k.delta_merge_kernel.arg_names}
-                    signature |= dict(table="*i64", coefficients="*fp64", sums="*fp32", which="*i64", tiles="i32", entries="i32", seed="i64")
-                    divisible = {(index,): [["tt.divisibility", 16]] for index in range(4)}
-                    source = ASTSource(k.delta_merge_kernel, signature, constexprs=constants, attrs=divisible)
-                    options = dict(num_warps=k.WARPS, num_stages=k.STAGES, enable_fp_fusion=False)
-                    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-                    name = f"sm_{capability} {weight} {factor} aligned={aligned} dense={dense} stochastic={stochastic} double={double}"
-                    asm = {"ptx": compiled.asm["ptx"], "cubin": len(compiled.asm["cubin"])}
-                    found.append({"name": name, "aligned": aligned, "capability": capability, **asm})
+    for weight, factor, dense, stochastic, double in variants:
+        for aligned in (True, False):
+            if capability < 90 and weight == fp8:
+                continue
+            constants = k.constants((weight, weight, factor, dense, aligned), double=double, stochastic=stochastic)
+            signature = {name: "constexpr" for name in k.delta_merge_kernel.arg_names}
+            signature |= dict(table="*i64", coefficients="*fp64", sums="*fp32", which="*i64", parts="i32", entries="i32", seed="i64")
+            divisible = {(index,): [["tt.divisibility", 16]] for index in range(4)}
+            source = ASTSource(k.delta_merge_kernel, signature, constexprs=constants, attrs=divisible)
+            options = dict(num_warps=k.WARPS, num_stages=k.STAGES, enable_fp_fusion=False)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            name = f"sm_{capability} {weight} {factor} aligned={aligned} dense={dense} stochastic={stochastic} double={double}"
+            asm = {"ptx": compiled.asm["ptx"], "cubin": len(compiled.asm["cubin"])}
+            found.append({"name": name, "aligned": aligned, "capability": capability, **asm})
 print(json.dumps(found))
 """
 
@@ -267,8 +294,8 @@ def spills(ptx: str, capability: int) -> int:
     return sum(found)
 
 
-def check_compiled(capabilities: list[int], kinds: int = 99) -> None:
-    command = [sys.executable, "-c", COMPILE, json.dumps(capabilities), str(kinds)]
+def check_compiled(capabilities: list[int], which: str) -> None:
+    command = [sys.executable, "-c", COMPILE, json.dumps(capabilities), which]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     for row in json.loads(done.stdout):
@@ -282,9 +309,9 @@ def check_compiled(capabilities: list[int], kinds: int = 99) -> None:
 
 
 def test_bf16_kernel_compiles_for_ampere_without_spills_and_with_16_byte_accesses():
-    check_compiled([80], kinds=1)
+    check_compiled([80], "bf16")
 
 
 @pytest.mark.slow
 def test_every_configuration_compiles_for_ampere_hopper_and_blackwell():
-    check_compiled([80, 90, 100])
+    check_compiled([80, 90, 100], "all")

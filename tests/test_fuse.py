@@ -15,6 +15,7 @@ from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.errors import AdapterError, CheckpointError, ConfigError, NegativeResult
 from sku_vllm.fuse import fuse_checkpoint
+from sku_vllm.kernels.delta_merge.backend import on_device
 from sku_vllm.manifest import verify_checkpoint
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
@@ -402,6 +403,20 @@ def test_time_is_held_against_a_plain_copy(llama, tmp_path):
     assert copy["sampled_bytes"] == sum(file.stat().st_size for file in base.glob("*.safetensors")) and copy["seconds"] >= 0
     assert copy["ratio"] == pytest.approx(report.seconds / max(copy["seconds"], 1e-3), rel=0.02)
     assert not list((tmp_path / "fused").glob(".*"))
+
+
+def test_streaming_through_a_device_writes_the_same_files(llama, tmp_path, monkeypatch):
+    """As with a GPU that is faster, but for the device."""
+    base, adapter = llama
+    fuse_checkpoint(base, [(adapter, 0.9)], tmp_path / "host")
+    monkeypatch.setattr("sku_vllm.fuse.check_device", lambda device: on_device(torch.device("cpu")))
+    fuse_checkpoint(base, [(adapter, 0.9)], tmp_path / "device", kinds=["int8"])
+    assert json.loads((tmp_path / "device/sku_manifest.json").read_text())["backend"] == "triton-cpu"
+    for file in sorted((tmp_path / "host").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "device" / file.name).read_bytes()
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="--device"):
+        fuse_checkpoint(base, [(adapter, 0.9)], tmp_path / "no", device="tpu")
 
 
 def test_adapter_of_a_four_bit_base_belongs_to_the_unquantised_one(llama, tmp_path):

@@ -15,13 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sku_vllm.kernels.delta_merge.fp8 import CLIPPED, FP8_MAX
-from sku_vllm.kernels.delta_merge.launch_table import FIELDS, Entry, entries_of
+from sku_vllm.kernels.delta_merge.launch_table import ALIGNED_TILE, FIELDS, MASKED_TILE, Entry, entries_of
 from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats
 from sku_vllm.kernels.delta_merge.stochastic import FORMATS
 from sku_vllm.kernels.delta_merge.triton_rounding import nearest, stochastic
 
 BLOCK_K, WARPS, STAGES = 32, 8, 2
-PARTS = 4  # the float64 launch cuts tiles across, or its sums would not fit the registers
 SUMS = 9  # per tile: ΣΔ², Σe², Σe·Δ, changed, nonfinite, overflowed, clipped, noted, max |Δ|
 NOTED, LARGEST = 7, 8
 TL = {
@@ -57,7 +56,7 @@ def _sixteens(row, index: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def delta_merge_kernel(
-    table, coefficients, sums, which, tiles, entries, seed,
+    table, coefficients, sums, which, parts, entries, seed,
     W: tl.constexpr, R: tl.constexpr, F: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
     DOUBLE: tl.constexpr, KEPT: tl.constexpr, NORMAL: tl.constexpr, DOUBTFUL: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
@@ -65,10 +64,10 @@ def delta_merge_kernel(
     C: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     FP8: tl.constexpr = W == tl.float8e4nv
     CAREFUL: tl.constexpr = not DOUBLE and not FP8
-    for work in range(tl.program_id(0), tiles * PARTS, tl.num_programs(0)):
-        tile = work
+    for work in range(tl.program_id(0), parts, tl.num_programs(0)):
+        tile = work // PARTS
         if DOUBLE:
-            tile = tl.load(which + work // PARTS).to(tl.int32)
+            tile = tl.load(which + tile).to(tl.int32)
         low, high = 0, entries
         while high - low > 1:  # the last matrix whose first tile is not after this one
             middle = (low + high) // 2
@@ -184,48 +183,46 @@ def delta_merge_triton(merges: Sequence[Merge], *, seed: int | None = None) -> l
 
 def _launch(entries: Sequence[Entry], edges: Sequence[int], seed: int | None) -> Tensor:
     """Run the kernel over all tiles of entries of one kind. Returns the sums of every tile, float64 [tiles, SUMS], on the CPU."""
-    weight_type, out_type, factor_type, dense, aligned = entries[0].kind
-    device, tiles = entries[0].weight.device, edges[-1]
+    kind, device, tiles = entries[0].kind, entries[0].weight.device, edges[-1]
     table = torch.tensor([entry.row(first) for entry, first in zip(entries, edges, strict=False)], dtype=torch.int64).to(device)
     coefficients = torch.tensor([entry.coefficient for entry in entries], dtype=torch.float64).to(device)
-    kept, normal = FORMATS[out_type]
     interpreted = device.type == "cpu"
     programs = 2 if interpreted else 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
     def run(which: Tensor, double: bool) -> Tensor:
-        parts = PARTS if double else 1
-        count = which.numel() if double else tiles
-        sums = torch.zeros((count * parts, SUMS), dtype=torch.float32, device=device)
-        delta_merge_kernel[(min(count * parts, programs),)](
-            table, coefficients, sums, which, count, len(entries), 0 if seed is None else seed & 0xFFFFFFFF,
-            W=TL[weight_type], R=TL[out_type], F=TL[factor_type], DENSE=dense, ALIGNED=aligned, STOCHASTIC=seed is not None,
-            DOUBLE=double, KEPT=kept, NORMAL=normal, DOUBTFUL=doubtful(out_type),
-            PRECISION="tf32x3" if factor_type == torch.float32 and not double else "ieee", INTERPRETED=interpreted,
-            BM=entries[0].tile[0], BN=entries[0].tile[1] // parts, BK=BLOCK_K, PARTS=parts,
-            num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=False,
+        """Sums of the tiles in `which`, all of them unless `double`."""
+        settings = constants(kind, double=double, stochastic=seed is not None, interpreted=interpreted)
+        work = which.numel() * settings["PARTS"]
+        sums = torch.zeros((work, SUMS), dtype=torch.float32, device=device)
+        delta_merge_kernel[(min(work, programs),)](
+            table, coefficients, sums, which, work, len(entries), 0 if seed is None else seed & 0xFFFFFFFF,
+            **settings, num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=False,
         )  # fmt: skip
-        return sums
+        parts = sums.cpu().double().view(-1, settings["PARTS"], SUMS)
+        return torch.cat([parts[:, :, :LARGEST].sum(1), parts[:, :, LARGEST:].amax(1)], 1)
 
     every = torch.arange(tiles, device=device)
-    if torch.float32 in (weight_type, out_type) or seed is not None:
-        return _joined(run(every, True))
-    sums = run(every[:1], False)
-    found = sums.cpu().double()
+    if torch.float32 in kind[:2] or seed is not None:
+        return run(every, True)
+    found = run(every, False)
     noted = found[:, NOTED].nonzero().flatten()
     if noted.numel():
-        found[noted] = _joined(run(noted.to(device), True))
+        found[noted] = run(noted.to(device), True)
     return found
 
 
-def doubtful(out_type: torch.dtype) -> float:
-    """A result smaller than this times ‖b‖·‖a‖ may be off by an ulp: an ulp is at least 2^-(kept + 1) of the number."""
-    return ERROR * 2.0 ** (FORMATS[out_type][0] + 1)
-
-
-def _joined(sums: Tensor) -> Tensor:
-    """Sums of whole tiles from those of their parts."""
-    parts = sums.cpu().double().view(-1, PARTS, SUMS)
-    return torch.cat([parts[:, :, :LARGEST].sum(1), parts[:, :, LARGEST:].amax(1)], 1)
+def constants(kind: tuple, *, double: bool, stochastic: bool, interpreted: bool = False) -> dict[str, object]:
+    """What one variant of the kernel is compiled for; `kind` as of `Entry`."""
+    weight, out, factor, dense, aligned = kind
+    tile, (kept, normal) = ALIGNED_TILE if aligned else MASKED_TILE, FORMATS[out]
+    parts = 4 if double else 2 if weight == torch.float8_e4m3fn else 1  # tiles cut across, where sums or scales would not fit the registers
+    return {
+        "W": TL[weight], "R": TL[out], "F": TL[factor], "DENSE": dense, "ALIGNED": aligned, "STOCHASTIC": stochastic, "DOUBLE": double,
+        # An ulp is at least 2^-(kept + 1) of a number.
+        "KEPT": kept, "NORMAL": normal, "DOUBTFUL": ERROR * 2.0 ** (kept + 1),
+        "PRECISION": "tf32x3" if factor == torch.float32 and not double else "ieee", "INTERPRETED": interpreted,
+        "BM": tile[0], "BN": tile[1] // parts, "BK": BLOCK_K, "PARTS": parts,
+    }  # fmt: skip
 
 
 def _add(sums: Tensor, entries: Sequence[Entry], edges: Sequence[int], totals: list[MergeStats]) -> None:
