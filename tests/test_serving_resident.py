@@ -55,9 +55,9 @@ class Shard(nn.Module):
         return {name: parameter.clone() for name, parameter in self.kept.items()}
 
 
-def loaded(reader, rank=0, ranks=1, kind=Shard):
-    model = kind(reader, rank, ranks)
-    Shard.load_weights(model, ((name, reader.tensor(name)) for name in reader.names))
+def loaded(reader, rank=0, ranks=1):
+    model = Shard(reader, rank, ranks)
+    model.load_weights((name, reader.tensor(name)) for name in reader.names)
     return model
 
 
@@ -129,11 +129,29 @@ class Transposing(Shard):
         parameter.copy_(loaded.t() if square else loaded)
 
 
-@pytest.mark.parametrize("kind", [Casting, Transposing])
-def test_a_loader_that_does_more_than_copy_is_not_traced(tiny, kind):
+class Scaling(Shard):
+    def copy(self, parameter, loaded):
+        parameter.copy_(loaded)
+        parameter.mul_(2)
+
+
+class Replacing(Shard):
+    def copy(self, parameter, loaded):
+        for kept in self.kept.values():
+            if kept.shape == loaded.shape:
+                kept.data = loaded.clone()
+
+
+@pytest.mark.parametrize("kind", [Casting, Transposing, Scaling, Replacing])
+def test_a_loader_that_does_more_than_copy_is_not_traced_and_writes_nothing(tiny, kind):
     reader = CheckpointReader(tiny / "base")
+    model = loaded(reader)
+    before, places = model.bits(), [parameter.data_ptr() for parameter in model.parameters()]
+    model.__class__ = kind
     with pytest.raises(Untraceable):
-        Resident(loaded(reader, kind=kind), reader)
+        Resident(model, reader)
+    assert all(torch.equal(model.bits()[name], each) for name, each in before.items())
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
 
 
 def test_weights_that_were_repacked_after_loading_are_not_edited(tiny):

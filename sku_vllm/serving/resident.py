@@ -35,10 +35,14 @@ class Untraceable(Exception):
 
 
 class CopyTracer(TorchDispatchMode):
-    """Notes every `copy_` from a checkpoint tensor and does not perform it."""
+    """Notes every copy from a checkpoint tensor into the model, and lets nothing be written there.
 
-    def __init__(self) -> None:
+    model: its storages by address.
+    """
+
+    def __init__(self, model: set[int]) -> None:
         super().__init__()
+        self.model = model
         self.sources: dict[int, tuple[str, Tensor]] = {}
         self.windows: dict[str, list[Window]] = {}
 
@@ -46,18 +50,27 @@ class CopyTracer(TorchDispatchMode):
         """Every tensor as a view of its file, remembered by where its storage lies."""
         for name in reader.names:
             tensor = reader.mapped(name)
-            self.sources[tensor.untyped_storage().data_ptr()] = name, tensor
+            self.sources[address(tensor)] = name, tensor
             yield name, tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not torch.ops.aten.copy_.default:
+        if not func._schema.is_mutable or not isinstance(args[0], Tensor) or address(args[0]) not in self.model:
             return func(*args, **(kwargs or {}))
-        target, source = args[:2]
-        name, whole = self.sources.get(source.untyped_storage().data_ptr(), (None, None))
+        if func is torch.ops.aten.copy_.default:
+            self._note(*args[:2])
+        elif func.overloadpacket not in (torch.ops.aten.fill_, torch.ops.aten.zero_):  # padding, which is there already
+            raise Untraceable(f"the loader computes with {func}")
+        return args[0]
+
+    def _note(self, target: Tensor, source: Tensor) -> None:
+        name, whole = self.sources.get(address(source), (None, None))
         if name is None or whole is None or source.shape != target.shape or source.dtype != whole.dtype:
             raise Untraceable(f"a copy of {list(source.shape)} does not come straight from the checkpoint")
         self.windows.setdefault(name, []).append(window(target, source, matrix_shape(whole.shape)[1], name))
-        return target
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def window(target: Tensor, source: Tensor, columns: int, name: str) -> Window:
@@ -98,9 +111,17 @@ class Resident:
 
     def __init__(self, model: nn.Module, reader: CheckpointReader) -> None:
         """Raises Untraceable, or whatever the loader raises, where the model no longer has the shape it was loaded in."""
-        tracer = CopyTracer()
-        with torch.no_grad(), without_adapters(model), tracer:
-            model.load_weights(tracer.offer(reader))  # type: ignore[operator]
+        before = [(parameter, parameter.data) for parameter in model.parameters()]
+        tracer = CopyTracer({address(data) for _, data in before} | {address(buffer) for buffer in model.buffers()})
+        try:
+            with torch.no_grad(), without_adapters(model), tracer:
+                model.load_weights(tracer.offer(reader))  # type: ignore[operator]
+        finally:
+            moved = [(parameter, data) for parameter, data in before if parameter.data_ptr() != data.data_ptr()]
+            for parameter, data in moved:
+                parameter.data = data
+        if moved:
+            raise Untraceable("the loader puts other tensors in the place of the model's")
         self.reader, self.windows = reader, tracer.windows
         self.edited: list[str] = []
 
