@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-LEFT, TOP, PLOT_W, PLOT_H, LEGEND = 56, 40, 500, 300, 300
+LEFT, TOP, PLOT_W, PLOT_H, LEGEND = 56, 40, 500, 300, 340
 LINE_HEIGHT = 20
 COLOURS = (
     "#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#000000", "#ca6f1e", "#5d6d7e",
-    "#e08e79", "#85c1e9", "#82e0aa", "#f7dc6f", "#c39bd3", "#117a65", "#aab7b8",
+    "#e08e79", "#85c1e9", "#82e0aa", "#f7dc6f", "#c39bd3", "#117a65", "#e91e63", "#aab7b8",
 )
 
 
