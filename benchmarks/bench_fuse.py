@@ -84,8 +84,8 @@ def memory_markdown(results: dict) -> str:
     lines = [
         "# bench fuse --memory",
         "",
-        f"{about['date']}, {about['cores']} cores ({about['cpu']}), torch {about['versions']['torch']}. Peak anonymous memory above imports, "
-        f"q and v edited at rank {RANK}, with digests. The bases are holes: zeros, beside which any edit is large, so that it is summed in "
+        f"{about['date']}, {about['cores']} cores ({about['cpu']}), torch {about['versions']['torch']}. "
+        f"Peak anonymous memory above imports, q and v edited at rank {RANK}, with digests. The bases are holes: zeros, beside which any edit is large, so that it is summed in "
         "float64, which takes more memory than the compiled path of real weights.",
         "",
         "| size | GB | tensors edited | peak MB |",

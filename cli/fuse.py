@@ -19,7 +19,7 @@ from sku_vllm.cli.options import adapter_at_scale, log, print_json, sku_command
 @click.option("--dtype", default="keep", help="keep, float32, bfloat16 or float16.")
 @click.option("--untie", is_flag=True, help="Write tied input and output embeddings apart.")
 @click.option(
-    "--fp8-scales", default="keep", help="keep: scales of FP8 weights stay and clips are counted; recompute: they fit the result (two passes)."
+    "--fp8-scales", default="keep", help="keep those of FP8 weights, counting what they clip, or recompute them to fit (two passes)."
 )
 @click.option("--simulate", default="", help="Comma-separated int4, int8, fp8: how much of the edit those would leave.")
 @click.option("--stochastic", is_flag=True, help="Round up or down at random, so that small edits survive on average.")

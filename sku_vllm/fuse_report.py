@@ -97,8 +97,8 @@ def build_report(
 
 def _quantised_training(loaded: Sequence[tuple[LoraAdapter, Scale]]) -> list[str]:
     return [
-        f"{adapter.path}: was trained with its base in {trained_on(adapter)}; its edit belongs to the unquantised base, which it is fused into "
-        "here; evaluate the result as you will serve it"
+        f"{adapter.path}: was trained with its base in {trained_on(adapter)}; its edit belongs to the unquantised base, "
+        "into which it is fused here; evaluate the result as you will serve it"
         for adapter, _ in loaded
         if trained_on(adapter)
     ]
@@ -123,8 +123,8 @@ def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, M
     clipped = sum(row.get("clipped", 0) for row in per_tensor.values())
     if clipped:
         lines.append(
-            f"{clipped} FP8 weights ran into the limit of their kept scale; use --fp8-scales recompute, a smaller --scale, or fuse into the "
-            "unquantised model"
+            f"{clipped} FP8 weights ran into the limit of their kept scale; use --fp8-scales recompute, a smaller --scale, "
+            "or fuse into the unquantised model"
         )
     return lines
 

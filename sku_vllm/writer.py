@@ -187,7 +187,8 @@ class ShardWriter:
             scales = rows_of(*scale, tensor.source.shape, begin, end)
             stats = delta_merge_fp8_reference(weight, terms, scales, out=out, seed=seed, first_element=begin * columns)
             if self.kinds:
-                weight, out = (part.float() * scales.over(s, 0, end - begin, columns) for part, s in ((weight, scales.old), (out, scales.new)))
+                weight = weight.float() * scales.over(scales.old, 0, end - begin, columns)
+                out = out.float() * scales.over(scales.new, 0, end - begin, columns)
         if count:
             simulated = simulate(weight, out, terms, self.kinds)
             with self._lock:

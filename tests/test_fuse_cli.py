@@ -31,6 +31,7 @@ def test_fuse_and_verify(run_sku, pair, tmp_path):
     assert done.returncode == 0, done.stderr
     printed, recorded = json.loads(done.stdout), json.loads((tmp_path / "out/sku_fuse.json").read_text())
     assert printed["adapters"][0]["scale"] == 0.5 and printed["tensors"] == 1 and set(printed["simulated"]) == {"int4", "fp8"}
+    assert printed["fp8_scales"] is None and printed["plain_copy"]["ratio"] > 0 and "a plain copy" not in done.stdout
     assert recorded["schema"] == "sku.fuse/1" and {key: recorded[key] for key in printed} == printed and "torch" in recorded["versions"]
     manifest = json.loads((tmp_path / "out/sku_manifest.json").read_text())
     assert set(manifest["tensors"][f"{NAME}.weight"]) == {"retained", "noise", "int4", "fp8"}
@@ -48,6 +49,13 @@ def test_negated_adapter_is_refused_with_exit_2_and_nothing_written(run_sku, pai
     assert done.returncode == 0 and json.loads(done.stdout)["scale"] == 0.5
     done = run_sku("fuse", "--model", base, "--adapter", tmp_path / "negated", "--output", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--as-is" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_flags_that_do_not_apply_are_refused_in_one_line(run_sku, pair, tmp_path):
+    base, adapter = pair
+    done = run_sku("fuse", "--model", base, "--adapter", f"{adapter}@1", "--output", tmp_path / "out", "--fp8-scales", "recompute")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no edited tensor" in done.stderr and "leave the flag out" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 

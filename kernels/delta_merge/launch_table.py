@@ -109,7 +109,8 @@ def _one_term(terms: Sequence[Term], cols: int, device: torch.device) -> tuple[T
     if any(term.a is None for term in terms):
         if len(terms) == 1:
             return _rows(terms[0].b), None, terms[0].coefficient
-        return sum(term.coefficient * (term.b.double() if term.a is None else term.b.double() @ term.a.double()) for term in terms), None, 1.0
+        products = (term.b.double() if term.a is None else term.b.double() @ term.a.double() for term in terms)
+        return sum(term.coefficient * product for term, product in zip(terms, products, strict=True)), None, 1.0
     if len(terms) == 1:
         b, a, coefficient, _ = terms[0]
     else:  # a coefficient folded into b leaves a rest that float32 cannot hold; it gets columns of its own

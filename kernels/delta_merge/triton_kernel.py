@@ -18,7 +18,7 @@ from sku_vllm.kernels.delta_merge.fp8 import CLIPPED, FP8_MAX
 from sku_vllm.kernels.delta_merge.launch_table import ALIGNED_TILE, FIELDS, MASKED_TILE, Entry, entries_of
 from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats
 from sku_vllm.kernels.delta_merge.stochastic import FORMATS
-from sku_vllm.kernels.delta_merge.triton_rounding import nearest, stochastic
+from sku_vllm.kernels.delta_merge.triton_helpers import nearest, pointer, sixteens, stochastic
 
 BLOCK_K, WARPS, STAGES = 32, 8, 2
 SUMS = 9  # per tile: ΣΔ², Σe², Σe·Δ, changed, nonfinite, overflowed, clipped, noted, max |Δ|
@@ -34,24 +34,6 @@ TL = {
 ERROR = 2.0**-21
 _FP8_MAX, _CLIPPED = tl.constexpr(FP8_MAX), tl.constexpr(CLIPPED)
 _FIELDS, _SUMS = tl.constexpr(FIELDS), tl.constexpr(SUMS)
-
-
-@triton.jit
-def _pointer(row, index: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer of the table. What comes out of memory carries no divisibility, and without it Triton makes 2-byte accesses."""
-    pointer = tl.load(row + index).to(tl.pointer_type(T))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _sixteens(row, index: tl.constexpr, ALIGNED: tl.constexpr):
-    """A size or stride of the table; written as a product, which divisibility passes through."""
-    value = tl.load(row + index)
-    if ALIGNED:
-        value = (value // 16) * 16
-    return value
 
 
 @triton.jit
@@ -74,25 +56,25 @@ def delta_merge_kernel(
             before = tl.load(table + middle * _FIELDS + 16) <= tile
             low = tl.where(before, middle, low)
             high = tl.where(before, high, middle)
-        row = table + low * _FIELDS
-        rows, rank = tl.load(row + 5), _sixteens(row, 7, ALIGNED)
-        cols = _sixteens(row, 6, ALIGNED)
+        row = table + low * _FIELDS  # its numbered columns are named in launch_table.py
+        rows, rank = tl.load(row + 5), sixteens(row, 7, ALIGNED)
+        cols = sixteens(row, 6, ALIGNED)
         local = (tile - tl.load(row + 16)).to(tl.int32)
         across = tl.cdiv(cols, BN * PARTS).to(tl.int32)
         m = (local // across) * BM + tl.arange(0, BM)
         n = ((local % across) * PARTS + work % PARTS) * BN + tl.max_contiguous(tl.multiple_of(tl.arange(0, BN), BN), BN)
         inside = (m < rows)[:, None] & (n < cols)[None, :]
 
-        b_pointer = _pointer(row, 2, F, ALIGNED)
-        b_lead = _sixteens(row, 10, ALIGNED)
+        b_pointer = pointer(row, 2, F, ALIGNED)
+        b_lead = sixteens(row, 10, ALIGNED)
         coefficient = tl.load(coefficients + low).to(C)
         if DENSE:
             dense = tl.load(b_pointer + m[:, None] * b_lead + n[None, :], mask=inside, other=0.0)
             delta = (dense if F == tl.float64 else dense.to(tl.float32)).to(C) * coefficient
             summed = tl.abs(delta)
         else:
-            a_pointer = _pointer(row, 3, F, ALIGNED)
-            a_lead = _sixteens(row, 11, ALIGNED)
+            a_pointer = pointer(row, 3, F, ALIGNED)
+            a_lead = sixteens(row, 11, ALIGNED)
             delta = tl.zeros((BM, BN), dtype=C)
             b_squares, a_squares = tl.zeros((BM, BK), dtype=tl.float32), tl.zeros((BK, BN), dtype=tl.float32)
             for start in range(0, rank, BK):
@@ -110,8 +92,8 @@ def delta_merge_kernel(
             if CAREFUL:
                 summed = tl.abs(coefficient) * tl.sqrt(tl.sum(b_squares, 1))[:, None] * tl.sqrt(tl.sum(a_squares, 0))[None, :]
 
-        lead = _sixteens(row, 8, ALIGNED)
-        old = tl.load(_pointer(row, 1, W, ALIGNED) + m[:, None] * lead + n[None, :], mask=inside, other=0.0)
+        lead = sixteens(row, 8, ALIGNED)
+        old = tl.load(pointer(row, 1, W, ALIGNED) + m[:, None] * lead + n[None, :], mask=inside, other=0.0)
         value = old.to(tl.float32).to(C)
         if FP8:
             scale_at = (m // tl.load(row + 13))[:, None] * tl.load(row + 12) + (n // tl.load(row + 14))[None, :]
@@ -132,8 +114,8 @@ def delta_merge_kernel(
             new = stochastic(fitting, element, seed, R, KEPT, NORMAL)
         else:
             new = nearest(fitting, R, KEPT, NORMAL, INTERPRETED)
-        out_lead = _sixteens(row, 9, ALIGNED)
-        tl.store(_pointer(row, 0, R, ALIGNED) + m[:, None] * out_lead + n[None, :], new, mask=inside)
+        out_lead = sixteens(row, 9, ALIGNED)
+        tl.store(pointer(row, 0, R, ALIGNED) + m[:, None] * out_lead + n[None, :], new, mask=inside)
 
         kept = new.to(tl.float32).to(C)
         if FP8:
@@ -215,7 +197,7 @@ def constants(kind: tuple, *, double: bool, stochastic: bool, interpreted: bool 
     """What one variant of the kernel is compiled for; `kind` as of `Entry`."""
     weight, out, factor, dense, aligned = kind
     tile, (kept, normal) = ALIGNED_TILE if aligned else MASKED_TILE, FORMATS[out]
-    parts = 4 if double else 2 if weight == torch.float8_e4m3fn else 1  # tiles cut across, where sums or scales would not fit the registers
+    parts = 2 if weight == torch.float8_e4m3fn else 4 if double else 1  # tiles cut across, where sums or scales would not fit the registers
     return {
         "W": TL[weight], "R": TL[out], "F": TL[factor], "DENSE": dense, "ALIGNED": aligned, "STOCHASTIC": stochastic, "DOUBLE": double,
         # An ulp is at least 2^-(kept + 1) of a number.

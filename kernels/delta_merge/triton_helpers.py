@@ -1,10 +1,28 @@
-"""Rounding inside the kernel, bit for bit as torch and `stochastic.py` round.
+"""What the kernel is made of: access to its table, and rounding, bit for bit as torch and `stochastic.py` round.
 
 KEPT and NORMAL are the mantissa bits and the smallest normal number of the target, of `stochastic.FORMATS`.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def pointer(row, index: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer of the table. What comes out of memory carries no divisibility, and without it Triton makes 2-byte accesses."""
+    value = tl.load(row + index).to(tl.pointer_type(T))
+    if ALIGNED:
+        value = tl.multiple_of(value, 16)
+    return value
+
+
+@triton.jit
+def sixteens(row, index: tl.constexpr, ALIGNED: tl.constexpr):
+    """A size or stride of the table; written as a product, which divisibility passes through."""
+    value = tl.load(row + index)
+    if ALIGNED:
+        value = (value // 16) * 16
+    return value
 
 
 @triton.jit
