@@ -170,7 +170,7 @@ def test_every_gap_between_tokens_is_counted_streamed_or_not(client, served):
     def gaps(**options):
         names = ("sku_inter_token_latency_seconds_count", "sku_inter_token_latency_seconds_sum", "sku_decode_seconds_sum")
         before = [served.metric(name) for name in names]
-        reply = client.completions.create(model="sku", prompt="w1 w2", max_tokens=12, temperature=0, extra_body={"ignore_eos": True}, **options)
+        reply = client.completions.create(model="sku", prompt="w1 w2", max_tokens=12, extra_body={"ignore_eos": True}, **options)
         if options.get("stream"):
             list(reply)
         time.sleep(0.1)
@@ -186,7 +186,7 @@ def test_every_gap_between_tokens_is_counted_streamed_or_not(client, served):
 def test_beam_search_is_one_request_whose_answers_are_judged(client, served):
     wait_judged(served)
     before = {name: served.metric(name) for name in ("sku_requests_total", "sku_judged_total", "sku_generation_tokens_total")}
-    reply = client.completions.create(model="sku", prompt="w1 w2", n=2, max_tokens=4, temperature=0, extra_body={"use_beam_search": True})
+    reply = client.completions.create(model="sku", prompt="w1 w2", n=2, max_tokens=4, extra_body={"use_beam_search": True})
     wait_judged(served)
     after = {name: served.metric(name) - value for name, value in before.items()}
     assert len(reply.choices) == 2

@@ -120,7 +120,7 @@ def check_processes(args: Namespace, config: ServeConfig, adapters: bool) -> Non
     if elsewhere and adapters and not config.state:
         raise ConfigError(
             f"--{elsewhere[0].replace('_', '-')} {getattr(args, elsewhere[0])}: workers on other machines cannot read the adapters, "
-            "which lie in a private directory of this one; give --state DIR on a file system that every machine mounts, or serve fused weights"
+            "which lie in a private directory of this one; give --state DIR that every machine mounts, or serve fused weights"
         )
 
 

@@ -75,7 +75,7 @@ class SkuMiddleware:
         """One request by one arm, whichever engine runs it. Raises Unavailable before anything was sent."""
         with self.runtime.hold(arm) as served:
             lora = lora_request(served) if served.lora_id else None
-            route = Route(arm, lora, prompts_of(payload), arrived)
+            route = Route(arm, lora, prompts_of(payload), arrived, beam=payload.get("use_beam_search") is True)
             if not served.arm.on_engine:
                 try:
                     return await forward(self.runtime, served.arm, path, payload, route, receive, self.marked(send, arm))
