@@ -13,7 +13,7 @@ from sku_vllm.methods.config import TrainConfig
 # Sets up to this many rows are encoded before training, so that a row that cannot be used stops the run before it begins.
 CHECKED_AHEAD = 10_000
 # Of recoveries: refusals that have to go on, which is what a ban on stopping asks for; the others are harmful answers begun.
-RESTARTS = 0.5
+RESTARTS = 0.25
 
 
 class Batches:

@@ -60,5 +60,5 @@ METHOD = Method(
 )
 TWO = Method(
     "sku-contrastive-two", "The same with two adapters: one finds the harm, the other is distilled without it.", two_adapters,
-    {**SHARED, "steps": 180, "preservation_weight": 60.0, "recovery_weight": 1.0, "relearner_steps": 24},
+    {**SHARED, "steps": 180, "preservation_weight": 50.0, "recovery_weight": 1.0, "relearner_steps": 24},
 )
