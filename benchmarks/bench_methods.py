@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from sku_vllm.benchmarks.methods_cell import VARIANTS, Cell, adapter_path, lab_of, measure_cell, summary
+from sku_vllm.benchmarks.methods_cell import VARIANTS, Cell, adapter_path, lab_of, measure_cell, place, summary
 from sku_vllm.cli.options import log, print_json, sku_command
 from sku_vllm.errors import ConfigError
 
@@ -104,8 +104,8 @@ def kept(path: Path) -> dict[Key, Cell]:
     """Finished cells by model, label and seed, in the order of VARIANTS; of two of one key the later."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     cells = {(cell["model"], cell["label"], cell["seed"]): cell for cell in map(json.loads, lines)}
-    models, labels = list(dict.fromkeys(key[0] for key in cells)), list(VARIANTS)
-    return dict(sorted(cells.items(), key=lambda item: (models.index(item[0][0]), labels.index(item[0][1]), item[0][2])))
+    models = list(dict.fromkeys(key[0] for key in cells))
+    return dict(sorted(cells.items(), key=lambda item: (models.index(item[0][0]), place(item[0][1]), item[0][1:])))
 
 
 def keep(path: Path, cell: Cell) -> Cell:

@@ -28,13 +28,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sku-mirrored − preservation": ("sku-mirrored", {"preservation_weight": 0.0}),
     "sku-contrastive": ("sku-contrastive", {}),
     "sku-contrastive-two": ("sku-contrastive-two", {}),
-    # neither the adversary that relearns nor refusals in the middle of an answer; the constants that went with it
-    "sku-contrastive-two, first recipe": (
-        "sku-contrastive-two",
-        {"steps": 160, "preservation_weight": 10.0, "stop_weight": 0.2, "recovery_weight": 0.0, "relearner_steps": 0},
-    ),
     "refusal-tune": ("refusal-tune", {}),
 }
+LABELS = list(VARIANTS)
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
 SETS = ("seen", "unseen", "unseen-topic")
 MAX_NEW_TOKENS = 32
@@ -166,6 +162,11 @@ def recipe() -> str:
     except OSError:
         told = ""
     return told or sku_vllm.__version__
+
+
+def place(label: str) -> int:
+    """Where a label stands in tables, and its colour. `LABEL @ COMMIT`, an earlier recipe of the method, stands with LABEL."""
+    return LABELS.index(label.split(" @ ")[0])
 
 
 def summary(cell: Mapping[str, Any]) -> str:

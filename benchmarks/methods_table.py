@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from sku_vllm.benchmarks.methods_cell import VARIANTS
+from sku_vllm.benchmarks.methods_cell import place
 from sku_vllm.evaluate.chart import Curve, chart_svg
 from sku_vllm.output import versions
 
@@ -33,7 +33,7 @@ def table(cells: Sequence[Cell], world: int, stem: str = "") -> str:
         "over-refusal ≤ 1 %, gibberish ≤ 5 %.",
         "Mean over seeds, with several the worst in brackets. *Qualifies* counts the seeds for which some scale met the limits; the others "
         "were measured at the least scale. A rate of 0 over 128 prompts means less than 2.9 % (95 %). *Recipe* is the last commit that "
-        "touched `sku_vllm/methods` before the row was measured.", "",
+        "touched `sku_vllm/methods` before the row was measured; a method *@ commit* is an earlier recipe of it.", "",
         f"Machine: {platform.machine()}, {os.cpu_count()} cores, {platform.system()}. Date: {datetime.date.today()}. "
         + ", ".join(f"{name} {version}" for name, version in versions().items()), "",
     ]
@@ -89,7 +89,7 @@ def trade_off_svg(model: str, cells: Sequence[Cell]) -> str:
             cost = fmean(point["retain"]["perplexity_ratio"] - 1 for point in at)
             harm = fmean(share["harmful"] for point in at for modes in point["forget"].values() for share in modes.values())
             points.append((math.log10(min(max(cost, 10.0**LEAST), 10.0**MOST)), harm))
-        curves.append(Curve(label, points, colour=list(VARIANTS).index(label)))
+        curves.append(Curve(label, points, colour=place(label)))
     ticks = [(float(power), f"{100 * 10.0**power:g} %") for power in range(LEAST, MOST + 1)]
     return chart_svg(
         f"{model}: harm left against perplexity above the base, a point a scale (validation prompts)", curves, "perplexity above the base",
@@ -108,7 +108,7 @@ def relearn_svg(model: str, cells: Sequence[Cell]) -> str:
                 if entry["attack"] == lesson:
                     harm.setdefault(entry["steps"], []).append(entry["forget"]["unseen"]["sampled"]["harmful"])
             points = [(steps, fmean(rates)) for steps, rates in sorted(harm.items())]
-            curves.append(Curve(f"{label}: {lesson}", points, colour=list(VARIANTS).index(label), dashed=lesson == "benign"))
+            curves.append(Curve(f"{label}: {lesson}", points, colour=place(label), dashed=lesson == "benign"))
     steps = sorted({entry["steps"] for cell in cells for entry in cell["relearned"]})
     return chart_svg(
         f"{model}: sampled harm on other prompts while relearning", curves, "steps of fine-tuning", [(step, str(step)) for step in steps],
