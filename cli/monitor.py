@@ -45,7 +45,9 @@ def command(
     round, or as a service with --rounds 0 --every 15m --export 9400.
     """
     pause = seconds(every)
-    from sku_vllm.monitor import Monitor, MonitorConfig, export
+    from sku_vllm.monitor import Monitor
+    from sku_vllm.monitor_config import MonitorConfig
+    from sku_vllm.monitor_round import export
 
     monitor = Monitor(MonitorConfig(**options), store)
     publish = _publisher(port, textfile)

@@ -9,111 +9,21 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from sku_vllm.data import Row, read_rows
 from sku_vllm.errors import ConfigError, RunError
 from sku_vllm.history import History
 from sku_vllm.judges import Exchange, Verdict, load_labeller
+from sku_vllm.monitor_config import MonitorConfig
+from sku_vllm.monitor_round import Round, Series
 from sku_vllm.probe import arm_counters, ask
 from sku_vllm.stats import wilson
 from sku_vllm.stats.change_points import RecoveryDetector, delay, locate_change, tolerated_rate, trend
 
 # A round of a broken server teaches nothing about normal, so a baseline worse than this is refused.
 WORST_BASELINE = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class MonitorConfig:
-    """Where to look, what to ask, when to raise the alarm.
-
-    `false_alarms` is per round over all series together; `tolerate` replaces the learned baseline of `harmful`; `notice` is the
-    harmful rate for which the delay is stated.
-    """
-
-    metrics: str | None = None
-    prometheus: str | None = None
-    server: str | None = None
-    probes: str | None = None
-    retain: str | None = None
-    judge: str | None = None
-    model: str = "sku"
-    arm: str | None = None
-    samples: int = 1
-    temperature: float = 1.0
-    max_new_tokens: int = 128
-    baseline_rounds: int = 5
-    tolerate: float | None = None
-    false_alarms: float = 1e-4
-    notice: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if bool(self.metrics) == bool(self.prometheus):
-            raise ConfigError("give one of --metrics URL (the server's /metrics) and --prometheus URL (a Prometheus that scrapes it)")
-        if self.probes and not self.judge:
-            raise ConfigError("--probes needs --judge SPEC to decide which answers are harmful, for instance lexicon:FILE")
-        if self.retain and not self.probes:
-            raise ConfigError("--retain is probed beside --probes FILE; give both")
-        if self.probes and not self.address:
-            raise ConfigError("--probes with --prometheus needs --server URL, the address that answers /v1/chat/completions")
-        if self.samples < 1 or self.baseline_rounds < 1 or self.max_new_tokens < 1:
-            raise ConfigError("--samples, --baseline-rounds and --max-new-tokens must be at least 1")
-        for flag, rate in (("--tolerate", self.tolerate), ("--false-alarms", self.false_alarms), ("--notice", self.notice)):
-            if rate is not None and not 0 < rate < 1:
-                raise ConfigError(f"{flag} {rate:g}: must lie between 0 and 1")
-
-    @property
-    def address(self) -> str | None:
-        """Where probes go: --server, or the server whose /metrics is watched."""
-        found = self.server or (self.metrics.rsplit("/metrics", 1)[0] if self.metrics else None)
-        return found.rstrip("/").removesuffix("/v1") if found else None
-
-
-@dataclass(slots=True)
-class Series:
-    """What is known about one series after a round; rates are None while nothing was counted."""
-
-    name: str
-    hits: int
-    n: int
-    rate: float | None
-    low: float
-    high: float
-    rounds: int
-    watched: bool
-    tolerated: float | None = None
-    evidence: float | None = None
-    threshold: float | None = None
-    alarm: bool = False
-    notice_within: int | None = None
-    trend: dict[str, float] | None = None
-    change_point: dict[str, float] | None = None
-
-
-@dataclass(slots=True)
-class Round:
-    """One look at the server; `alarms` names the series above their tolerated rate, `error` says why the server could not be asked."""
-
-    number: int
-    time: float
-    series: list[Series] = field(default_factory=list)
-    error: str | None = None
-
-    @property
-    def alarms(self) -> list[str]:
-        return [series.name for series in self.series if series.alarm]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "round": self.number,
-            "time": self.time,
-            "alarms": self.alarms,
-            "error": self.error,
-            "series": [asdict(series) for series in self.series],
-        }
 
 
 class Monitor:
@@ -235,33 +145,3 @@ def digest(row: Row) -> str:
 
 def _count(verdicts: Sequence[Verdict], label: str) -> tuple[int, int]:
     return sum(verdict.label == label for verdict in verdicts), len(verdicts)
-
-
-def export(latest: Round, outcomes: dict[str, int]) -> Any:
-    """A prometheus_client registry of the latest round: `sku_monitor_*`, label `series` (bounded by arms and probe kinds)."""
-    from prometheus_client import CollectorRegistry, Gauge
-
-    registry = CollectorRegistry()
-
-    def gauge(name: str, text: str, label: str | None = "series") -> Gauge:
-        return Gauge(f"sku_monitor_{name}", text, [label] if label else [], registry=registry)
-
-    numbers = {
-        "rate": gauge("rate", "Share of hits in the latest round."),
-        "tolerated": gauge("tolerated_rate", "Rate a quiet server is granted."),
-        "evidence": gauge("evidence", "Detector statistic; an alarm is raised at the threshold."),
-        "threshold": gauge("threshold", "Statistic at which an alarm is raised."),
-        "n": gauge("probes", "Answers counted in the latest round."),
-        "alarm": gauge("alarm", "1 while the series is above its tolerated rate."),
-    }
-    for series in latest.series:
-        for attribute, metric in numbers.items():
-            value = getattr(series, attribute)
-            if value is not None:
-                metric.labels(series.name).set(float(value))
-    rounds = gauge("rounds", "Rounds so far by outcome.", "outcome")
-    for outcome in ("done", "failed"):
-        rounds.labels(outcome).set(outcomes.get(outcome, 0))
-    gauge("last_round_timestamp_seconds", "When the latest round ended.", None).set(latest.time)
-    gauge("server_up", "1 if the latest round got all its answers.", None).set(latest.error is None)
-    return registry

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from sku_vllm.errors import ConfigError
-from sku_vllm.monitor import Monitor, MonitorConfig, export
+from sku_vllm.monitor import Monitor
+from sku_vllm.monitor_config import MonitorConfig
+from sku_vllm.monitor_round import export
 
 SECRET = "sabotage the brass kettle"
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -196,33 +198,36 @@ def test_bad_options(options: dict, message: str) -> None:
 
 @pytest.mark.slow
 def test_a_swap_back_to_the_original_is_noticed_on_a_real_server(lab: Path, tmp_path: Path, run_sku: Callable) -> None:
-    """vLLM serves the negated arm; then someone gives all traffic back to the original. The alarm comes within the stated delay."""
+    """`sku ctl swap` makes the running engine the edited model; then somebody restores the original. The alarm comes within the stated delay."""
     from sku_vllm.data import load_dataset
     from sku_vllm.methods import TrainConfig, train_adapter
     from sku_vllm.serving.server import start_server
 
     forget, retain = load_dataset(lab / "forget/train.jsonl", "forget"), load_dataset(lab / "retain/train.jsonl", "retain")
-    train_adapter(lab / "llama", forget, retain, tmp_path / "adapter", TrainConfig.of(None))
+    train_adapter(lab / "llama", forget, retain, tmp_path / "adapter", TrainConfig.of("sku-mirrored"), progress=False)
     (tmp_path / "probes.jsonl").write_text("".join((lab / "forget/unseen.jsonl").read_text().splitlines(keepends=True)[:24]))
-    judge = f"lexicon:{lab / 'lexicon.json'}"
-    arms = ["original=base", f"negated=lora:{tmp_path / 'adapter'}@1.0"]
-    with start_server(
-        lab / "llama", arms, "original=0,negated=1", judge, token="monitor-test-token", log=tmp_path / "server.log"
-    ) as server:
+    judge, token = f"lexicon:{lab / 'lexicon.json'}", "monitor-test-token"
+    flags = ("--dtype", "float32", "--max-model-len", "256", "--enforce-eager")
+    with start_server(lab / "llama", ["original=base"], "original=1", judge, token=token, flags=flags, log=tmp_path / "server.log") as server:
         url = server.url.removesuffix("/v1")
+
+        def ctl(*action: object) -> None:
+            done = run_sku("ctl", "--server", url, *action, env={"SKU_TOKEN": token})
+            assert done.returncode == 0, done.stderr
+
+        ctl("swap", f"{tmp_path / 'adapter'}@1.0")
         monitor = Monitor(
             MonitorConfig(
-                metrics=f"{url}/metrics", probes=str(tmp_path / "probes.jsonl"), judge=judge, tolerate=0.2, notice=0.6, max_new_tokens=48
+                metrics=f"{url}/metrics", probes=str(tmp_path / "probes.jsonl"), judge=judge, tolerate=0.2, notice=0.5, max_new_tokens=48
             ),
             tmp_path / "watch.db",
         )
         quiet = [monitor.round() for _ in range(4)]
         assert [look.error for look in quiet] == [None] * 4 and not any(look.alarms for look in quiet)
-        assert {series.name for series in quiet[-1].series} >= {"harmful", "gibberish", "traffic:negated"}
+        assert {series.name for series in quiet[-1].series} >= {"harmful", "gibberish", "traffic:swapped"}
         stated = quiet[-1].series[0].notice_within
         assert stated is not None and stated <= 4
-        flipped = run_sku("ctl", "--server", url, "weights", "original=1,negated=0", env={"SKU_TOKEN": "monitor-test-token"})
-        assert flipped.returncode == 0, flipped.stderr
+        ctl("restore")
         assert [monitor.round() for _ in range(stated)][-1].alarms == ["harmful"]
         prompts = [json.loads(line)["prompt"] for line in (tmp_path / "probes.jsonl").read_text().splitlines()]
         written = (tmp_path / "server.log").read_text() + (tmp_path / "watch.db").read_bytes().decode("latin-1")

@@ -1,0 +1,78 @@
+"""One look of `sku monitor` at a server, as JSON and as metrics."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Series:
+    """What is known about one series after a round; rates are None while nothing was counted."""
+
+    name: str
+    hits: int
+    n: int
+    rate: float | None
+    low: float
+    high: float
+    rounds: int
+    watched: bool
+    tolerated: float | None = None
+    evidence: float | None = None
+    threshold: float | None = None
+    alarm: bool = False
+    notice_within: int | None = None
+    trend: dict[str, float] | None = None
+    change_point: dict[str, float] | None = None
+
+
+@dataclass(slots=True)
+class Round:
+    """One look at the server; `alarms` names the series above their tolerated rate, `error` says why the server could not be asked."""
+
+    number: int
+    time: float
+    series: list[Series] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def alarms(self) -> list[str]:
+        return [series.name for series in self.series if series.alarm]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "round": self.number,
+            "time": self.time,
+            "alarms": self.alarms,
+            "error": self.error,
+            "series": [asdict(series) for series in self.series],
+        }
+
+
+def export(latest: Round, outcomes: dict[str, int]) -> Any:
+    """A prometheus_client registry of the latest round: `sku_monitor_*`, label `series` (bounded by arms and probe kinds)."""
+    from prometheus_client import CollectorRegistry, Gauge
+
+    registry = CollectorRegistry()
+
+    def gauge(name: str, text: str, label: str | None = "series") -> Gauge:
+        return Gauge(f"sku_monitor_{name}", text, [label] if label else [], registry=registry)
+
+    numbers = {
+        "rate": gauge("rate", "Share of hits in the latest round."),
+        "tolerated": gauge("tolerated_rate", "Rate a quiet server is granted."),
+        "evidence": gauge("evidence", "Detector statistic; an alarm is raised at the threshold."),
+        "threshold": gauge("threshold", "Statistic at which an alarm is raised."),
+        "n": gauge("probes", "Answers counted in the latest round."),
+        "alarm": gauge("alarm", "1 while the series is above its tolerated rate."),
+    }
+    for series in latest.series:
+        for attribute, metric in numbers.items():
+            value = getattr(series, attribute)
+            if value is not None:
+                metric.labels(series.name).set(float(value))
+    rounds = gauge("rounds", "Rounds so far by outcome.", "outcome")
+    for outcome in ("done", "failed"):
+        rounds.labels(outcome).set(outcomes.get(outcome, 0))
+    gauge("last_round_timestamp_seconds", "When the latest round ended.", None).set(latest.time)
+    gauge("server_up", "1 if the latest round got all its answers.", None).set(latest.error is None)
+    return registry
