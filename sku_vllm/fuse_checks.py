@@ -57,4 +57,5 @@ def check_unquantised(reader: CheckpointReader, dtype: str, adapters: Sequence[L
 
 def trained_on(adapter: LoraAdapter) -> str | None:
     """How the base was quantised while this adapter was trained ("4bit"), or None."""
-    return (adapter.run.get("config") or {}).get("quantize")
+    config = adapter.run.get("config")
+    return config.get("quantize") if isinstance(config, dict) else None
