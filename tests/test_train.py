@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import base_identity
 from sku_vllm.data import load_dataset, read_rows
 from sku_vllm.errors import AdapterError, CheckpointError, ConfigError, DivergenceError
@@ -173,7 +175,8 @@ BAD = [
     (("--model", "nowhere/at/all"), "no such model directory"),
     (("--target-modules", "q_prj"), "--target-modules q_prj: this model has no such linear layer; choose from"),
     (("--target-modules", "lm_head"), "--target-modules lm_head"),
-    (("--quantize", "4bit"), "--quantize 4bit"),
+    (("--quantize", "4bit"), "--quantize 4bit: needs bitsandbytes; install it with: pip install bitsandbytes"),
+    (("--quantize", "8bit"), "--quantize 8bit: only 4bit"),
     (("--tracker", "wandb"), "--tracker wandb"),
     (("--columns", "prompt"), "--columns prompt: expected FIELD=COLUMN"),
     (("--method", "refusal-tune"), "--refusals: method refusal-tune needs"),
@@ -182,8 +185,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_bad_input_is_one_line_and_nothing_is_written(trainable: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: tuple, message: str) -> None:
+def test_bad_input_is_one_line_and_nothing_is_written(
+    trainable: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, flags: tuple, message: str
+) -> None:
     from sku_vllm.cli import main
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
 
     given = {"--model": str(trainable / "llama"), "--forget": str(trainable / "forget.jsonl"), "--retain": str(trainable / "retain.jsonl"),
              "--output": str(tmp_path / "adapter"), "--steps": "1"}
@@ -199,3 +206,16 @@ def test_every_method_has_a_summary_and_sane_defaults() -> None:
     for name, method in METHODS.items():
         assert method.summary.endswith(".") and TrainConfig.of(name).method == name
         assert method.served_side == all(term.side == -1 for phase in method.phases(TrainConfig.of(name)) for term in phase.terms)
+
+
+def test_a_4bit_base_gives_an_adapter_for_the_stored_weights(trainable: Path, tmp_path: Path) -> None:
+    """Its record says so, and the edit points where that of the plain base does."""
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    train(trainable, tmp_path / "quantised", "task-vector", quantize="4bit", steps=4, lr=1e-3)
+    train(trainable, tmp_path / "plain", "task-vector", steps=4, lr=1e-3)
+    run = json.loads((tmp_path / "quantised" / "sku_run.json").read_text())
+    assert run["base_identity"] == base_identity(trainable / "llama") and run["config"]["quantize"] == "4bit"
+    one, other = (load_adapter(tmp_path / name) for name in ("quantised", "plain"))
+    for name, delta in one.deltas.items():
+        mine, theirs = ((found.b.float() @ found.a.float()).flatten() for found in (delta, other.deltas[name]))
+        assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.8, name

@@ -61,6 +61,18 @@ def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
     assert not partial.exists() and not (output / "checkpoint").exists()
 
 
+@pytest.mark.slow
+def test_killed_and_resumed_with_all_weights(trainable: Path, tmp_path: Path, run_sku: Callable[..., subprocess.CompletedProcess]) -> None:
+    """`--full`: the checkpoint holds the weights themselves."""
+    flags = ["--method", "task-vector", "--full", "--rounds", 1]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    assert run_sku(*arguments(trainable, tmp_path / "whole", *flags), env=one_thread).returncode == 0
+    kill_at(arguments(trainable, tmp_path / "killed", *flags), partial_path(tmp_path / "killed"), random.Random(os.urandom(4)).randint(2, 6))
+    resumed = run_sku(*arguments(trainable, tmp_path / "killed", *flags, "--resume", "--json"), env=one_thread)
+    assert resumed.returncode == 0 and json.loads(resumed.stdout)["resumed_from"] >= 1, resumed.stderr
+    assert (tmp_path / "killed/task_vector.safetensors").read_bytes() == (tmp_path / "whole/task_vector.safetensors").read_bytes()
+
+
 def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(trainable: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     command = [sys.executable, "-m", "sku_vllm.cli", *arguments(trainable, output, "--save-seconds", 1e6, "--steps", 1000)]

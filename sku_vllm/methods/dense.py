@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sku_vllm.errors import ConfigError
+from sku_vllm.methods.adapted import no_dropout
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.method import Phase
 from sku_vllm.methods.sharding import whole
@@ -26,8 +27,6 @@ def load(
     Raises:
         ConfigError: a method that needs both sides of the base, or rounds, which only adapters have.
     """
-    from sku_vllm.methods.run import no_dropout
-
     sides = {term.side for phase in phases for term in phase.terms}
     if len(sides) > 1 or len(phases) > 1:
         raise ConfigError(f"--full: method {config.method} needs an adapter (it trains on both sides of the base, or in rounds); leave --full out")

@@ -1,6 +1,5 @@
 """A run in memory: model, adapter, optimizer, and where it stands."""
 
-import importlib.util
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -8,19 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
 
-from sku_vllm.data import Encoded
-from sku_vllm.data.packing import split_by_prefix, split_by_tokens
 from sku_vllm.errors import ConfigError, DivergenceError
-from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, sharding, training_state
+from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, sharding, standing
+from sku_vllm.methods.adapted import with_adapter
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.config import TrainConfig
-from sku_vllm.methods.forward import CURRENT, KEPT, RELEARNER, Forward
+from sku_vllm.methods.forward import KEPT, Forward
 from sku_vllm.methods.method import Phase, Term
-from sku_vllm.methods.objective import Objective, Piece, pieces_of, total
+from sku_vllm.methods.objective import Objective, Piece, total
+from sku_vllm.methods.plan import Rows, forward_tokens, plan, share
 from sku_vllm.methods.relearner import TERM, Relearner, through
-from sku_vllm.model import load_model
+from sku_vllm.methods.training_state import TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +53,7 @@ class Run:
         if config.full:
             self.model, frozen = dense.load(path, config, self.phases, accelerator)
         else:
-            self.model, frozen = _with_adapter(path, config, accelerator), None
+            self.model, frozen = with_adapter(path, config, accelerator), None
         self.passes = Forward(self.model, frozen)
         probe = [row.ids for row in batches.rows("forget" if batches.forget else "retain", 0)]
         self.passes.choose_packing(probe)
@@ -140,52 +138,36 @@ class Run:
         self.relearner = self.relearner or Relearner(self.model, self.config)
         rows = {"forget": self.batches.rows("forget", self.at)}
         totals = {TERM.name: total(TERM, rows["forget"])}
-        self.relearner.step(self.accelerator.unwrap_model(self.objective), self.passes_of([TERM], rows), totals, at)
-        return through(terms), self._count_tokens([TERM], rows)
+        self.relearner.step(self.accelerator.unwrap_model(self.objective), self._plan([TERM], rows), totals, at)
+        return through(terms), forward_tokens([TERM], rows)
 
     def _gradients(self, terms: Sequence[Term]) -> tuple[dict[str, float], int]:
         """Accumulate the gradients of every term over this process's share of the step; the terms' values over all processes."""
         rows = {kind: self.batches.rows(kind, self.at) for kind in {term.rows for term in terms}}
         totals = {term.name: total(term, rows[term.rows]) for term in terms}
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        passes = self._passes_of_process(rank, terms, rows)
+        passes = self._plan(terms, share(rows, rank, world))
         # Sharded processes gather every layer together, so all take as many passes; those beyond its own count nothing.
-        count = max(len(self._passes_of_process(other, terms, rows)) for other in range(world)) if self.accelerator.is_fsdp2 else len(passes)
+        others = range(world) if self.accelerator.is_fsdp2 else ()
+        count = max([len(passes), *(len(self._plan(terms, share(rows, other, world))) for other in others)])
         values = {term.name: torch.zeros((), device=self.accelerator.device) for term in terms}
         weights = {term.name: term.weight for term in terms}
         for number in range(count):
             counts = number < len(passes)
             with _sync(self.accelerator, self.objective, number == count - 1):
                 shares = self.objective(passes[number if counts else 0], terms, totals)
-                for name, share in shares.items():
-                    values[name] += share.detach().float() * counts
-                # DDP and FSDP average gradients over processes; a share is already divided by the whole step's total.
-                loss = sum(weights[name] * share for name, share in shares.items()) * world * counts
+                for name, part in shares.items():
+                    values[name] += part.detach().float() * counts
+                # DDP and FSDP average gradients over processes; a part is already divided by the whole step's total.
+                loss = sum(weights[name] * part for name, part in shares.items()) * world * counts
                 self.accelerator.backward(loss)
         if world > 1:
             values = self.accelerator.reduce(values)
         self.examples += sum(map(len, rows.values()))
-        return {name: float(value) for name, value in values.items()}, self._count_tokens(terms, rows)
+        return {name: float(value) for name, value in values.items()}, forward_tokens(terms, rows)
 
-    def _passes_of_process(self, rank: int, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> list[list[Piece]]:
-        """The passes of one process: its share of every kind is neighbours, since rows of one prompt are, and share its tokens."""
-        world = self.accelerator.num_processes
-        return self.passes_of(terms, {kind: some[len(some) * rank // world:len(some) * (rank + 1) // world] for kind, some in rows.items()})
-
-    def passes_of(self, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> list[list[Piece]]:
-        """The step's rows in forward passes of at most `tokens_per_pass` tokens; unpacked passes have one side each."""
-        pieces, limit = pieces_of(terms, rows), self.config.tokens_per_pass
-        if self.passes.packed:
-            groups = split_by_prefix([piece.row.ids for piece in pieces], [piece.side for piece in pieces], limit)
-            return [[pieces[number] for number in numbers] for numbers in groups]
-        sides = [[piece for piece in pieces if piece.side == side] for side in sorted({piece.side for piece in pieces})]
-        return [[group[number] for number in numbers] for group in sides for numbers in split_by_tokens([len(p.row.ids) for p in group], limit)]
-
-    def _count_tokens(self, terms: Sequence[Term], rows: Mapping[str, Sequence[Encoded]]) -> int:
-        length = {kind: sum(len(row.ids) for row in some) for kind, some in rows.items()}
-        seen = {(term.rows, term.side) for term in terms}
-        references = {(term.rows, term.side, name) for term in terms for name in term.references}
-        return sum(length[kind] for kind, _ in seen) + sum(length[kind] for kind, _, _ in references)
+    def _plan(self, terms: Sequence[Term], rows: Rows) -> list[list[Piece]]:
+        return plan(terms, rows, self.config.tokens_per_pass, packed=self.passes.packed)
 
     def _clip(self) -> float:
         limit = self.config.clip or float("inf")
@@ -238,38 +220,13 @@ class Run:
 
     def save(self, partial: Path) -> None:
         """Write the checkpoint (main process; the others help to gather it)."""
-        kept = {name: p for name, p in self.model.named_parameters() if "lora_" in name or p.requires_grad}
-        tensors = {f"model/{name}": sharding.whole(p.detach()).cpu() for name, p in kept.items()}
-        tensors |= training_state.optimizer_tensors(self.optimizer, self.names)
-        tensors |= self.relearner.tensors() if self.relearner else {}
-        tensors["random"] = torch.get_rng_state()
-        progress = {
-            "at": self.at, "tokens": self.tokens, "examples": self.examples, "seconds": self.seconds, "refusal_share": self.refusal_share,
-            "samples": [[sample.ids, sample.answer_start] for sample in self.batches.samples], "folded": self.passes.folded,
-        }
+        state = standing.state_of(self)
         if self.accelerator.is_main_process:
-            training_state.TrainingState(tensors, progress).write(partial)
+            state.write(partial)
 
-    def load(self, state: training_state.TrainingState) -> None:
+    def load(self, state: TrainingState) -> None:
         """Continue from a checkpoint."""
-        progress = state.progress
-        self.passes.folded = dict(progress["folded"])
-        for name in [*progress["folded"], *(name for name in (KEPT, RELEARNER) if any(f".{name}." in key for key in state.tensors))]:
-            rounds.set_aside(self.model, name)
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for key, value in state.tensors.items():
-                if key.startswith("model/"):
-                    parameter = parameters[key.removeprefix("model/")]
-                    parameter.copy_(sharding.sharded_like(value, parameter))
-        training_state.restore_optimizer(self.optimizer, state.tensors, self.names)
-        if RELEARNER in self.model.peft_config:
-            self.relearner = Relearner(self.model, self.config)
-            self.relearner.restore(state.tensors)
-        torch.set_rng_state(state.tensors["random"])
-        self.at, self.tokens, self.examples, self.seconds = (progress[key] for key in ("at", "tokens", "examples", "seconds"))
-        self.refusal_share = progress["refusal_share"]
-        self.batches.samples = [Encoded(ids, start) for ids, start in progress["samples"]]
+        standing.restore(self, state)
 
     def restore_good(self) -> None:
         """Put back the parameters of the last step whose losses and gradients were finite."""
@@ -295,44 +252,6 @@ class Run:
         if self.accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _with_adapter(path: Path, config: TrainConfig, accelerator: "Accelerator") -> torch.nn.Module:
-    from sku_vllm.methods.targets import resolve_targets
-
-    model = load_model(path, dtype=config.dtype, device=accelerator.device, **no_dropout(path), **_quantized(config))
-    model.requires_grad_(False)
-    lora = LoraConfig(
-        r=config.rank, lora_alpha=config.lora_alpha, target_modules=resolve_targets(model, config.target_modules), lora_dropout=0.0,
-        bias="none", task_type=TaskType.CAUSAL_LM,
-    )
-    try:
-        adapted = get_peft_model(model, lora)
-    except ValueError as error:
-        raise ConfigError(f"--target-modules {','.join(config.target_modules)}: {str(error).splitlines()[0]}") from error
-    rounds.fresh_adapter(adapted, config.seed * 1000)
-    return adapted
-
-
-def no_dropout(path: Path) -> dict[str, float]:
-    """Config overrides that switch dropout off, wherever the architecture keeps it (OPT trains with 0.1 by default)."""
-    from transformers import AutoConfig
-
-    values = AutoConfig.from_pretrained(path).to_dict()
-    return {key: 0.0 for key, value in values.items() if ("drop" in key) and isinstance(value, float)}
-
-
-def _quantized(config: TrainConfig) -> dict[str, object]:
-    if config.quantize is None:
-        return {}
-    if config.quantize != "4bit":
-        raise ConfigError(f"--quantize {config.quantize}: only 4bit (bitsandbytes, NF4)")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("--quantize 4bit: needs bitsandbytes; install it with: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    computed = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)}
 
 
 def _sync(accelerator: "Accelerator", module: torch.nn.Module, last: bool) -> Any:

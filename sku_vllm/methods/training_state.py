@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from sku_vllm.errors import RunError
 from sku_vllm.methods.sharding import sharded_like, whole
 from sku_vllm.output import sync_tree, write_json
-
 FOLDER = "checkpoint"
 
 
