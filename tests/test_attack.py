@@ -96,8 +96,8 @@ def test_attack_measures_every_kind(lab: Path, tmp_path: Path, run_sku: Run) -> 
     curve = [(entry["attack"], entry["steps"]) for entry in result["attacks"]["relearn"]]
     assert curve == [(name, steps) for name in ("benign", "50 % of the forget set") for steps in (0, 1, 2)]
     assert [entry["attack"] for entry in result["attacks"]["quantize"]] == ["int8", "int4"]
-    banned = ["after relearning on benign", "after relearning on 50 % of the forget set", "ban-eos"]
-    assert sorted(entry["attack"] for entry in result["attacks"]["ban-eos"]) == banned
+    banned = {"ban-eos", "after relearning on benign", "after relearning on 50 % of the forget set"}
+    assert {entry["attack"] for entry in result["attacks"]["ban-eos"]} == banned
     assert len(result["attacks"]["rephrase"]) == len(DISGUISES)
     assert all(entry["forget"]["unseen"]["greedy"]["n"] == 10 for entries in result["attacks"].values() for entry in entries)
     assert result["attacks"]["relearn"][0]["recovery"] == 0 and result["before"]["retain"]["perplexity_ratio"] == pytest.approx(1.0)
