@@ -59,7 +59,7 @@ def half_of_float(context, value):
 
 @intrinsic
 def added(context, total, value):
-    """total + value, the one sum that may be reordered: into vector lanes. Anything more would let W − Δ be rearranged, or NaN assumed away."""
+    """total + value, the one sum that may be reordered, into vector lanes: anywhere else that could rearrange W − Δ."""
     return types.float32(types.float32, types.float32), lambda ctx, builder, signature, args: builder.fadd(*args, flags=("reassoc", "nsz"))
 
 
@@ -158,8 +158,9 @@ def _round_rows(old, delta, new, row, ratio, where, bits, sums):
 
 
 def _compiled():
+    f32s, i64s, f64s = types.float32[:, ::1], types.int64[::1], types.float64[::1]
     signatures = [
-        types.int64(half[:, ::1], types.float32[:, ::1], half[:, ::1], half[::1], types.float32, types.int64[::1], half[::1], types.float64[::1])
+        types.int64(half[:, ::1], f32s, half[:, ::1], half[::1], types.float32, i64s, half[::1], f64s)
         for half in (types.uint16, types.int16)
     ]
     try:
