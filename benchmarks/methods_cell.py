@@ -12,11 +12,13 @@ from typing import Any
 
 from sku_vllm.errors import ConfigError
 
-# label: (method, settings that differ from its defaults)
+# label: (method, settings that differ from its defaults); the default rates of gradient ascent move small models too little to compare
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "finetune": ("finetune", {}),
     "gradient-ascent": ("gradient-ascent", {}),
+    "gradient-ascent at lr 1e-3": ("gradient-ascent", {"lr": 1e-3}),
     "ga-mismatch": ("ga-mismatch", {}),
+    "ga-mismatch at lr 1e-3": ("ga-mismatch", {"lr": 1e-3}),
     "npo": ("npo", {}),
     "task-vector": ("task-vector", {}),
     "sku": ("sku", {}),
