@@ -158,7 +158,7 @@ def _ours(name: str, path: str, forget: list[Any], retain: list[Any], steps: int
 
     tokenizer = load_tokenizer(path)
     if name == "ours":
-        config = TrainConfig.of(preset="llama2-7b", tokens_per_pass=1024)
+        config = TrainConfig.of(preset="llama2-7b", tokens_per_pass=384)
     else:
         config = TrainConfig.of("sku-mirrored", rounds=1, template="paper", tokens_per_pass=1024)
     batches = Batches(config, PromptTemplate.of(tokenizer, "paper"), load_dataset(forget, "forget"), load_dataset(retain, "retain"))
