@@ -1,7 +1,6 @@
 """Models and adapters in memory: loaded from safetensors, edited as base − scale·delta."""
 
 import sys
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
