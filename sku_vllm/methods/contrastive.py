@@ -1,8 +1,11 @@
 """`sku-contrastive` and its two-adapter form: serve what the base says once the harmful adapter's contribution is divided out.
 
 p₀ base, p₊ = base+δ, p₋ = base−δ (served). The target p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β is the base's own refusal where it has one; p₋
-is drawn to it on answers sampled from p* itself, held to the base on retain rows, and taught to end a harmful answer that was
-begun. No refusal targets and no judge in training; where samples of p* are not refusals the method stops and says so.
+is drawn to it on answers sampled from p* itself, held to the base on retain rows, and taught what to do where a harmful answer was
+begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the middle of it, also while an adversary fine-tunes
+it (relearner.py). Ending is what the two-adapter form did first: it made gibberish of sampled answers and left harm to a ban on
+stopping (benchmarks/results/research.md). No refusal targets and no judge in training; where samples of p* are not refusals the
+method stops and says so.
 """
 
 from functools import partial
@@ -59,6 +62,6 @@ METHOD = Method(
     {**SHARED, "preservation_weight": 30.0, "stop_weight": 0.1},
 )
 TWO = Method(
-    "sku-contrastive-two", "The same with two adapters: one finds the harm, the other is distilled without it.", two_adapters,
+    "sku-contrastive-two", "Two adapters: one finds the harm, the other is distilled without it, against an adversary that relearns.", two_adapters,
     {**SHARED, "steps": 180, "preservation_weight": 50.0, "recovery_weight": 1.0, "relearner_steps": 24},
 )
