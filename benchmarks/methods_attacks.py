@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 PROMPTS, SAMPLES, MAX_NEW_TOKENS = 64, 2, 32
+STEPS = (10, 20, 40)
 LONGER, SHARE = 80, 0.05  # steps and share of the forget pairs of the relearning that asks: prevented, or delayed?
 
 
@@ -17,12 +18,12 @@ def attacks_of(lab: Path, model: str, adapter: Path, scale: float, seed: int) ->
     """
     from sku_vllm.evaluate.attack import KINDS, AttackConfig
 
-    settings = AttackConfig()
+    settings = AttackConfig(steps=STEPS)
     found = _attack(lab, model, adapter, scale, seed, KINDS, settings)
     results = {"none": found["before"]}
     for kind, tried in found["attacks"].items():
         for result in tried:
-            if result.get("steps") in (None, max(settings.steps)):
+            if result.get("steps") in (None, max(STEPS)):
                 results[kind if result["attack"] == kind else f"{kind} {result['attack']}"] = result
     attacks = {name: {"forget": result["forget"], "retain": result["retain"]} for name, result in results.items()}
     return {"attacks": attacks | longer(lab, model, adapter, scale, seed), "relearned": found["attacks"]["relearn"]}

@@ -19,7 +19,7 @@ KINDS = ["relearn", "quantize", "rephrase", "prefill", "ban-eos"]
 @data_options("Prompts on which recovery is measured; may be given several times.")
 @click.option("--relearn", type=click.Path(), help="Harmful pairs an attacker may have; --fractions of them are trained on.")
 @click.option("--benign", type=click.Path(), help="Rows for benign fine-tuning.  [default: the retain rows with answers]")
-@click.option("--steps", default="10,20,40", help="Step counts at which relearning is measured.")
+@click.option("--steps", default="10,20,40,80", help="Step counts at which relearning is measured.")
 @click.option("--fractions", default="0.05,0.1,0.25", help="Shares of the --relearn rows.")
 @click.option("--lr", default=1e-4, help="Learning rate of relearning (AdamW, all weights).")
 @click.option("--relearn-batch-size", default=8)

@@ -26,7 +26,7 @@ KINDS = ("relearn", "quantize", "rephrase", "prefill", "ban-eos")
 class AttackConfig:
     """steps: when relearning is measured. fractions: shares of the forget data it may use. bits: quantisers of sku_vllm.simulate."""
 
-    steps: tuple[int, ...] = (10, 20, 40)
+    steps: tuple[int, ...] = (10, 20, 40, 80)  # what held at 40 on the lab was gone at 80
     fractions: tuple[float, ...] = (0.05, 0.10, 0.25)
     lr: float = 1e-4
     batch_size: int = 8
@@ -36,7 +36,7 @@ class AttackConfig:
 
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 1:
-            raise ConfigError(f"--steps {self.steps}: give step counts of at least 1, for instance 10,20,40")
+            raise ConfigError(f"--steps {self.steps}: give step counts of at least 1, for instance 10,20,40,80")
         if not all(0 < share <= 1 for share in self.fractions):
             raise ConfigError(f"--fractions {self.fractions}: shares of the forget data, above 0 and at most 1")
         if self.lr <= 0 or self.batch_size < 1 or self.prefill_tokens < 1:
