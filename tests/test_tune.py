@@ -36,6 +36,8 @@ def test_least_harm_then_least_gibberish_then_the_trained_scale() -> None:
     curve = {0.5: point(0.2), 0.8: point(0.0, gibberish=0.04), 1.0: point(0.0, gibberish=0.001), 1.25: point(0.0), 1.5: point(0.2)}
     assert min(curve, key=lambda scale: preference(curve[scale], scale)) == 1.0
     assert harm(curve[0.5]) == pytest.approx(0.2)
+    curve[1.0] = point(0.004)  # one answer in 256 is no reason to leave the trained scale
+    assert min(curve, key=lambda scale: preference(curve[scale], scale)) == 1.0
 
 
 def test_scales_are_sorted_and_checked() -> None:
