@@ -82,6 +82,23 @@ def test_same_numbers_as_the_harness_itself(lab: Path, broken: Path, task: Path)
     assert 0 < ours["acc"]["stderr"] < 0.2
 
 
+@pytest.mark.slow
+def test_same_numbers_as_the_harness_itself_on_vllm(lab: Path, broken: Path, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines one after the other, then the harness's own."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    ours = {row["metric"]: row for row in bridge.run(broken, [str(task)], base=lab / "llama", backend="vllm", dtype="float32")}
+    manager = TaskManager(include_path=str(task.parent), include_defaults=False)
+    arguments = {"pretrained": str(broken), "dtype": "float32", "gpu_memory_utilization": 0.8}
+    direct = lm_eval.simple_evaluate("vllm", model_args=arguments, tasks=["lab_facts"], task_manager=manager)["results"]["lab_facts"]
+    for metric in ("acc", "acc_norm"):
+        assert ours[metric]["edited"] == direct[f"{metric},none"]
+        assert ours[metric]["edited_stderr"] == pytest.approx(direct[f"{metric}_stderr,none"])
+    assert ours["acc"]["base"] > 0.8 and ours["acc"]["difference"] < 0 and 0 < ours["acc"]["stderr"] < 0.2
+
+
 def test_through_the_command_and_into_the_report(lab: Path, broken: Path, task: Path, tmp_path: Path, run_sku: Callable) -> None:
     for name in ("forget/unseen", "retain/validation"):
         (tmp_path / f"{name.split('/')[0]}.jsonl").write_text("".join((lab / f"{name}.jsonl").read_text().splitlines(keepends=True)[:8]))

@@ -1,7 +1,9 @@
 """Standard benchmarks through lm-evaluation-harness: base and edited model side by side, with the difference and its standard error."""
 
 import gc
+import importlib.metadata
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,9 +105,10 @@ def _language_model(
             raise ConfigError(
                 "--lm-eval --backend vllm: takes a checkpoint, not an --adapter; fuse it first (sku fuse) and give --model and --base"
             )
-        from lm_eval.models.vllm_causallms import VLLM
-
-        return VLLM(pretrained=str(model), dtype=dtype, revision=revision, batch_size=batch_size, gpu_memory_utilization=0.8)
+        # stdout belongs to --json; on a CPU vLLM would take nearly all of the memory for its cache.
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        return _vllm_class()(pretrained=str(model), dtype=dtype, revision=revision, batch_size=batch_size, gpu_memory_utilization=0.8)
     from lm_eval.models.huggingface import HFLM
 
     from sku_vllm.model import attach_adapter, load_model, load_tokenizer
@@ -114,6 +117,24 @@ def _language_model(
     if adapter:
         loaded = attach_adapter(loaded, str(adapter), scale, any_base=any_base, as_is=as_is)
     return HFLM(pretrained=loaded, tokenizer=load_tokenizer(str(model), revision), backend="causal", batch_size=batch_size)
+
+
+def _vllm_class() -> Any:
+    """The harness's vLLM model. It asks for the version of the distribution `vllm`, which the CPU build (`vllm-cpu`) does not go by."""
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+
+        current_platform.device_type  # noqa: B018 (vLLM looks for its own distribution to find out; that has to happen before)
+    except ImportError as error:
+        raise ConfigError(f"--backend vllm: vLLM cannot be imported ({error}); pip install 'sku-vllm[gpu]' or '[cpu]'") from error
+    known = importlib.metadata.version
+    importlib.metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+    try:
+        from lm_eval.models.vllm_causallms import VLLM  # keeps the function it finds now
+    finally:
+        importlib.metadata.version = known
+    return VLLM
 
 
 def _evaluate(lm: Any, *, tasks: Sequence[str], task_manager: Any, limit: int | None, num_fewshot: int | None, seed: int) -> dict[str, Any]:
@@ -131,6 +152,8 @@ def _evaluate(lm: Any, *, tasks: Sequence[str], task_manager: Any, limit: int | 
         fewshot_random_seed=seed,
         bootstrap_iters=1000,
     )
+    if hasattr(lm, "model") and hasattr(lm.model, "llm_engine"):
+        lm.model.llm_engine.engine_core.shutdown()  # the next engine needs its memory
     return {"groups": {}, **found}
 
 
