@@ -55,9 +55,9 @@ def _show(result: dict[str, Any], output: str) -> None:
     click.echo(f"""
 What to type next:
   cd {output}
-  sku report eval/* fused adapters/* --output report.html
+  sku report eval/* fused adapters/* --serving-dtype float32 --output report.html
   sku serve --model {files['model']} --arm original=base --arm negated=lora:{files['adapter']}@{result['scale']:g} \\
-    --split original=0.5,negated=0.5 --judge lexicon:lab/lexicon.json
+    --dtype float32 --split original=0.5,negated=0.5 --judge lexicon:lab/lexicon.json
   sku train --help    # the same on your own model and your own two files""")
 
 
