@@ -93,3 +93,12 @@ def test_engines_that_cannot_be_saved_by_name_are_refused(
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ConfigError, match=message):
         alone(tmp_path / "no", trainable, method="sku")
+
+
+@pytest.mark.slow
+def test_a_method_that_draws_answers_is_refused_in_shards(lab: Path, tmp_path: Path) -> None:
+    sets = ["--forget", lab / "forget/train.jsonl", "--retain", lab / "retain/train.jsonl"]
+    flags = command(FSDP2, tmp_path / "no", lab, "--method", "sku-contrastive-two", *sets)
+    done = subprocess.run(flags, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode and "error: --method sku-contrastive-two: draws answers from the model" in done.stderr
+    assert list(tmp_path.iterdir()) == []

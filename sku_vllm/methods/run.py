@@ -49,6 +49,10 @@ class Run:
                 f"--batch-size {config.batch_size}: counts rows over all {accelerator.num_processes} processes, and each needs one; "
                 f"give at least {accelerator.num_processes}"
             )
+        if accelerator.is_fsdp2 and any(phase.sample_at is not None for phase in self.phases):
+            raise ConfigError(
+                f"--method {config.method}: draws answers from the model, which FSDP2 keeps in shards; use DDP (--multi_gpu), or --method sku-mirrored"
+            )
         torch.manual_seed(config.seed)
         if config.full:
             self.model, frozen = dense.load(path, config, self.phases, accelerator)
@@ -195,13 +199,9 @@ class Run:
         prompts = {tuple(self.batches.template.prompt_ids(row)): None for row in self.batches.forget}
         order = self.batches._random("prompts").permutation(len(prompts))
         listed = list(prompts)
-        if self.accelerator.is_fsdp2:
-            self.objective.unshard()  # generation calls the model itself, not the objective that would gather head and embeddings
         samples = sampling.draw_contrastive(
             self.passes, [list(listed[number]) for number in order], self.config, self.batches.template.stop_ids
         )
-        if self.accelerator.is_fsdp2:
-            self.objective.reshard()
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
