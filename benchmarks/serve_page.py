@@ -69,7 +69,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{model['ratio']:.0f}x (goal 100x), {model['ratio_stalled']:.0f}x by the wait",
         f"- answers the stalled judge made us drop: {result['dropped_by_stalled_judge']:.0f}, counted",
     ]
-    if "soak" in result:
+    if result.get("soak"):  # 0 where none was asked for
         soak = result["soak"]
         lines.append(
             f"- soak: {soak['requests']} requests over {soak['swaps']} swaps, {soak['errors']} errors, "
