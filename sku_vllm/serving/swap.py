@@ -155,11 +155,11 @@ def edits(model: str, source: dict[str, Any]) -> "dict[str, list[Placed]]":
 
 
 def subtract(tensor: Any, placed: "list[Placed]") -> Any:
-    """round(tensor − Σ scale·delta), by the package's own definition of a merge, so a swap equals a fuse bit for bit."""
-    from sku_vllm.kernels.delta_merge import delta_merge_reference
+    """round(tensor − Σ scale·delta), by the merge that a fuse on this machine's CPU uses."""
+    from sku_vllm.kernels.delta_merge import Merge, delta_merge
     from sku_vllm.placement import matrix_shape
     from sku_vllm.writer import terms_of
 
     matrix = tensor.reshape(matrix_shape(tensor.shape)).clone()
-    delta_merge_reference(matrix, [term for edit in placed for term in terms_of(edit, 0, len(matrix))])
+    delta_merge([Merge(matrix, [term for edit in placed for term in terms_of(edit, 0, len(matrix))])])
     return matrix.reshape(tensor.shape)
