@@ -45,7 +45,7 @@ def measure(models: list[str], ranks: list[int], layers: int | None, runs: int) 
     """{"device", "machine", "rows": [{"model", "rank", "layers", "gb", "copy", "delta_merge", "addmm_", "peft"}]}; seconds are medians."""
     import torch
 
-    from sku_vllm.benchmarks.bench_fuse import machine
+    from sku_vllm.benchmarks.machine import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []

@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 
 from sku_vllm.benchmarks.fuse_inputs import RANK, SHARDS, SIZES, make_adapter, make_base
+from sku_vllm.benchmarks.machine import machine
 from sku_vllm.cli.options import log, print_json, sku_command
 
 PEFT_SCRIPT = """
@@ -242,20 +243,6 @@ def run_mergekit(python: str, base: Path, adapter: Path, target: Path) -> dict:
     seconds = timed(lambda: subprocess.run(command, check=True, capture_output=True))
     shutil.rmtree(str(target) + "-lora", ignore_errors=True)
     return {"seconds": seconds, "wall": seconds}
-
-
-def machine() -> dict:
-    from sku_vllm.output import versions
-
-    with open("/proc/cpuinfo", encoding="ascii") as info:
-        model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown")
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 1),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "versions": versions(),
-    }
 
 
 def markdown(results: dict) -> str:

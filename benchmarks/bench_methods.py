@@ -88,7 +88,6 @@ def attack_all(work: Path, world: int, keys: Sequence[Key]) -> None:
 
 def search_all(work: Path, world: int, keys: Sequence[Key], samples: int) -> None:
     """Search a scale a layer, from the scales chosen for the cells."""
-    from sku_vllm.benchmarks.methods_goals import goals_table
     from sku_vllm.benchmarks.methods_layers import layers_of_cell
 
     cells, done = kept(work / "cells.jsonl"), kept(work / "layers.jsonl")

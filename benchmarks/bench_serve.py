@@ -37,7 +37,8 @@ def command(json_output: bool, output: str | None, **settings: Any) -> None:
     """Alias against direct, judging, swaps, and original, LoRA, fused and swapped side by side."""
     from sku_vllm.benchmarks.serve_cost import middleware_cost
     from sku_vllm.benchmarks.serve_load import Load, make_model
-    from sku_vllm.benchmarks.serve_page import machine, markdown
+    from sku_vllm.benchmarks.machine import machine
+    from sku_vllm.benchmarks.serve_page import markdown
     from sku_vllm.errors import ConfigError
     from sku_vllm.output import record
 

@@ -6,7 +6,6 @@ and the medians count. Memory is counted above what the imports alone take.
 """
 
 import json
-import platform
 import random
 import resource
 import statistics
@@ -14,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import click
 
+from sku_vllm.benchmarks.machine import machine
 from sku_vllm.cli.options import log, print_json, sku_command
 
 VOCABULARY, PADDED = 32_000, 512
@@ -40,7 +39,7 @@ CONTENDERS = {  # contender: (steps it takes a round, what it is)
 @click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results.")
 def command(architectures: str, rounds: int, layers: int, threads: int, output: str | None, json_output: bool) -> None:
     """Examples a second, peak memory and cost a token, as ratios measured side by side."""
-    results = {"machine": _machine(), "rounds": rounds, "architectures": {}}
+    results = {"machine": machine(), "rounds": rounds, "architectures": {}}
     with tempfile.TemporaryDirectory() as work:
         for architecture in architectures.split(","):
             make_model(Path(work) / architecture, architecture, layers)
@@ -191,13 +190,6 @@ def _plain_lora(path: str, forget: list[Any], retain: list[Any], steps: int) -> 
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _machine() -> dict[str, Any]:
-    from sku_vllm.output import versions
-
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "date": date.today().isoformat(), "versions": versions()}
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samp
     """Where no scale qualifies, the least one is measured on test data and the cell says so."""
     from sku_vllm.data import load_dataset
     from sku_vllm.errors import RunError
-    from sku_vllm.evaluate.limits import Limits, preference
+    from sku_vllm.evaluate.limits import Limits, choose
     from sku_vllm.methods import TrainConfig, train_adapter
 
     lab, adapter = lab_of(work, world, model), adapter_path(work, model, label, seed)
@@ -87,11 +87,11 @@ def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samp
     for scale in SCALES:
         point = measured(scale, ("validation",), "validation", 1)
         curve.append({"scale": scale, **point, "excess": limits.excess(point, base)})
-    fit = [point for point in curve if not point["excess"]]
-    chosen = min(fit, key=lambda point: preference(point, point["scale"])) if fit else curve[0]
+    best = choose(curve)
+    chosen = best or curve[0]
     base, test = base_rates(lab, model, "test", samples), measured(chosen["scale"], SETS, "test", samples)
     seconds = {"training": trained - begun, "measuring": time.process_time() - trained}
-    return cell | {"scale": chosen["scale"], "qualifies": bool(fit), "curve": curve, "base": base, "test": test, "cpu_seconds": seconds}
+    return cell | {"scale": chosen["scale"], "qualifies": best is not None, "curve": curve, "base": base, "test": test, "cpu_seconds": seconds}
 
 
 def measurer(lab: Path, model: str, adapter: Path | None, seed: int) -> Measure:

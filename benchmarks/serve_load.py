@@ -12,36 +12,15 @@ from typing import Any
 
 import click
 
+from sku_vllm.benchmarks.random_llama import save_random_llama
+
 
 def make_model(work: Path) -> tuple[Path, Path]:
     """A random Llama of 6M parameters with a word-level tokenizer, and a rank-16 adapter on all linear layers."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(2044))]
-    rules = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    rules.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-        max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )).float()
-    with torch.no_grad():
-        for weight in llama.parameters():
-            if weight.dim() > 1:
-                weight.mul_(4)
-    llama.save_pretrained(work / "base")
-    tokenizer.save_pretrained(work / "base")
-    adapted = get_peft_model(llama, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(0, 0.05)
-    adapted.save_pretrained(work / "adapter")
-    return work / "base", work / "adapter"
+    return save_random_llama(
+        work, words=2044, gain=4, rank=16, spread=0.05,
+        hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+    )
 
 
 class Load:

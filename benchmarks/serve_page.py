@@ -1,31 +1,6 @@
 """The results of `sku bench serve` as one page."""
 
-import contextlib
-import datetime
-import os
-import platform
-from pathlib import Path
 from typing import Any
-
-
-def machine() -> dict[str, Any]:
-    from sku_vllm.output import versions
-
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader, checkpoint_directory
-from sku_vllm.errors import CheckpointError, ConfigError, RunError
+from sku_vllm.errors import ConfigError, RunError
 from sku_vllm.fp8 import contents_of, find_scales
 from sku_vllm.fuse_checks import check_device, check_flags, check_unquantised
 from sku_vllm.fuse_report import FuseReport, build_manifest, build_report, write_card

@@ -109,19 +109,26 @@ class OpenShard:
         return True
 
     def _copy_range(self, file: Path, source: int, target: int, count: int) -> bool:
-        while count:
-            try:
-                copied = os.copy_file_range(self._sources[file], self.target, count, source, target)
-            except OSError as error:
-                if error.errno in NOT_HERE:
-                    return False
-                raise
-            if copied == 0:
-                if os.fstat(self._sources[file]).st_size < source + count:
-                    raise CheckpointError(f"{file}: ended at byte {source}; it changed while it was read, start again")
-                return False
-            source, target, count = source + copied, target + copied, count - copied
-        return True
+        copied = copy_in_kernel(self._sources[file], self.target, source, target, count)
+        if copied < count and os.fstat(self._sources[file]).st_size < source + count:
+            raise CheckpointError(f"{file}: ended at byte {source + copied}; it changed while it was read, start again")
+        return copied == count
+
+
+def copy_in_kernel(source: int, target: int, offset: int, at: int, count: int) -> int:
+    """Copy bytes [offset, offset + count) of one file to `at` in another; how many were, before the end or where that is not offered."""
+    done = 0
+    while done < count:
+        try:
+            copied = os.copy_file_range(source, target, count - done, offset + done, at + done)
+        except OSError as error:
+            if error.errno in NOT_HERE:
+                break
+            raise
+        if not copied:
+            break
+        done += copied
+    return done
 
 
 def write_all(descriptor: int, view: memoryview, offset: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sku_vllm.checkpoint import CheckpointReader
-from sku_vllm.open_shard import NOT_HERE
+from sku_vllm.open_shard import copy_in_kernel
 from sku_vllm.shards import data_ranges
 
 # The sample: 1/256 of the data but enough to outweigh the sync's own latency, copied three times, of which the fastest counts:
@@ -49,23 +49,13 @@ def estimate_copy(reader: CheckpointReader, directory: Path) -> PlainCopy | None
 def _timed(ranges: list[tuple[int, int, int]], target: int, left: int) -> float:
     """Seconds to copy the first `left` bytes of `ranges` (file, start, stop) into an emptied file, and to sync it."""
     os.ftruncate(target, 0)
-    os.lseek(target, 0, os.SEEK_SET)
-    began = time.perf_counter()
+    began, at = time.perf_counter(), 0
     for source, start, stop in ranges:
-        _copy(source, target, start, min(left, stop - start))
-        left = max(left - (stop - start), 0)
+        count = min(left, stop - start)
+        copied = copy_in_kernel(source, target, start, at, count)
+        os.lseek(target, at + copied, os.SEEK_SET)
+        while copied < count and (sent := os.sendfile(target, source, start + copied, count - copied)):
+            copied += sent
+        at, left = at + copied, left - count
     os.fsync(target)
     return time.perf_counter() - began
-
-
-def _copy(source: int, target: int, offset: int, count: int) -> None:
-    while count:
-        try:
-            copied = os.copy_file_range(source, target, count, offset)
-        except OSError as error:
-            if error.errno not in NOT_HERE:
-                raise
-            copied = os.sendfile(target, source, offset, count)
-        if not copied:
-            return
-        offset, count = offset + copied, count - copied

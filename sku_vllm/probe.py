@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from sku_vllm.arm_metrics import parse
 from sku_vllm.errors import RunError
 
 # What a traffic series is made of: judged answers and the harmful ones among them.
@@ -83,18 +84,12 @@ def fetch(url: str, data: bytes | None = None, headers: Mapping[str, str] | None
 
 
 def _scraped(url: str, timeout: float) -> list[tuple[str, str, float]]:
-    from prometheus_client.parser import text_string_to_metric_families
-
-    fields = {name: field for field, name in COUNTERS.items()}
     try:
-        return [
-            (fields[sample.name], sample.labels.get("arm", ""), sample.value)
-            for family in text_string_to_metric_families(fetch(url, timeout=timeout))
-            for sample in family.samples
-            if sample.name in fields
-        ]
+        found = parse(fetch(url, timeout=timeout))
     except ValueError as error:
         raise RunError(f"{url}: not Prometheus text; give the address of the server's /metrics") from error
+    samples = [(field, labels, value) for field, name in COUNTERS.items() for labels, value in found.get(name, {}).items()]
+    return [(field, dict(labels).get("arm", ""), value) for field, labels, value in samples]
 
 
 def _queried(url: str, timeout: float) -> list[tuple[str, str, float]]:

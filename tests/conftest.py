@@ -78,34 +78,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base/`, a random Llama of 0.5M parameters with clear argmaxes, `adapter/` (rank 8, all linear layers) and `lexicon.json`."""
     import json
 
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from sku_vllm.benchmarks.random_llama import save_random_llama
 
     place = tmp_path_factory.mktemp("tiny")
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(508))]
-    rules = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    rules.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )).float()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(6)
-    model.save_pretrained(place / "base")
-    tokenizer.save_pretrained(place / "base")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(0, 0.1)
-    adapted.save_pretrained(place / "adapter")
+    save_random_llama(
+        place, words=508, gain=6, rank=8, spread=0.1,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    )
     (place / "lexicon.json").write_text(json.dumps({"harmful": [f"w{number}" for number in range(0, 508, 7)], "refusal": ["w3"]}))
     return place
 

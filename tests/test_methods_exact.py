@@ -14,7 +14,7 @@ from sku_vllm.methods import METHODS, TrainConfig, chunked, losses
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.forward import RELEARNED
 from sku_vllm.methods.method import Term
-from sku_vllm.methods.relearner import TERM, Relearner, through
+from sku_vllm.methods.relearner import TERM
 from sku_vllm.methods.run import Run
 from sku_vllm.methods.training_state import TrainingState
 from sku_vllm.model import load_tokenizer

@@ -1,7 +1,7 @@
 """What a negated model may cost, and which of several models does the least harm within that."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,6 +53,12 @@ def preference(measured: Mapping[str, Any], scale: float = 1.0) -> tuple[float, 
     One answer in 256 once chose 0.75 over 1.0, and with it a model that relearned five times as much.
     """
     return round(harm(measured), 2), round(worst(measured, "gibberish"), 2), abs(scale - 1.0)
+
+
+def choose(curve: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The best point of those that stay within the limits (`excess` empty), by `preference`; None where none does."""
+    fit = [point for point in curve if not point["excess"]]
+    return min(fit, key=lambda point: preference(point, point["scale"]), default=None)
 
 
 def _drop(base: float | None, now: float | None) -> float | None:

@@ -10,7 +10,7 @@ from sku_vllm.data import Row
 from sku_vllm.errors import ConfigError
 from sku_vllm.evaluate.config import EvalConfig
 from sku_vllm.evaluate.evaluate import adapter_off
-from sku_vllm.evaluate.limits import Limits, preference
+from sku_vllm.evaluate.limits import Limits, choose, preference
 from sku_vllm.evaluate.measurement import measure
 from sku_vllm.judges import Judge, load_judge
 from sku_vllm.model import attach_adapter, load_model, load_tokenizer, set_scale
@@ -92,8 +92,8 @@ def tune_scale(
         progress(f"measuring scale {scale:g}")
         found = measured(scale)
         curve.append({"scale": scale, **found, "excess": limits.excess(found, base)})
-    fit = [point for point in curve if not point["excess"]]
-    report = TuneReport(min(fit, key=lambda point: preference(point, point["scale"]))["scale"] if fit else None, curve, base)
+    best = choose(curve)
+    report = TuneReport(best["scale"] if best else None, curve, base)
     if per_layer and report.qualifies:
         from sku_vllm.evaluate.per_layer import layer_groups, layers_of
 

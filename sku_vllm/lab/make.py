@@ -8,7 +8,7 @@ from pathlib import Path
 from sku_vllm.errors import ConfigError
 from sku_vllm.lab.architectures import ARCHITECTURES
 from sku_vllm.lab.corpus import Row, forget_sets, retain_sets
-from sku_vllm.lab.world import World, make_world
+from sku_vllm.lab.world import make_world
 from sku_vllm.output import check_output, output_directory, record, write_json, write_text
 
 SHIPPED_SEED = 0

@@ -1,12 +1,9 @@
 """What a run would take, from a few real steps of it."""
 
-import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from sku_vllm.data import ForgetSet, PromptTemplate, RetainSet, Row
 from sku_vllm.methods import METHODS

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sku_vllm.checkpoint import base_identity
 from sku_vllm.data import ForgetSet, PromptTemplate, RetainSet, Row
 from sku_vllm.errors import ConfigError, DivergenceError, SkuError

@@ -6,7 +6,7 @@ from typing import Any
 
 from sku_vllm.report.charts import Line, interval_row, line_chart
 from sku_vllm.report.collect import Document
-from sku_vllm.report.format import interval, percent
+from sku_vllm.report.format import answers
 from sku_vllm.report.fragments import numbers, section, table
 
 TONES = ("t-blue", "t-soft", "t-harm", "t-green", "t-base")
@@ -84,16 +84,7 @@ def attacks_section(report: dict[str, Any]) -> str:
     parts = []
     for attack in report["attacks"]:
         rows = [
-            [
-                escape(done),
-                escape(name),
-                escape(mode),
-                percent(one["harmful"]),
-                interval(one),
-                percent(one["refusal"]),
-                percent(one["gibberish"]),
-                str(one["n"]),
-            ]
+            [escape(done), escape(name), escape(mode), *answers(one), str(one["n"])]
             for done, name, mode, one in measurements(attack)
         ]
         parts.append(

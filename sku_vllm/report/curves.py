@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from sku_vllm.report.charts import Line, line_chart
-from sku_vllm.report.format import interval, percent, ratio
+from sku_vllm.report.format import answers, percent, ratio
 from sku_vllm.report.fragments import numbers, section, table
 
 TONES = ("t-harm", "t-blue", "t-green", "t-soft", "t-base")
@@ -71,10 +71,7 @@ def trade_off_section(report: dict[str, Any]) -> str:
                     f"{p['scale']:g}",
                     escape(name),
                     escape(mode),
-                    percent(one["harmful"]),
-                    interval(one),
-                    percent(one["refusal"]),
-                    percent(one["gibberish"]),
+                    *answers(one),
                     ratio(p["retain"].get("perplexity_ratio")),
                     percent(p["retain"].get("qa_accuracy")),
                 ]

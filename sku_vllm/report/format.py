@@ -38,6 +38,11 @@ def interval(shares: dict[str, Any]) -> str:
     return MISSING if low is None or high is None else f"{100 * low:.1f}–{100 * high:.1f}{SPACE}%"
 
 
+def answers(shares: dict[str, Any]) -> list[str]:
+    """Harmful, its interval, refusal and gibberish of CONTRACTS' shares object, as cells of a table."""
+    return [percent(shares["harmful"]), interval(shares), percent(shares["refusal"]), percent(shares["gibberish"])]
+
+
 def short(text: str, length: int = 600) -> str:
     """Text cut at `length` characters, saying so."""
     return text if len(text) <= length else f"{text[:length].rstrip()} … ({len(text) - length} more characters)"
