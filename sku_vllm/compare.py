@@ -90,20 +90,23 @@ def read_judged(path: str | Path) -> Judged:
     if not file.is_file():
         raise DataError(f"{file}: no such file; give a directory that sku eval wrote, or a JSONL file that sku judge labelled")
     rows: dict[Key, list[dict[str, Any]]] = defaultdict(list)
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                label, prompt, response = row["label"], _prompt(row), row["response"]
-            except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+                label, response = row["label"], row["response"]
+                key = row.get("set", "rows"), row.get("mode", "given"), _prompt(row)
+                if not all(isinstance(text, str) for text in (*key, response)):
+                    raise TypeError("set, mode, prompt and response have to be text")
+            except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise DataError(
                     f"{file}, line {number}: not a judged row ({type(error).__name__}: {error}); label it with sku judge"
                 ) from error
             if label not in LABELS:
                 raise DataError(f"{file}, line {number}: label {label!r} is none of {', '.join(LABELS)}")
-            rows[row.get("set", "rows"), row.get("mode", "given"), prompt].append({"label": label, "response": response})
+            rows[key].append({"label": label, "response": response})
     if not rows:
         raise DataError(f"{file}: has no rows; evaluate at least one prompt")
     return rows

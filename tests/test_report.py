@@ -170,6 +170,47 @@ def test_float32_is_verified_only_where_its_serving_dtype_is_said(tmp_path: Path
     assert verdict["status"] == "not verified" and "judged in a dtype that vLLM chose" in verdict["reasons"][0]
 
 
+def test_verified_speaks_of_every_fused_file(tmp_path: Path) -> None:
+    """A second checkpoint that nobody judged is not covered by the evaluation of the first."""
+    run = make_records(tmp_path / "run")
+    shutil.copytree(run / "fused", tmp_path / "other")
+    assert build_report([run, tmp_path / "other"])["verdict"]["status"] == "verified"
+    write_weights(tmp_path / "other", 0.25)
+    assert build_report([run, tmp_path / "other"])["verdict"]["reasons"] == ("other: the fused file itself was not evaluated; run sku eval --model on it",)
+
+
+def test_of_several_evaluations_the_one_with_most_harm_in_the_serving_dtype_is_told(tmp_path: Path) -> None:
+    run = make_records(tmp_path / "run")
+    record = json.loads((run / "eval/fused/sku_eval.json").read_text())
+    for name, dtype, harm in (("worse", "bfloat16", 0.3), ("elsewhere", "float32", 0.5)):
+        write(run / "eval" / name, "eval", evaluation(harm), {**record["config"], "dtype": dtype})
+    report = build_report([run])
+    assert report["verdict"]["status"] == "verified" and report["primary"] == "eval/worse"
+    assert {check["name"]: check["state"] for check in report["verdict"]["checks"]}["Harm gone, greedy"] == "fail"
+
+
+def test_an_evaluation_without_a_verdict_on_harm_verifies_nothing(tmp_path: Path) -> None:
+    run = make_records(tmp_path / "run")
+    record = json.loads((run / "eval/fused/sku_eval.json").read_text())
+    for modes in record["forget"].values():
+        for shares in modes.values():
+            shares.update(harmful=None, harmful_low=None, harmful_high=None)
+    (run / "eval/fused/sku_eval.json").write_text(json.dumps(record))
+    verdict = build_report([run])["verdict"]
+    assert verdict["status"] == "not verified" and "says nothing about harm" in verdict["reasons"][0]
+    read(render(build_report([run]), "html"))
+
+
+def test_directories_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """`sku report base/measured safer/measured`: the facts on top are those of the edited model."""
+    run = make_records(tmp_path / "run")
+    for name, part in (("before", "base"), ("after", "fused")):
+        shutil.move(run / "eval" / part, tmp_path / name / "measured")
+    report = build_report([tmp_path / "before/measured", tmp_path / "after/measured", run / "fused"])
+    assert [e["name"] for e in report["evaluations"]] == ["before/measured", "after/measured"] and report["primary"] == "after/measured"
+    assert "<dd>0.0\u00a0%<small>worst set" in render(report, "html")
+
+
 METRICS = """# TYPE sku_requests counter
 sku_requests_total{arm="negated",outcome="ok"} 8
 sku_requests_total{arm="negated",outcome="error"} 2
@@ -220,6 +261,7 @@ def test_markdown_and_json_hold_no_forget_text_where_told(run: Path) -> None:
         assert "orrery" not in render(report, form)
     text = render(build_report([run]), "md")
     assert "**Verified.** Harmful answers fell from 60.2 % to 0.0 %." in text and "orrery" not in text
+    assert "## Attack: relearn" in text and "5 % of the forget set, 40 steps" in text and "None" not in text
     for line in re.findall(r"^\|.*\|$", text, re.M):
         assert line.count("|") >= 4
     assert json.loads(render(report, "json"))["verdict"]["status"] == "verified"
@@ -259,6 +301,49 @@ def test_command(run: Path, tmp_path: Path, run_sku: Callable) -> None:
 
 
 @pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda record: record["forget"]["seen"]["greedy"].pop("harmful"), "has no forget.seen.greedy.harmful"),
+        (lambda record: record.update(forget=[1]), "forget is list, expected an object"),
+        (lambda record: record["retain"].update(perplexity="high"), "retain.perplexity is str, expected a number"),
+        (lambda record: record.update(config=[1]), "config is list"),
+        (lambda record: record.update(lm_eval=[{"task": "x"}]), "has no lm_eval.0.metric"),
+    ],
+)
+def test_a_damaged_record_is_named_with_its_key(tmp_path: Path, damage: Callable, message: str) -> None:
+    file = write(tmp_path / "e", "eval", evaluation(0.1), {"model": "m", "judge": ["refusal"]}) / "sku_eval.json"
+    record = json.loads(file.read_text())
+    damage(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=f"sku_eval.json: {message}.*write it again"):
+        build_report([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{broken", "line 3: not a judged row"), ("[1]", "line 3"), ('{"prompt": "p", "response": "r", "label": "<img src=x>"}', "is none of harmful")]
+)
+def test_damaged_answers_are_refused_with_their_line(tmp_path: Path, line: str, message: str) -> None:
+    """Also a label that no judge gives: it would become part of the page's markup."""
+    run = make_records(tmp_path / "run")
+    file = run / "eval/fused/rows.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], line, *lines[2:]]))
+    with pytest.raises(DataError, match=message):
+        build_report([run])
+    assert build_report([run], sample_rows=0)["verdict"]["status"] == "verified"
+
+
+def test_markup_in_prompts_answers_and_names_stays_text(tmp_path: Path) -> None:
+    run = make_records(tmp_path / "run")
+    nasty = "</blockquote></details><img src=x onerror=alert(1)> \u202e 漢字 & é"
+    row = {"set": f"<b>{nasty}", "mode": "greedy", "prompt": nasty, "response": nasty, "label": "harmful"}
+    for part in ("base", "fused"):
+        (run / f"eval/{part}/rows.jsonl").write_text(json.dumps(row))
+    outline = read(render(build_report([run], title=nasty), "html"))
+    assert outline.outside == [] and "".join(outline.hidden_text).count("漢字") == 4
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [(None, "no such directory"), ("", "holds no sku_"), ("{", "not valid JSON"), ('{"schema": "other"}', "expected sku")],
 )
@@ -279,7 +364,7 @@ def test_partial_and_private_records_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("width", "scheme", "script"), [(375, "light", False), (375, "dark", True), (1280, "light", True), (1280, "dark", False)]
+    ("width", "scheme", "script"), [(360, "light", False), (360, "dark", True), (1280, "light", True), (1280, "dark", False)]
 )
 def test_in_chromium(run: Path, tmp_path: Path, width: int, scheme: str, script: bool) -> None:
     """Real Chromium (Debian package `chromium`): no request, no error, nothing wider than the screen, no overlap, readable contrast."""
@@ -319,7 +404,13 @@ def test_in_chromium(run: Path, tmp_path: Path, width: int, scheme: str, script:
         shot = page.screenshot(full_page=True, path=tmp_path / "page.png")
         assert len(shot) > 50_000
         if not script and width == 1280:
+            page.reload()
+            page.set_viewport_size({"width": 718, "height": 1000})  # A4 between the margins, at 96 dpi
             page.emulate_media(media="print")
+            clipped = page.evaluate("() => [...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))")
+            assert clipped == []
+            # Paper unfolds digests and seeds, and keeps forget-set text closed.
+            assert page.get_by_text("identity (sha256)").first.is_visible() and not page.get_by_text(SECRET).first.is_visible()
             assert len(page.pdf(format="A4")) > 20_000
         browser.close()
 

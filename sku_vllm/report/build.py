@@ -46,6 +46,7 @@ def build_report(
         if document.command == "tune"
     ]
     attacked = attacks(documents)
+    chosen = primary(judged, fused, serving_dtype)
     verdict = reach_verdict(judged, fused, tuned[-1]["limits"] if tuned else {}, attacked, serving_dtype)
     return {
         "title": title,
@@ -53,7 +54,7 @@ def build_report(
         "versions": versions(),
         "verdict": asdict(verdict),
         "evaluations": [_shown(evaluation) for evaluation in judged],
-        "primary": getattr(primary(judged), "name", None),
+        "primary": chosen.name if chosen else None,
         "tune": tuned,
         "attacks": attacked,
         "fidelity": [found for checkpoint in fused if (found := fidelity(checkpoint.document.name, checkpoint.manifest))],
@@ -70,7 +71,7 @@ def build_report(
             if document.command == "train"
         ],
         "lm_eval": [{"name": document.name, "tasks": document.data["lm_eval"]} for document in documents if document.data.get("lm_eval")],
-        "samples": samples(judged, sample_rows),
+        "samples": samples(judged, chosen, sample_rows),
         "provenance": [_origin(document, fused) for document in documents],
     }
 

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sku_vllm.errors import DataError
+from sku_vllm.report.shape import check_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ def collect(directories: Sequence[str | Path]) -> list[Document]:
     """Read the records below `directories`; a file may be named itself.
 
     Raises:
-        DataError: a directory is missing, holds no record, or a record is not JSON.
+        DataError: a directory is missing, holds no record, or a record is not what its command writes.
     """
     documents: dict[Path, Document] = {}
     for given in map(Path, directories):
@@ -38,7 +39,21 @@ def collect(directories: Sequence[str | Path]) -> list[Document]:
             raise DataError(f"{given}: holds no sku_<command>.json; give directories that sku train, tune, fuse, eval or attack wrote")
         for file in found:
             documents.setdefault(file.resolve(), _read(file, given))
-    return sorted(documents.values(), key=lambda document: (document.directory / f"sku_{document.command}.json").stat().st_mtime)
+    return sorted(_told_apart(list(documents.values())), key=lambda document: (document.directory / f"sku_{document.command}.json").stat().st_mtime)
+
+
+def _told_apart(documents: Sequence[Document]) -> list[Document]:
+    """Records of different directories that share a name are called by as much of their path as tells all directories apart."""
+    places = {document.directory.resolve() for document in documents}
+    named: dict[str, set[Path]] = {}
+    for document in documents:
+        named.setdefault(document.name, set()).add(document.directory.resolve())
+
+    def name(place: Path) -> str:
+        depth = next(n for n in range(1, len(place.parts) + 1) if sum(other.parts[-n:] == place.parts[-n:] for other in places) == 1)
+        return "/".join(place.parts[-depth:])
+
+    return [replace(one, name=name(one.directory.resolve())) if len(named[one.name]) > 1 else one for one in documents]
 
 
 def _records(given: Path) -> Iterator[Path]:
@@ -57,9 +72,11 @@ def _read(file: Path, given: Path) -> Document:
     schema = str(data.get("schema", ""))
     if not schema.startswith("sku.") or "/" not in schema:
         raise DataError(f"{file}: its schema is {schema!r}, expected sku.<command>/1; write it with a sku command")
+    command = schema[4:].split("/")[0]
+    check_record(file, command, data)
     inside = file.parent.relative_to(given) if given.is_dir() else Path()
     name = str(inside) if inside.parts else file.parent.resolve().name
-    return Document(schema[4:].split("/")[0], file.parent, name, data)
+    return Document(command, file.parent, name, data)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sku_vllm.errors import SkuError
 from sku_vllm.report.collect import Document, read_json
+from sku_vllm.report.shape import MANIFEST, check_shape
 
 Role = Literal["base", "adapter", "fused", "other"]
 
@@ -23,7 +24,10 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One `sku eval`. `identity` is the judged weights' identity; None when it was not recorded (a hub id)."""
+    """One `sku eval`. `identity` is the judged weights' identity; None when it was not recorded (a hub id).
+
+    `checkpoints` are the names of the fused checkpoints that hold the judged weights.
+    """
 
     name: str
     role: Role
@@ -38,6 +42,7 @@ class Evaluation:
     retain: dict[str, Any]
     agreement: list[dict[str, Any]] | None
     directory: Path
+    checkpoints: tuple[str, ...] = ()
 
     @property
     def edited(self) -> bool:
@@ -58,9 +63,10 @@ def evaluations(documents: Sequence[Document], fused: Sequence[Fused]) -> list[E
 def _evaluation(document: Document, bases: set[str], fused: Sequence[Fused]) -> Evaluation:
     config = document.config
     identity, model = config.get("model_identity"), str(config.get("model", ""))
+    same = tuple(one.document.name for one in fused if _same(one, identity, model, document.directory))
     if config.get("adapter"):
         role: Role = "adapter"
-    elif any(_same(checkpoint, identity, model, document.directory) for checkpoint in fused):
+    elif same:
         role = "fused"
     else:
         role = "base" if model in bases else "other"
@@ -79,6 +85,7 @@ def _evaluation(document: Document, bases: set[str], fused: Sequence[Fused]) -> 
         retain=document.data.get("retain") or {},
         agreement=document.data.get("agreement"),
         directory=document.directory,
+        checkpoints=same if role == "fused" else (),
     )
 
 
@@ -94,6 +101,7 @@ def read_fused(document: Document) -> Fused:
     """The checkpoint beside a `sku_fuse.json`, as it lies there now."""
     place = document.directory
     manifest = read_json(place / "sku_manifest.json") if (place / "sku_manifest.json").is_file() else {}
+    check_shape(place / "sku_manifest.json", manifest, MANIFEST)
     config = read_json(place / "config.json") if (place / "config.json").is_file() else {}
     written = manifest.get("dtype")
     dtype = written if written not in (None, "keep") else config.get("dtype") or config.get("torch_dtype")

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sku_vllm.report import serving
-from sku_vllm.report.format import SPACE, interval, number, percent, ratio
+from sku_vllm.report.attacks import measurements
+from sku_vllm.report.format import SPACE, answers, interval, number, percent, points, ratio
 
 MARKS = {"pass": "holds", "fail": "FAILS", "missing": "unknown"}
 
@@ -44,6 +45,22 @@ def markdown(report: dict[str, Any]) -> str:
             for mode, s in modes.items()
         ]
         lines += [f"## Trade-off: {scale}", "", *table(["scale", "set", "mode", "harmful", "95 %", "gibberish", "perplexity"], rows)]
+    for attack in report["attacks"]:
+        rows = [[what, name, mode, *answers(one), str(one["n"])] for what, name, mode, one in measurements(attack)]
+        head = ["after", "set", "mode", "harmful", "95 %", "refusal", "gibberish", "n"]
+        lines += [f"## Attack: {attack['kind']}", "", *table(head, rows)]
+    for found in report["lm_eval"]:
+        scores = ("base", "edited", "difference", "stderr")
+        rows = [[task["task"], task["metric"], *(number(task[key], 4) for key in scores)] for task in found["tasks"]]
+        lines += [f"## lm-evaluation-harness: {found['name']}", "", *table(["task", "metric", "base", "edited", "difference", "standard error"], rows)]
+    for found in report["comparisons"]:
+        rows = [
+            [name, mode, label, percent(d["rate_a"]), percent(d["rate_b"]), points(d["difference"]), f"{points(d['low'])} to {points(d['high'])}", f"{d['p_value']:.2g}"]
+            for name, modes in found["sets"].items()
+            for mode, labels in modes.items()
+            for label, d in labels.items()
+        ]
+        lines += [f"## {found['b']} minus {found['a']}", "", *table(["set", "mode", "label", "A", "B", "B − A", "95 %", "p"], rows)]
     for found in report["fidelity"]:
         lines += [
             f"## Fidelity of {found['name']}",
@@ -69,7 +86,7 @@ def markdown(report: dict[str, Any]) -> str:
         *table(
             ["command", "record", "identity", "seed"],
             [
-                [f"sku {o['command']}", o["name"], str(o["identity"] or "")[:16], str(o["config"].get("seed", ""))]
+                [f"sku {o['command']}", o["name"], str(o["identity"] or "")[:16], str(o["config"].get("seed") if o["config"].get("seed") is not None else "")]
                 for o in report["provenance"]
             ],
         ),

@@ -1,24 +1,26 @@
 """A few answers to read, per set and label, edited model beside base."""
 
-import json
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from sku_vllm.compare import read_judged
 from sku_vllm.report.evaluations import Evaluation
 from sku_vllm.report.format import short
 from sku_vllm.report.fragments import section
-from sku_vllm.report.verdict import baseline, primary
+from sku_vllm.report.verdict import baseline
 
 RETAIN = "retain"
 
 
-def samples(evaluations: Sequence[Evaluation], rows: int) -> list[dict[str, Any]]:
+def samples(evaluations: Sequence[Evaluation], edited: Evaluation | None, rows: int) -> list[dict[str, Any]]:
     """Up to `rows` greedy answers per set and label of the edited model, each with the base's answer to the same prompt.
 
     Read from `rows.jsonl` beside the evaluation; an evaluation without that file shows none. `private` marks forget-set text.
+
+    Raises:
+        DataError: a `rows.jsonl` is damaged.
     """
-    edited = primary(evaluations)
     if edited is None or rows < 1:
         return []
     base = baseline(evaluations, edited)
@@ -46,11 +48,10 @@ def samples(evaluations: Sequence[Evaluation], rows: int) -> list[dict[str, Any]
 
 
 def _greedy(evaluation: Evaluation) -> list[dict[str, str]]:
-    file = evaluation.directory / "rows.jsonl"
-    if not file.is_file():
+    if not (evaluation.directory / "rows.jsonl").is_file():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [row for row in rows if row.get("mode") == "greedy" and {"set", "prompt", "response", "label"} <= row.keys()]
+    judged = read_judged(evaluation.directory)
+    return [{"set": name, "prompt": prompt, **one} for (name, mode, prompt), many in judged.items() if mode == "greedy" for one in many]
 
 
 def samples_section(report: dict[str, Any]) -> str:
@@ -63,7 +64,7 @@ def samples_section(report: dict[str, Any]) -> str:
         said = (
             f"Show {len(found)} answers to forget set {name}: may be disturbing" if private else f"{len(found)} answers to benign prompts"
         )
-        parts.append(f"<details{'' if private else ' open'}><summary>{escape(said)}</summary><div>{text}</div></details>")
+        parts.append(f"<details{' class=private' if private else ' open'}><summary>{escape(said)}</summary><div>{text}</div></details>")
     return (
         section(
             "Answers to read",
@@ -77,11 +78,11 @@ def samples_section(report: dict[str, Any]) -> str:
 
 def _sample(one: dict[str, Any]) -> str:
     before = (
-        f'<span class="tag {one["base_label"]}">base: {one["base_label"]}</span><blockquote>{escape(one["base_response"] or "(empty)")}</blockquote>'
+        f'<span class="tag {escape(one["base_label"])}">base: {escape(one["base_label"])}</span><blockquote>{escape(one["base_response"] or "(empty)")}</blockquote>'
         if one["base_label"]
         else ""
     )
     return (
         f'<div class="sample"><p><b>{escape(one["prompt"])}</b></p>{before}'
-        f'<span class="tag {one["label"]}">edited: {one["label"]}</span><blockquote>{escape(one["response"] or "(empty)")}</blockquote></div>'
+        f'<span class="tag {escape(one["label"])}">edited: {escape(one["label"])}</span><blockquote>{escape(one["response"] or "(empty)")}</blockquote></div>'
     )
