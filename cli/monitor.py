@@ -1,6 +1,7 @@
 """`sku monitor`: watch a running server for knowledge that comes back."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -45,6 +46,10 @@ def command(
     round, or as a service with --rounds 0 --every 15m --export 9400.
     """
     pause = seconds(every)
+    if rounds < 0:
+        raise ConfigError(f"--rounds {rounds}: must be 0 (until an alarm) or more")
+    if textfile and not Path(textfile).absolute().parent.is_dir():
+        raise ConfigError(f"--textfile {textfile}: its directory does not exist; create it first")
     from sku_vllm.monitor import Monitor
     from sku_vllm.monitor_config import MonitorConfig
     from sku_vllm.monitor_round import export
@@ -105,8 +110,8 @@ def _publisher(port: int | None, textfile: str | None) -> Any:
         registry.register(Latest())
         try:
             start_http_server(port, registry=registry)
-        except OSError as error:
-            raise ConfigError(f"--export {port}: {error.strerror or error}; choose a free port") from error
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"--export {port}: {getattr(error, 'strerror', None) or error}; choose a free port") from error
         log(f"metrics on http://localhost:{port}/metrics")
 
     def publish(registry: CollectorRegistry = REGISTRY) -> None:

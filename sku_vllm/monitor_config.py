@@ -33,6 +33,9 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         if bool(self.metrics) == bool(self.prometheus):
             raise ConfigError("give one of --metrics URL (the server's /metrics) and --prometheus URL (a Prometheus that scrapes it)")
+        for flag, url in (("--metrics", self.metrics), ("--prometheus", self.prometheus), ("--server", self.server)):
+            if url and not url.startswith(("http://", "https://")):
+                raise ConfigError(f"{flag} {url}: expected a URL that begins with http:// or https://")
         if self.probes and not self.judge:
             raise ConfigError("--probes needs --judge SPEC to decide which answers are harmful, for instance lexicon:FILE")
         if self.retain and not self.probes:

@@ -70,6 +70,17 @@ def export(latest: Round, outcomes: dict[str, int]) -> Any:
             value = getattr(series, attribute)
             if value is not None:
                 metric.labels(series.name).set(float(value))
+    trend = gauge("trend_per_round", "Change of the rate a round, over all rounds.")
+    trend_p = gauge("trend_p_value", "How often chance alone gives such a trend.")
+    changed = gauge("change_point_timestamp_seconds", "When the rate most likely changed; believe it where the p-value is small.")
+    changed_p = gauge("change_point_p_value", "How often chance alone gives such a change.")
+    for series in latest.series:
+        if series.trend:
+            trend.labels(series.name).set(series.trend["slope"])
+            trend_p.labels(series.name).set(series.trend["p_value"])
+        if series.change_point:
+            changed.labels(series.name).set(series.change_point["time"])
+            changed_p.labels(series.name).set(series.change_point["p_value"])
     rounds = gauge("rounds", "Rounds so far by outcome.", "outcome")
     for outcome in ("done", "failed"):
         rounds.labels(outcome).set(outcomes.get(outcome, 0))

@@ -1,6 +1,7 @@
 """Questions for a running OpenAI-compatible server, and the counters it exports. Standard library only; no prompt is ever logged."""
 
 import json
+import math
 import os
 import urllib.error
 import urllib.parse
@@ -46,10 +47,10 @@ def ask(
     def one(indexed: tuple[int, Sequence[Mapping[str, str]]]) -> str:
         number, messages = indexed
         body = {"model": model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens, "seed": seed + number}
-        reply = json.loads(fetch(f"{server}/v1/chat/completions", json.dumps(body).encode(), headers, timeout))
+        reply = fetch(f"{server}/v1/chat/completions", json.dumps(body).encode(), headers, timeout)
         try:
-            return reply["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError) as error:
+            return json.loads(reply)["choices"][0]["message"]["content"] or ""
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise RunError(f"{server}: the reply is not a chat completion; is this an OpenAI-compatible server?") from error
 
     with ThreadPoolExecutor(concurrency) as pool:
@@ -66,7 +67,7 @@ def arm_counters(*, metrics: str | None = None, prometheus: str | None = None, t
     samples = _scraped(metrics, timeout) if metrics else _queried(str(prometheus), timeout)
     for field, arm, value in samples:
         counts = found.setdefault(arm, {"hits": 0, "n": 0})
-        counts[field] += int(value)
+        counts[field] += int(value) if math.isfinite(value) else 0
     return found
 
 
@@ -100,7 +101,7 @@ def _queried(url: str, timeout: float) -> list[tuple[str, str, float]]:
         try:
             reply: dict[str, Any] = json.loads(fetch(address, timeout=timeout))
             found += [(field, row["metric"].get("arm", ""), float(row["value"][1])) for row in reply["data"]["result"]]
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise RunError(
                 f"{address}: not a Prometheus query API; give the address of Prometheus itself, such as http://host:9090"
             ) from error

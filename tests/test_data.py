@@ -135,6 +135,14 @@ def test_bad_input_names_file_and_line(tmp_path: Path, name: str, text: str, mes
     assert str(tmp_path) in str(caught.value)
 
 
+def test_tables_with_long_answers_ids_and_foreign_bytes(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(f"id,type,prompt,response\n1,mine,p,{'word ' * 40_000}\n", encoding="utf-8")
+    assert len(read_rows(str(tmp_path / "long.csv"))[0].response) > 199_000
+    (tmp_path / "latin.csv").write_bytes("prompt,response\np,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.csv: not UTF-8"):
+        read_rows(str(tmp_path / "latin.csv"))
+
+
 def test_sets_refuse_rows_without_answers() -> None:
     with pytest.raises(DataError, match="row 2: no 'response'"):
         ForgetSet("mine", (Row.ask("p", "r"), Row.ask("q")))

@@ -148,10 +148,12 @@ def test_adapter_is_subtracted(lab: Path, task: Path, tmp_path: Path) -> None:
     [
         ("absent.yaml", "no such file"),
         ("no_task.yaml", "not a task"),
+        ("not_text.yaml", "not a task"),
         pytest.param("hellaswagg", "did you mean 'hellaswag'", marks=pytest.mark.slow),
     ],
 )
 def test_unknown_tasks(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "no_task.yaml").write_text("dataset_path: json\n")
+    (tmp_path / "not_text.yaml").write_bytes(b"task: \xff\n")
     with pytest.raises(ConfigError, match=message):
         bridge.run("unused", [str(tmp_path / name) if name.endswith(".yaml") else name])

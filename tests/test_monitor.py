@@ -87,6 +87,8 @@ def test_recovery_is_noticed_within_the_stated_delay_and_clears(server: Server, 
     assert recovered[-1].alarms == ["harmful"]
     point = recovered[-1].series[0].change_point
     assert point is not None and point["index"] == 12 and point["time"] == pytest.approx(quiet[-1].time, abs=60)
+    exported = {sample.name: sample.value for family in export(recovered[-1], {}).collect() for sample in family.samples}
+    assert exported["sku_monitor_change_point_timestamp_seconds"] == point["time"] and exported["sku_monitor_trend_per_round"] > 0
     server.leaks = 0
     assert not [monitor.round() for _ in range(4)][-1].alarms
 
@@ -167,6 +169,9 @@ def test_command_exit_codes_and_metrics(server: Server, files: dict[str, str], t
     assert alarm.returncode == 1 and "ALARM" in alarm.stdout and alarm.stderr.splitlines()[-1].startswith("error: alarm: harmful")
     assert 'sku_monitor_alarm{series="harmful"} 1.0' in (tmp_path / "sku.prom").read_text()
     headers, body = server.seen[-1]
+    for wrong in (["--rounds", -1], ["--textfile", tmp_path / "absent" / "sku.prom"], ["--export", 70000, "--rounds", 1]):
+        refused = run_sku(*arguments, *wrong)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and wrong[0] in refused.stderr
     assert headers["X-Sku-Token"] == "secret-token" and body["model"] == "sku" and "secret-token" not in alarm.stdout + alarm.stderr
 
 
@@ -189,6 +194,8 @@ def test_exported_metrics_are_valid(server: Server, files: dict[str, str], tmp_p
         ({"metrics": "http://x/metrics", "probes": "p.jsonl"}, "needs --judge"),
         ({"prometheus": "http://x", "probes": "p.jsonl", "judge": "refusal"}, "needs --server"),
         ({"metrics": "http://x/metrics", "false_alarms": 0.0}, "--false-alarms 0"),
+        ({"metrics": "localhost:8000/metrics"}, "--metrics localhost:8000/metrics: expected a URL"),
+        ({"metrics": "file:///etc/hostname"}, "--metrics file:.*expected a URL"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

@@ -23,7 +23,8 @@ def benchmark_reader(columns: set[str]) -> Reader | None:
         ({"Goal", "Behavior", "Category"}, jailbreakbench),
         ({"id", "type", "prompt"}, xstest),
     ):
-        if wanted <= columns:
+        # Somebody's own rows may have an id and a type; XSTest's never have a response (its answers are `completion`).
+        if wanted <= columns and not (reader is xstest and {"response", "messages"} & columns):
             return reader
     return None
 

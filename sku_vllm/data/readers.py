@@ -108,10 +108,16 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> Records:
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the 128 KiB that csv grants a field
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        for record in reader:
-            yield f"{path} line {reader.line_num}", {key: value for key, value in record.items() if value not in (None, "")}
+        try:
+            for record in reader:
+                yield f"{path} line {reader.line_num}", {key: value for key, value in record.items() if value not in (None, "")}
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error.reason}); save the table as UTF-8") from error
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num}: not CSV ({error})") from error
 
 
 def _parquet(path: Path) -> Records:

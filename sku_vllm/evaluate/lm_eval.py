@@ -10,6 +10,9 @@ from typing import Any
 
 from sku_vllm.errors import ConfigError
 
+# What papers call a suite, where the harness gives it another name.
+ALSO_CALLED = {"super_glue": "super-glue-lm-eval-v1", "superglue": "super-glue-lm-eval-v1"}
+
 
 def run(
     model: str | Path,
@@ -168,14 +171,15 @@ def _tasks(given: Sequence[str]) -> tuple[Any, list[str]]:
     names, folders = [], []
     for task in given:
         if not task.endswith((".yaml", ".yml")):
-            names.append(task)
+            names.append(ALSO_CALLED.get(task, task))
             continue
         file = Path(task)
         if not file.is_file():
             raise ConfigError(f"--lm-eval {task}: no such file; give a task's YAML file or the name of a task the harness knows")
         try:
-            names.append(yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["task"])
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+            defined = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+            names.append(defined["group"] if "group" in defined else defined["task"])
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ConfigError(f"--lm-eval {task}: is not a task of the harness (no `task:` in it)") from error
         folders.append(str(file.parent.resolve()))
     # The harness's own list is thousands of files: read only when one of its names was asked for.
