@@ -2,6 +2,9 @@
 
 Every contender reads the same base (page cache warm) and leaves synced files. Runs are interleaved and the median counts, so that
 a busy machine slows all alike. In-process time is what the library call takes; the CLI's wall time includes Python's imports.
+
+Each run begins right after a copy was made and removed, whose memory is then at hand: cp at its best. A virtual machine that
+reports free memory to its host loses it within seconds, and copies pay for every page they get back: that is what --settle shows.
 """
 
 import json
@@ -45,16 +48,25 @@ print(json.dumps({"seconds": time.perf_counter() - started}))
 @click.option("--size", type=click.Choice(list(SIZES)), default="1.1B", help="Parameters of the checkpoint to make.")
 @click.option("--runs", default=5, help="Interleaved runs of each contender.")
 @click.option("--peft-runs", default=2, help="Runs of PEFT and mergekit, which take several times longer.")
+@click.option("--settle", default=0.0, help="Seconds to wait before every run, as a machine does before somebody types a command.")
 @click.option("--mergekit", help="A Python with mergekit installed, of an environment of its own.")
 @click.option("--memory", is_flag=True, help="Only peak memory, over all sizes; of files full of holes, which need little disk.")
 @click.option("--directory", type=click.Path(file_okay=False), help="Where to work (about 3 checkpoints); a temporary directory otherwise.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results.")
 def command(
-    size: str, runs: int, peft_runs: int, mergekit: str | None, memory: bool, directory: str | None, output: str | None, json_output: bool
+    size: str,
+    runs: int,
+    peft_runs: int,
+    settle: float,
+    mergekit: str | None,
+    memory: bool,
+    directory: str | None,
+    output: str | None,
+    json_output: bool,
 ) -> None:
     """Fuse against cp, PEFT and mergekit: seconds, ratios, peak anonymous memory."""
     with tempfile.TemporaryDirectory(dir=directory) as work:
-        results = measure_memory(Path(work)) if memory else measure(Path(work), size, runs, peft_runs, mergekit)
+        results = measure_memory(Path(work)) if memory else measure(Path(work), size, runs, peft_runs, settle, mergekit)
     text = memory_markdown(results) if memory else markdown(results)
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +108,8 @@ def memory_markdown(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(work: Path, size: str, runs: int, peft_runs: int, mergekit: str | None) -> dict:
-    """{"size", "bytes", "machine", "rows": {name: {"seconds", "ratio", "runs", "memory_mb"?, "wall"?}}}."""
+def measure(work: Path, size: str, runs: int, peft_runs: int, settle: float, mergekit: str | None) -> dict:
+    """{"size", "bytes", "settle", "machine", "rows": {name: {"seconds", "ratio", "runs", "memory_mb"?, "wall"?}}}."""
     log(f"making a {size} checkpoint in {work}")
     base = make_base(work / "base", size)
     adapters = {"q,v": make_adapter(base, work / "qv", ("q_proj", "v_proj")), "all linear": make_adapter(base, work / "all", None)}
@@ -115,17 +127,20 @@ def measure(work: Path, size: str, runs: int, peft_runs: int, mergekit: str | No
             if mergekit:
                 slow[f"mergekit, {kind}"] = lambda adapter=adapter: run_mergekit(mergekit, base, adapter, target)
         found: dict[str, list[dict]] = {}
-        copy(base, target)  # warms the page cache
         for turn in range(runs):
             for name, contender in {**contenders, **(slow if turn < peft_runs else {})}.items():
                 shutil.rmtree(target, ignore_errors=True)
+                copy(base, target)
+                shutil.rmtree(target)
                 os.sync()
+                time.sleep(settle)
                 found.setdefault(name, []).append(contender())
                 log(f"run {turn + 1}/{runs}: {name}: {found[name][-1]['seconds']:.2f} s")
     rows = {name: summary(values) for name, values in found.items()}
     for row in rows.values():
         row["ratio"] = row["seconds"] / rows["cp -r + sync"]["seconds"]
-    return {"size": size, "bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")), "machine": machine(), "rows": rows}
+    nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    return {"size": size, "bytes": nbytes, "settle": settle, "machine": machine(), "rows": rows}
 
 
 def summary(values: list[dict]) -> dict:
@@ -254,7 +269,8 @@ def markdown(results: dict) -> str:
         f"# bench fuse, {results['size']} ({results['bytes'] / 1e9:.2f} GB, {SHARDS} shards, bf16, rank {RANK})",
         "",
         f"{about['date']}, {about['cores']} cores ({about['cpu']}), load {about['load']} at the end, {versions}. "
-        "Page cache warm; medians of interleaved runs; every contender's files are synced. Memory: peak anonymous memory above imports.",
+        "Page cache warm; medians of interleaved runs; every contender's files are synced. Memory: peak anonymous memory above imports. "
+        f"Every run began {results['settle']:g} s after a copy of the base was removed.",
         "",
         "| | seconds | × cp | with imports | peak MB | runs |",
         "|---|---|---|---|---|---|",

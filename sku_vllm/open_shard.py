@@ -2,16 +2,20 @@
 
 import bisect
 import errno
+import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from sku_vllm.errors import CheckpointError
 from sku_vllm.safetensors_file import read_into
 from sku_vllm.shards import CHUNK, OutputShard, OutputTensor, data_ranges
 
-# copy_file_range says these where source and target cannot be joined inside the kernel.
-NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+# What the kernel says where a file system offers neither direct writes nor shared blocks, or not for these two files.
+NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY}
+# What memory, offset and length of a write past the page cache must be multiples of.
+PAGE = 4096
+FICLONERANGE = 0x4020940D  # linux/fs.h: share a range of another file's blocks
 
 
 class OpenShard:
@@ -24,14 +28,16 @@ class OpenShard:
         self._sources: dict[Path, int] = {}
         self.target = os.open(directory / shard.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.ftruncate(self.target, shard.size)
+        self._direct = _open_direct(directory / shard.file)
         for tensor in shard.tensors:
             if tensor.source.file not in self._sources:
                 self._sources[tensor.source.file] = os.open(tensor.source.file, os.O_RDONLY)
         self._data = {file: data_ranges(source, os.fstat(source).st_size) for file, source in self._sources.items()}
 
     def close(self) -> None:
-        for descriptor in (self.target, *self._sources.values()):
-            os.close(descriptor)
+        for descriptor in (self.target, self._direct, *self._sources.values()):
+            if descriptor is not None:
+                os.close(descriptor)
 
     def source_of(self, tensor: OutputTensor) -> int:
         return self._sources[tensor.source.file]
@@ -97,38 +103,52 @@ class OpenShard:
             else:
                 read_into(self._sources[file], part, offset, file)
 
-    def copy(self, low: int, high: int) -> bool:
-        """Copied bytes inside the kernel, holes left as holes. False where it cannot."""
+    def write(self, view: memoryview, offset: int) -> None:
+        """Memory that begins on a page to the page at `offset`, past the page cache where the file system lets us.
+
+        A fresh page of the cache costs more than the merge of what goes into it: 4 s of system time against 0.2 for 2.2 GB on a
+        virtual machine that gives free memory back to its host. And nobody's cached files are evicted by a 140 GB checkpoint.
+        """
+        done, whole = 0, len(view) // PAGE * PAGE
+        if self._direct is not None:
+            try:
+                done = os.pwrite(self._direct, view[:whole], offset)
+            except OSError as error:
+                if error.errno not in NOT_HERE:
+                    raise
+        write_all(self.target, view[done:], offset + done)
+
+    def share(self, low: int, high: int) -> bool:
+        """Let copied bytes be the base's own blocks, holes left as holes. False where the file system cannot.
+
+        The kernel's copy_file_range would share too, or else copy through the page cache, at the price that `write` saves.
+        """
         for file, offset, start, stop in self._runs(low, high):
             if file is None:
                 write_all(self.target, memoryview(self.shard.header)[start:stop], start)
                 continue
             for begin, end in self._extents(file, offset, stop - start):
-                if not self._copy_range(file, begin, start + begin - offset, end - begin):
+                if not self._share(file, begin, start + begin - offset, end - begin):
                     return False
         return True
 
-    def _copy_range(self, file: Path, source: int, target: int, count: int) -> bool:
-        copied = copy_in_kernel(self._sources[file], self.target, source, target, count)
-        if copied < count and os.fstat(self._sources[file]).st_size < source + count:
-            raise CheckpointError(f"{file}: ended at byte {source + copied}; it changed while it was read, start again")
-        return copied == count
-
-
-def copy_in_kernel(source: int, target: int, offset: int, at: int, count: int) -> int:
-    """Copy bytes [offset, offset + count) of one file to `at` in another; how many were, before the end or where that is not offered."""
-    done = 0
-    while done < count:
+    def _share(self, file: Path, source: int, target: int, count: int) -> bool:
         try:
-            copied = os.copy_file_range(source, target, count - done, offset + done, at + done)
+            fcntl.ioctl(self.target, FICLONERANGE, struct.pack("=qQQQ", self._sources[file], source, count, target))
         except OSError as error:
             if error.errno in NOT_HERE:
-                break
+                return False
             raise
-        if not copied:
-            break
-        done += copied
-    return done
+        return True
+
+
+def _open_direct(file: Path) -> int | None:
+    try:
+        return os.open(file, os.O_WRONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno in NOT_HERE:
+            return None
+        raise
 
 
 def write_all(descriptor: int, view: memoryview, offset: int) -> None:

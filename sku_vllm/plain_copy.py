@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sku_vllm.checkpoint import CheckpointReader
-from sku_vllm.open_shard import copy_in_kernel
 from sku_vllm.shards import data_ranges
 
 # The sample: 1/256 of the data but enough to outweigh the sync's own latency, copied three times, of which the fastest counts:
@@ -52,10 +51,24 @@ def _timed(ranges: list[tuple[int, int, int]], target: int, left: int) -> float:
     began, at = time.perf_counter(), 0
     for source, start, stop in ranges:
         count = min(left, stop - start)
-        copied = copy_in_kernel(source, target, start, at, count)
+        copied = _copy_in_kernel(source, target, start, at, count)
         os.lseek(target, at + copied, os.SEEK_SET)
         while copied < count and (sent := os.sendfile(target, source, start + copied, count - copied)):
             copied += sent
         at, left = at + copied, left - count
     os.fsync(target)
     return time.perf_counter() - began
+
+
+def _copy_in_kernel(source: int, target: int, offset: int, at: int, count: int) -> int:
+    """Copy `count` bytes as cp does first; how many were, before the end or where that is not offered."""
+    done = 0
+    while done < count:
+        try:
+            copied = os.copy_file_range(source, target, count - done, offset + done, at + done)
+        except OSError:
+            break
+        if not copied:
+            break
+        done += copied
+    return done

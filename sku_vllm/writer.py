@@ -1,7 +1,8 @@
 """Output shards written in 8 MiB chunks by a few threads, so that reading, merging, hashing and writing overlap.
 
-A chunk is the unit of everything: its bytes are the base's (copied inside the kernel when nobody needs to see them) or merged
-rows; its sha256 is one leaf of the file's digest. Memory is a few buffers per thread, however large the model.
+A chunk is the unit of everything: its bytes are the base's or merged rows; its sha256 is one leaf of the file's digest. Chunks
+that are the base's throughout share its blocks where the file system can; all else goes to the disk past the page cache.
+Memory is a few buffers per thread, however large the model.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from sku_vllm.kernels.delta_merge import MergeStats, Term, delta_merge_fp8_refer
 from sku_vllm.kernels.delta_merge.backend import CPU, Backend
 from sku_vllm.kernels.delta_merge.cpu import one_torch_thread
 from sku_vllm.kernels.delta_merge.fp8 import rows_of
-from sku_vllm.open_shard import OpenShard, write_all
+from sku_vllm.open_shard import PAGE, OpenShard
 from sku_vllm.placement import Placed, matrix_shape
 from sku_vllm.safetensors_file import DTYPES, read_into
 from sku_vllm.shards import CHUNK, OutputShard, OutputTensor
@@ -67,7 +68,7 @@ class ShardWriter:
     ) -> None:
         self.directory, self.digests, self.kinds, self.seed, self.progress = directory, digests, tuple(kinds), seed, progress
         self.scales, self.backend = scales or {}, backend
-        self.threads = threads or min(len(os.sched_getaffinity(0)), 16)
+        self.threads = threads or min(2 * len(os.sched_getaffinity(0)), 16)  # two a core: one waits for the disk while the other merges
         self.written = Written()
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._zeros = hashlib.sha256(bytes(CHUNK)).digest()
@@ -98,7 +99,8 @@ class ShardWriter:
 
     def _work(self, jobs: Iterator[tuple["OpenShard", int]], pool: ThreadPoolExecutor, syncs: list) -> None:
         torch.set_num_threads(1)
-        buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.backend.pinned)
+        buffer = torch.empty(CHUNK + PAGE, dtype=torch.uint8, pin_memory=self.backend.pinned)
+        buffer = buffer[-buffer.data_ptr() % PAGE :][:CHUNK]
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -124,17 +126,16 @@ class ShardWriter:
                 self._leaf(file, start, self._zeros if stop - start == CHUNK else hashlib.sha256(bytes(stop - start)).digest())
             return
         view = memoryview(buffer.numpy())
+        shared = all(tensor is None for tensor, _, _ in pieces) and file.share(start, stop)
+        if shared and not self.digests:
+            return
         for tensor, low, high in pieces:
-            part = buffer[low - start : high - start]
             if tensor is not None:
-                self._render(file, tensor, low - tensor.start, high - tensor.start, part)
+                self._render(file, tensor, low - tensor.start, high - tensor.start, buffer[low - start : high - start])
             else:
-                copied = file.copy(low, high)  # inside the kernel: with digests too, 2.0 s of system time instead of 5.1 for 2.2 GB
-                if self.digests or not copied:
-                    file.read(low, view[low - start : high - start])
-                if copied:
-                    continue
-            write_all(file.target, view[low - start : high - start], low)
+                file.read(low, view[low - start : high - start])
+        if not shared:
+            file.write(view, start)
         if self.digests:
             self._leaf(file, start, hashlib.sha256(view).digest())
 

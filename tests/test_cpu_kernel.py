@@ -1,12 +1,17 @@
 """The compiled merge of 16-bit weights against float64 and against the reference: values, statistics, what it declines."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sku_vllm.kernels.delta_merge import Merge, MergeStats, Term, delta_merge, delta_merge_reference
-from sku_vllm.kernels.delta_merge.cpu_kernel import merge_16_bit
+from sku_vllm.kernels.delta_merge.cpu import merge_rows
+from sku_vllm.kernels.delta_merge.cpu_kernel import BITS, FEWEST, merge_16_bit
+from sku_vllm.kernels.delta_merge.round_rows import SUMS, round_rows
 from tests.test_delta_merge import exact, term, ulps
 
 
@@ -31,12 +36,12 @@ def test_any_shape_is_within_one_ulp_and_sums_what_the_reference_sums(rows, cols
     torch.manual_seed(seed)
     weight, terms = (torch.randn(rows, cols) + 0.1).to(dtype), [term(rows, cols, rank, size)]
     wanted, by_reference, out = exact(weight, terms), torch.empty_like(weight), torch.empty_like(weight)
-    stats = merge_16_bit(weight, terms, out)
-    assert stats is not None
+    stats = merge_rows(weight, terms, out=out)
+    assert weight.numel() < FEWEST or merge_16_bit(weight, terms, torch.empty_like(weight)) is not None
     assert_same_stats(stats, delta_merge_reference(weight, terms, out=by_reference))
     assert ulps(out, wanted).max() <= 1 and (out != by_reference).sum() <= 1 + 1e-4 * out.numel()
     in_place = weight.clone()
-    merge_16_bit(in_place, terms, in_place)
+    merge_rows(in_place, terms)
     assert torch.equal(in_place, out)
 
 
@@ -75,6 +80,23 @@ def test_bad_values_of_the_base_stay_where_they_are_and_stay_out_of_the_sums(dty
     out, wanted = torch.empty_like(weight), torch.empty_like(weight)
     assert_same_stats(merge_16_bit(weight, terms, out), delta_merge_reference(weight, terms, out=wanted))
     assert torch.equal(out.isfinite(), weight.isfinite()) and out[3, 4].isnan() and out[7, 8] == -float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_edit_is_reported_where_it_lands(dtype, bad):
+    torch.manual_seed(0)
+    weight, edit = torch.randn(64, 96).to(dtype), torch.randn(64, 96) * 0.01
+    out, wanted, totals = torch.empty_like(weight), torch.empty_like(weight), np.zeros(len(SUMS))
+    edit[5, 7] = bad
+    row, where = np.empty(96, BITS[dtype]), np.empty(64 * 96, np.int64)
+    bits = [matrix.view(torch.int16).numpy().view(BITS[dtype]) for matrix in (weight, out, torch.empty_like(weight))]
+    round_rows(bits[0], edit.numpy(), bits[1], row, np.float32(0), where, bits[2].reshape(-1), totals)
+    stats = MergeStats(elements=weight.numel(), **{name: kind(value) for (name, kind), value in zip(SUMS, totals, strict=True)})
+    by_reference = delta_merge_reference(weight, [Term(edit, None, 1.0)], out=wanted)
+    edit[5] = 0  # the kernel leaves out a row, the reference a block
+    assert_same_stats(stats, replace(by_reference, max_delta=float(edit.abs().max())))
+    assert stats.overflowed == 1 and torch.equal(out.isfinite(), wanted.isfinite()) and (out.isfinite().sum() == out.numel() - 1)
 
 
 def test_what_it_cannot_promise_it_leaves_to_the_reference():

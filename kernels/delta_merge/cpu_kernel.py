@@ -15,10 +15,12 @@ from torch import Tensor
 
 from sku_vllm.kernels.delta_merge.reference import MergeStats, Term, sum_terms
 
-# Elements per block: a float32 edit of 1 MiB stays in the second-level cache between the product that makes it and the pass that reads it.
-BLOCK = 1 << 18
+# Elements per block: a float32 edit of 2 MiB. Every product packs A anew, so smaller blocks lose more by that than the nearer cache wins.
+BLOCK = 1 << 19
 # The unsigned or signed 16 bits by which round_rows knows a dtype's format.
 BITS = {torch.bfloat16: np.uint16, torch.float16: np.int16}
+# Of one or two elements, float32 sums leave nothing of `noise` but their own rounding; so few are no work for the reference either.
+FEWEST = 64
 # float32 sums are trusted where the edit's norm is at most this share of the weight's (fp16 has three more bits to get right) …
 SMALL_EDIT = {torch.bfloat16: 1 / 16, torch.float16: 1 / 64}
 # … and the result at least this, times √rank, of the row's largest edit: below that float32's error can exceed an ulp.
@@ -32,7 +34,7 @@ def merge_16_bit(weight: Tensor, terms: Sequence[Term], out: Tensor) -> MergeSta
         weight, out: [rows, cols], both bf16 or both fp16, contiguous.
     """
     dtype = weight.dtype
-    fits = dtype in BITS and dtype == out.dtype and weight.is_contiguous() and out.is_contiguous() and weight.numel()
+    fits = dtype in BITS and dtype == out.dtype and weight.is_contiguous() and out.is_contiguous() and weight.numel() >= FEWEST
     if not fits or not _edit_norm(terms) <= SMALL_EDIT[dtype] * _norm(weight):
         return None
     from sku_vllm.kernels.delta_merge.round_rows import SUMS, round_rows

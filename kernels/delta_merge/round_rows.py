@@ -58,9 +58,14 @@ def half_of_float(context, value):
 
 
 @intrinsic
-def added(context, total, value):
-    """total + value, the one sum that may be reordered, into vector lanes: anywhere else that could rearrange W − Δ."""
-    return types.float32(types.float32, types.float32), lambda ctx, builder, signature, args: builder.fadd(*args, flags=("reassoc", "nsz"))
+def added(context, total, left, right):
+    """total + left·right, the one sum that may be fused and reordered into vector lanes: anywhere else that could rearrange W − Δ."""
+
+    def build(context, builder, signature, args):
+        total, left, right = args
+        return builder.fadd(total, builder.fmul(left, right, flags=("contract",)), flags=("reassoc", "nsz", "contract"))
+
+    return types.float32(types.float32, types.float32, types.float32), build
 
 
 u32, f32 = np.uint32, np.float32  # numba widens u32 + u32 to 64 bits, which halves the vectors: hence a u32() around each step
@@ -74,8 +79,16 @@ def encode(value, like):
     """A float32 rounded to nearest, ties to even, as 16 bits of the type of `like`."""
 
 
+def encode_number(value, like):
+    """`encode` where `value` isn't NaN, which costs bf16 a comparison."""
+
+
 def infinity(like):
     """The bits of infinity: magnitudes from here on are infinite or NaN."""
+
+
+def too_large(like):
+    """The float32 bits of the least magnitude that rounds to infinity."""
 
 
 @overload(decode)
@@ -83,12 +96,20 @@ def _decode(bits):
     return (lambda bits: float_of(u32(u32(bits) << u32(16)))) if bits == types.uint16 else (lambda bits: float_of_half(bits))
 
 
+@overload(encode_number)
+def _encode_number(value, like):
+    def bf16(value, like):
+        raw = bits_of(value)
+        return np.uint16(u32(u32(raw + u32(0x7FFF) + u32((raw >> u32(16)) & u32(1))) >> u32(16)))
+
+    return bf16 if like == types.uint16 else (lambda value, like: half_of_float(value))
+
+
 @overload(encode)
 def _encode(value, like):
     def bf16(value, like):
         raw = bits_of(value)
-        nearest = u32(u32(raw + u32(0x7FFF) + u32((raw >> u32(16)) & u32(1))) >> u32(16))
-        return np.uint16(u32((raw >> u32(16)) | u32(0x40)) if u32(raw & u32(0x7FFFFFFF)) > u32(0x7F800000) else nearest)
+        return np.uint16(u32((raw >> u32(16)) | u32(0x40))) if magnitude(value) > u32(0x7F800000) else encode_number(value, like)
 
     return bf16 if like == types.uint16 else (lambda value, like: half_of_float(value))
 
@@ -96,6 +117,17 @@ def _encode(value, like):
 @overload(infinity)
 def _infinity(like):
     return (lambda like: u32(0x7F80)) if like == types.uint16 else (lambda like: u32(0x7C00))
+
+
+@overload(too_large)
+def _too_large(like):
+    return (lambda like: u32(0x7F7F8000)) if like == types.uint16 else (lambda like: u32(0x477FF000))
+
+
+@numba.njit
+def magnitude(value):
+    """The bits of a float32 without its sign, which order as the magnitudes do, NaN last."""
+    return u32(bits_of(value) & u32(0x7FFFFFFF))
 
 
 def _round_rows(old, delta, new, row, ratio, where, bits, sums):
@@ -111,49 +143,50 @@ def _round_rows(old, delta, new, row, ratio, where, bits, sums):
     rows, cols = delta.shape
     found = 0
     for i in range(rows):
-        top = u32(0)
-        for j in range(cols):
-            top = u32(max(top, u32(bits_of(delta[i, j]) & u32(0x7FFFFFFF))))
-        finite = top < u32(0x7F800000)
-        largest = float_of(top) if finite else f32(0)
-        limit = u32(u32(u32(encode(f32(largest * ratio), row[0])) & u32(0x7FFF)) + u32(1)) if finite else u32(0)
         row[:cols] = old[i]
-        delta_sq, error_sq, error_dot = f32(0), f32(0), f32(0)
-        changed, small, wild = u32(0), u32(0), u32(0)
+        delta_sq, error_sq, error_dot, changed = f32(0), f32(0), f32(0), u32(0)
+        edit, least, most = u32(0), u32(0xFFFFFFFF), u32(0)  # the largest |Δ|, the smallest and the largest |W − Δ|
         for j in range(cols):
             before = decode(row[j])
-            rounded = encode(f32(before - delta[i, j]), row[j])
+            after = f32(before - delta[i, j])
+            rounded = encode_number(after, row[j])
             new[i, j] = rounded
             error = f32(f32(decode(rounded) - before) + delta[i, j])  # the bracket is exact where the edit is small
-            delta_sq = added(delta_sq, f32(delta[i, j] * delta[i, j]))
-            error_sq = added(error_sq, f32(error * error))
-            error_dot = added(error_dot, f32(error * delta[i, j]))
-            magnitude = u32(u32(rounded) & u32(0x7FFF))
+            delta_sq = added(delta_sq, delta[i, j], delta[i, j])
+            error_sq = added(error_sq, error, error)
+            error_dot = added(error_dot, error, delta[i, j])
             changed = u32(changed + u32(rounded != row[j]))
-            small = u32(small + u32(magnitude < limit))
-            wild = u32(wild + u32(magnitude >= infinity(row[j])))
-        if wild:  # NaN and infinity stay out of the sums
-            delta_sq, error_sq, error_dot = f32(0), f32(0), f32(0)
+            edit = u32(max(edit, magnitude(delta[i, j])))
+            least = u32(min(least, magnitude(after)))
+            most = u32(max(most, magnitude(after)))
+        # What follows is for rows with something odd in them, few enough that a second look at one costs nothing.
+        if most >= too_large(row[0]):  # NaN and infinity stay where they were, and out of the sums
+            delta_sq, error_sq, error_dot, changed = f32(0), f32(0), f32(0), u32(0)
             for j in range(cols):
+                before = decode(row[j])
+                new[i, j] = encode(f32(before - delta[i, j]), row[j])
+                changed = u32(changed + u32(new[i, j] != row[j]))
                 if u32(u32(row[j]) & u32(0x7FFF)) >= infinity(row[j]):
                     sums[5] += 1
                 elif u32(u32(new[i, j]) & u32(0x7FFF)) >= infinity(row[j]):
                     sums[6] += 1
                 else:
-                    error = f32(f32(decode(new[i, j]) - decode(row[j])) + delta[i, j])
-                    delta_sq = added(delta_sq, f32(delta[i, j] * delta[i, j]))
-                    error_sq = added(error_sq, f32(error * error))
-                    error_dot = added(error_dot, f32(error * delta[i, j]))
+                    error = f32(f32(decode(new[i, j]) - before) + delta[i, j])
+                    delta_sq = added(delta_sq, delta[i, j], delta[i, j])
+                    error_sq = added(error_sq, error, error)
+                    error_dot = added(error_dot, error, delta[i, j])
+        largest = float_of(edit) if edit < u32(0x7F800000) else f32(0)
+        limit = magnitude(f32(largest * ratio))
+        if least < limit:
+            for j in range(cols):
+                if magnitude(f32(decode(row[j]) - delta[i, j])) < limit:
+                    where[found], bits[found] = i * cols + j, row[j]
+                    found += 1
         sums[0] += delta_sq
         sums[1] += error_sq
         sums[2] += error_dot
         sums[3] = max(sums[3], largest)
         sums[4] += changed
-        if small:
-            for j in range(cols):
-                if u32(u32(new[i, j]) & u32(0x7FFF)) < limit:
-                    where[found], bits[found] = i * cols + j, row[j]
-                    found += 1
     return found
 
 
