@@ -1,5 +1,6 @@
 """The compiled merge of 16-bit weights against float64 and against the reference: values, statistics, what it declines."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -113,3 +114,10 @@ def test_what_it_cannot_promise_it_leaves_to_the_reference():
     assert merge_16_bit(full, [Term(torch.full((1, 64), -5000.0), None, 1.0, 5)], full).overflowed == 64
     delta_merge([Merge(weight, [term(64, 64, 8, 1e4)])])
     assert not torch.equal(weight, kept)
+
+
+def test_an_engine_can_start_where_weights_were_merged() -> None:
+    """vLLM 0.32 reads the `__dict__` of every module's values when it starts on a CPU; llvmlite's library object answered with a function."""
+    values = [value for module in list(sys.modules.values()) for value in list(getattr(module, "__dict__", None) or {}.values())]
+    assert "llvmlite.binding.ffi" in sys.modules and len(values) > 1000
+    assert not [value for value in values if hasattr(value, "__dict__") and not hasattr(vars(value), "get")]

@@ -8,8 +8,13 @@ as uint16 and fp16 as int16.
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import ffi
 from numba import types
 from numba.extending import intrinsic, overload
+
+# llvmlite's library object has no __dict__ and answers a request for one with a function. vLLM 0.32 looks at the __dict__ of
+# every module's values when an engine starts on a CPU, and fell over that one in a process that had merged before.
+ffi.lib._fntab.setdefault("__dict__", {})
 
 # What is added up, in order, and the type of each in MergeStats.
 SUMS = (
