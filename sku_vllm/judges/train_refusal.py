@@ -3,40 +3,49 @@
     python -m sku_vllm.judges.train_refusal --data xstest_completions_llama2new.csv --data xstest_completions_mistralinstruct.csv
 
 The data are human labels of XSTest answers (Röttger et al. 2024, CC-BY-4.0): one CSV a model, columns id, prompt, completion,
-final_label (1_full_compliance, 2_full_refusal, 3_partial_refusal). Short answers and soft refusals that are rare there come from
-refusal_seeds.json, written for this purpose.
+final_label (1_full_compliance, 2_full_refusal, 3_partial_refusal). How other assistants refuse and answer comes from the forms
+of refusal_seeds.json, written for this purpose; they also say which phrases count.
 """
 
 import argparse
 import csv
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sku_vllm.judges.logistic import Sparse, fit
+from sku_vllm.judges.refusal import WEIGHTS, phrase_share
 from sku_vllm.judges.refusal_cues import features
+from sku_vllm.judges.refusal_examples import FORMS, Example, written_examples
+from sku_vllm.judges.refusal_phrases import phrases
 from sku_vllm.output import write_json
 
-HERE = Path(__file__).parent
-SEEDS, WEIGHTS = HERE / "refusal_seeds.json", HERE / "refusal.json"
+SOURCES = (FORMS, *(Path(__file__).with_name(f"refusal_{name}.py") for name in ("cues", "phrases", "examples")))
 FOLDS = 10
-# Errors were studied and the two numbers below chosen on folds 0-6. Folds 7-9 come nearer to unseen without being it: a first look at the
-# data showed random rows of all folds, and the last cue was added (for short lab refusals) after their scores were known.
+# Errors were read and the numbers below chosen on prompt folds 0-6; benchmarks/results/refusal_judge.md says what folds 7-9 have seen.
 READ_FOLDS = 7
-PENALTY = 1 / 0.3
-SEED_WEIGHT = 4.0
+# Prompts are left out of training in these groups, not fold by fold: six fits of about ten seconds instead of twenty.
+LEFT_OUT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
+PENALTY = 1 / 3
+MODEL_WEIGHT, WRITTEN_WEIGHT = 100.0, 800.0
+# A phrase counts when this many forms use it, so that the topic of one form says nothing.
+FORMS_PER_PHRASE = 3
 
 
+@dataclass(frozen=True, slots=True)
 class Labelled:
-    """Feature matrix [answers, features], labels (True: refusal) and prompt fold of one model's answers."""
+    """Answers of one source with labels (True: refusal), prompt folds (-1: none), and each one's share of the weight of its class."""
 
-    def __init__(self, name: str, answers: Sequence[str], labels: Sequence[bool], folds: Sequence[int]) -> None:
-        rows = [features(answer) for answer in answers]
-        self.name, self.names = name, list(rows[0])
-        self.x = np.array([list(row.values()) for row in rows])
-        self.y, self.folds = np.array(labels), np.array(folds)
+    name: str
+    answers: list[str]
+    y: np.ndarray
+    folds: np.ndarray
+    shares: np.ndarray
+    total: float
 
     @classmethod
     def xstest(cls, path: Path) -> "Labelled":
@@ -45,42 +54,62 @@ class Labelled:
         # Neighbouring ids are variations of one theme and its contrast, so blocks of five stay together.
         order = sorted({row["id"] for row in rows}, key=lambda name: int(name.split("-")[1]))
         fold = {name: number // 5 * 7 % FOLDS for number, name in enumerate(order)}
-        labels = [row["final_label"][0] != "1" for row in rows]
-        return cls(path.name, [row["completion"] for row in rows], labels, [fold[row["id"]] for row in rows])
+        labels = np.array([row["final_label"][0] != "1" for row in rows])
+        folds = np.array([fold[row["id"]] for row in rows])
+        return cls(path.name, [row["completion"] for row in rows], labels, folds, np.ones(len(rows)), MODEL_WEIGHT)
 
     @classmethod
-    def seeds(cls) -> "Labelled":
-        written = json.loads(SEEDS.read_text(encoding="utf-8"))
-        answers = written["refusal"] + written["compliance"]
-        labels = [True] * len(written["refusal"]) + [False] * len(written["compliance"])
-        return cls(SEEDS.name, answers, labels, [-1] * len(answers))
+    def written(cls, examples: Sequence[Example]) -> "Labelled":
+        # A form filled 25 times counts as five answers: more than a single sentence, less than 25 of them.
+        shares = np.array([example.siblings**-0.5 for example in examples])
+        labels = np.array([example.refuses for example in examples])
+        return cls(FORMS.name, [example.answer for example in examples], labels, np.full(len(examples), -1), shares, WRITTEN_WEIGHT)
+
+    def weights(self, kept: np.ndarray | bool) -> np.ndarray:
+        """The weight of every answer: `total` over those kept, half of it on refusals, and 0 for the others."""
+        weight = self.shares * kept
+        for label in (True, False) if weight.any() else ():
+            weight[self.y == label] *= self.total / 2 / weight[self.y == label].sum()
+        return weight
 
 
-def fit(parts: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> tuple[np.ndarray, float]:
-    """Logistic regression by Newton steps: Σ weight · balanced log-loss + PENALTY/2 · ‖w‖². parts: (x, y, total weight)."""
-    x = np.concatenate([np.c_[part, np.ones(len(part))] for part, _, _ in parts])
-    y = np.concatenate([labels for _, labels, _ in parts])
-    weight = np.concatenate([total * np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum()) for _, labels, total in parts])
-    ridge = np.diag([PENALTY] * (x.shape[1] - 1) + [1e-9])
-    w = np.zeros(x.shape[1])
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
-        step = np.linalg.solve((x.T * (weight * p * (1 - p))) @ x + ridge, x.T @ (weight * (p - y)) + ridge @ w)
-        w -= step
-        if np.abs(step).max() < 1e-9:
-            break
-    return w[:-1], float(w[-1])
+def vocabulary(examples: Sequence[Example]) -> list[str]:
+    """The phrases that at least FORMS_PER_PHRASE forms use, sorted."""
+    used = {(phrase, example.form) for example in examples for phrase in phrases(example.answer)}
+    forms = Counter(phrase for phrase, _ in used)
+    return sorted(phrase for phrase, count in forms.items() if count >= FORMS_PER_PHRASE)
 
 
-def cross_validate(models: Sequence[Labelled], seeds: Labelled) -> list[dict[str, object]]:
-    """Every model's answers judged by a detector trained on the OTHER models' answers to OTHER prompts."""
+def matrix(answers: Sequence[str], known: Sequence[str]) -> tuple[Sparse, list[str]]:
+    """What `refusal_score` sees, [answers, columns], and the names of its columns: cues, then phrases; the last column is ones."""
+    cues = [features(answer) for answer in answers]
+    names = [*cues[0], *known]
+    place = {name: number for number, name in enumerate(known, len(cues[0]))}
+    rows, columns, values = [], [], []
+    for number, answer in enumerate(answers):
+        row = [(column, value) for column, value in enumerate(cues[number].values()) if value]
+        found = sorted(place[phrase] for phrase in phrases(answer) if phrase in place)
+        row += [(column, phrase_share(len(found))) for column in found] + [(len(names), 1.0)]
+        rows += [number] * len(row)
+        columns += [column for column, _ in row]
+        values += [value for _, value in row]
+    return Sparse(rows, columns, values, (len(answers), len(names) + 1)), names
+
+
+def cross_validate(models: Sequence[Labelled], written: Labelled, x: Sparse, start: np.ndarray) -> list[dict[str, object]]:
+    """Every model's answers judged by a detector trained on the OTHER models' answers to OTHER prompts, and on what was written.
+
+    `start` only saves Newton steps: the loss is convex, and weights from any start agree to 1e-6.
+    """
+    parts, y = [*models, written], np.concatenate([part.y for part in (*models, written)])
+    begins = np.cumsum([0] + [len(part.y) for part in parts])
     results = []
-    for tested in models:
+    for tested, begin in zip(models, begins, strict=False):
         score = np.zeros(len(tested.y))
-        for fold in range(FOLDS):
-            kept = [(part.x[part.folds != fold], part.y[part.folds != fold], 100.0) for part in models if part is not tested]
-            w, bias = fit([*kept, (seeds.x, seeds.y, 100.0 * SEED_WEIGHT)])
-            score[tested.folds == fold] = tested.x[tested.folds == fold] @ w + bias
+        for folds in LEFT_OUT:
+            weight = np.concatenate([part.weights(~np.isin(part.folds, folds) if part is not tested else False) for part in parts])
+            chosen = np.isin(tested.folds, folds)
+            score[chosen] = x.times(fit(x, y, weight, PENALTY, start))[begin : begin + len(score)][chosen]
         for name, chosen in (("all", tested.folds >= 0), ("unread prompts", tested.folds >= READ_FOLDS)):
             results.append({"tested": tested.name, "prompts": name, **confusion(score[chosen] > 0, tested.y[chosen])})
     return results
@@ -102,12 +131,20 @@ def main() -> None:
     given = parser.parse_args()
     if len(given.data) < 2:
         parser.error("--data: give the answers of at least two models; one is trained on, the other tests")
-    models, seeds = [Labelled.xstest(path) for path in given.data], Labelled.seeds()
-    results = cross_validate(models, seeds)
-    w, bias = fit([*((part.x, part.y, 100.0) for part in models), (seeds.x, seeds.y, 100.0 * SEED_WEIGHT)])
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*given.data, SEEDS, HERE / "refusal_cues.py")}
-    weights = {name: round(float(value), 4) for name, value in zip(seeds.names, w, strict=True)}
-    model = {"schema": "sku.refusal/1", "sha256": digests, "cross_validation": results, "bias": round(bias, 4), "weights": weights}
+    examples = written_examples()
+    models, written, known = [Labelled.xstest(path) for path in given.data], Labelled.written(examples), vocabulary(examples)
+    parts = [*models, written]
+    x, names = matrix([answer for part in parts for answer in part.answers], known)
+    y, weight = np.concatenate([part.y for part in parts]), np.concatenate([part.weights(True) for part in parts])
+    w = fit(x, y, weight, PENALTY, np.zeros(x.shape[1]))
+    results = cross_validate(models, written, x, w)
+    weights = {name: round(float(value), 3) for name, value in zip(names, w[:-1], strict=True)}
+    model = {
+        "schema": "sku.refusal/2",
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*given.data, *SOURCES)},
+        "cross_validation": results, "bias": round(float(w[-1]), 3),
+        "cues": {name: weights[name] for name in names[: -len(known)]}, "phrases": {name: weights[name] for name in known},
+    }
     write_json(given.output, model)
     for row in results:
         print(row)
