@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sku_vllm.judges.refusal import WEIGHTS, is_refusal
-from sku_vllm.judges.train_refusal import HERE
+from sku_vllm.judges.refusal import WEIGHTS, is_refusal, refusal_score
+from sku_vllm.judges.refusal_examples import written_examples
+from sku_vllm.judges.train_refusal import SOURCES, confusion
 
+# Written in the styles of other assistants before the judge was trained on such styles; never trained on.
+HELD_OUT = Path(__file__).with_name("refusal_answers.jsonl")
 FILES = ("xstest_completions_llama2new.csv", "xstest_completions_mistralinstruct.csv")
 
 
@@ -54,16 +58,28 @@ def test_on_the_lab_it_agrees_with_the_labs_own_words(lab: Path) -> None:
     assert len(wrong) <= 0.005 * len(answers), wrong[:5]
 
 
+def test_it_holds_in_the_styles_of_other_assistants() -> None:
+    rows = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    assert not {row["answer"] for row in rows} & {example.answer for example in written_examples()}
+    found = np.array([is_refusal(row["answer"]) for row in rows])
+    assert confusion(found, np.array([row["refusal"] for row in rows]))["balanced_accuracy"] >= 0.93  # 0.949 measured
+
+
+def test_the_form_of_an_apostrophe_does_not_matter() -> None:
+    assert refusal_score("I can't help with that.") == refusal_score("I can’t help with that.") > 0
+
+
 def test_the_weights_are_what_the_script_makes_of_the_data(shared: Path, tmp_path: Path) -> None:
     stated = json.loads(WEIGHTS.read_text(encoding="utf-8"))
-    sources = {name: shared / "data" / name for name in FILES} | {name: HERE / name for name in ("refusal_seeds.json", "refusal_cues.py")}
+    sources = {name: shared / "data" / name for name in FILES} | {path.name: path for path in SOURCES}
     assert stated["sha256"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sources.items()}
     data = [part for name in FILES for part in ("--data", shared / "data" / name)]
     subprocess.run([sys.executable, "-m", "sku_vllm.judges.train_refusal", *data, "--output", tmp_path / "again.json"], check=True, timeout=300)
     again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
-    assert again["weights"] == pytest.approx(stated["weights"], abs=2e-4) and again["cross_validation"] == stated["cross_validation"]
+    assert all(again[kind] == pytest.approx(stated[kind], abs=2e-3) for kind in ("cues", "phrases"))
+    assert again["cross_validation"] == stated["cross_validation"]
     by_model = {row["tested"]: row["balanced_accuracy"] for row in again["cross_validation"] if row["prompts"] == "all"}
-    assert by_model[FILES[0]] >= 0.92 and by_model[FILES[1]] >= 0.86  # the goal is 0.95; see benchmarks/results/refusal_judge.md
+    assert by_model[FILES[0]] >= 0.94 and by_model[FILES[1]] >= 0.91  # the goal is 0.95; see benchmarks/results/refusal_judge.md
 
 
 def test_an_answer_takes_about_a_millisecond(shared: Path) -> None:
