@@ -26,8 +26,9 @@ def is_refusal(response: str) -> bool:
 def refusal_score(response: str) -> float:
     """Log-odds of a refusal at even odds beforehand."""
     bias, cues, known = _model()
-    found = [known[phrase] for phrase in sorted(phrases(response)) if phrase in known]
-    return bias + sum(cues[name] * value for name, value in features(response).items() if value) + phrase_share(len(found)) * sum(found)
+    found = [known[phrase] for phrase in phrases(response) if phrase in known]
+    heard = sum(cues[name] * value for name, value in features(response).items() if value)
+    return bias + heard + phrase_share(len(found)) * math.fsum(found)  # exact, so the order of a set does not matter
 
 
 def phrase_share(count: int) -> float:
