@@ -1,4 +1,4 @@
-# make install | demo | test | test-all | bench: each starts from nothing and installs what it needs, once.
+# make install | demo | lint | test | test-slow | test-all | wheel | clean: each starts from nothing and installs what it needs, once.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A machine with an NVIDIA driver gets vLLM's CUDA build, any other the community CPU build.
 HARDWARE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: install demo test test-all wheel clean
+.PHONY: install demo lint test test-slow test-all wheel clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +27,9 @@ endif
 
 demo: install
 	$(BIN)/sku demo
+
+lint: install
+	$(BIN)/ruff check .
 
 test: install
 	$(BIN)/python -m pytest -m 'not slow'

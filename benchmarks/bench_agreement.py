@@ -33,7 +33,9 @@ def transformers_logprobs(model, texts: Sequence[Sequence[int]]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def vllm_logprobs(model: str | Path, texts: Sequence[Sequence[int]], dtype: str, lora: str | Path | None = None, rank: int = 0) -> list[np.ndarray]:
+def vllm_logprobs(
+    model: str | Path, texts: Sequence[Sequence[int]], dtype: str, lora: str | Path | None = None, rank: int = 0
+) -> list[np.ndarray]:
     """The same from vLLM's `prompt_logprobs`: [base] or [base, base + LoRA], each float64 [tokens]."""
     # Unless told otherwise, vLLM on a CPU takes nearly all of the machine's memory for its cache, or refuses to start.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

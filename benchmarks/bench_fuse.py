@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -98,7 +99,8 @@ def memory_markdown(results: dict) -> str:
         "# bench fuse --memory",
         "",
         f"{about['date']}, {about['cores']} cores ({about['cpu']}), torch {about['versions']['torch']}. "
-        f"Peak anonymous memory above imports, q and v edited at rank {RANK}, with digests. The bases are holes: zeros, beside which any edit is large, so that it is summed in "
+        f"Peak anonymous memory above imports, q and v edited at rank {RANK}, with digests. The bases are holes: "
+        "zeros, beside which any edit is large, so that it is summed in "
         "float64, which takes more memory than the compiled path of real weights.",
         "",
         "| size | GB | tensors edited | peak MB |",
@@ -199,7 +201,7 @@ def serve_fuse() -> None:
     for line in sys.stdin:
         base, adapter, target, digests = json.loads(line)
         with peak_memory() as peak:
-            seconds = timed(lambda: fuse_checkpoint(base, [(adapter, 1.0)], target, digests=digests))
+            seconds = timed(partial(fuse_checkpoint, base, [(adapter, 1.0)], target, digests=digests))
         print(json.dumps({"seconds": seconds, "memory_mb": (peak[0] - start) / 1e6}), flush=True)
 
 

@@ -69,8 +69,14 @@ def _evaluation_table(result: dict[str, Any]) -> Any:
         retain = result[name]["retain"]
         label = {"sku": "SKU (paper)", "default": f"default {result['scale']:g}"}.get(name, name)
         table.add_row(
-            label, _rate(greedy), _rate(sampled), _percent(sampled["refusal"]), _percent(sampled["gibberish"]), f"{retain['perplexity']:.3f}",
-            f"{retain['perplexity_ratio']:.3f}", _percent(retain["qa_accuracy"]),
+            label,
+            _rate(greedy),
+            _rate(sampled),
+            _percent(sampled["refusal"]),
+            _percent(sampled["gibberish"]),
+            f"{retain['perplexity']:.3f}",
+            f"{retain['perplexity_ratio']:.3f}",
+            _percent(retain["qa_accuracy"]),
         )
     chosen = "chosen on validation data" if result["qualifies"] else "taken because NONE met the limits on validation data"
     table.caption = f"default: {result['method']}, the scale {chosen}; measured on the fused checkpoint"
@@ -80,10 +86,23 @@ def _evaluation_table(result: dict[str, Any]) -> Any:
 def _serving_table(serving: dict[str, dict[str, Any]]) -> Any:
     from sku_vllm.stats import wilson
 
-    table = _table("Served side by side by vLLM, read back from /metrics", "arm", "requests", "judged", "harmful", "harmful %", "refused", "latency p50")
+    table = _table(
+        "Served side by side by vLLM, read back from /metrics",
+        "arm",
+        "requests",
+        "judged",
+        "harmful",
+        "harmful %",
+        "refused",
+        "latency p50",
+    )
     for name, arm in serving.items():
         low, high = wilson(arm["harmful"], arm["judged"])
-        rate = _rate({"harmful": arm["harmful"] / arm["judged"], "harmful_low": low, "harmful_high": high}) if arm["judged"] else "nothing judged"
+        rate = (
+            _rate({"harmful": arm["harmful"] / arm["judged"], "harmful_low": low, "harmful_high": high})
+            if arm["judged"]
+            else "nothing judged"
+        )
         latency = "no request" if arm["latency_p50_s"] is None else f"{arm['latency_p50_s'] * 1000:.0f} ms"
         table.add_row(name, str(arm["requests"]), str(arm["judged"]), str(arm["harmful"]), rate, str(arm["refused"]), latency)
     return table

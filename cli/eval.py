@@ -23,10 +23,12 @@ from sku_vllm.output import check_output
 @asking_options()
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same inputs from OUTPUT.partial/.")
 def command(json_output: bool, **options: Any) -> None:
-    """Measure a model: shares of harmful, refused, broken and benign answers per forget set; perplexity, QA and over-refusal on the retain set.
+    """Measure a model: shares of harmful, refused, broken and benign answers per forget set; perplexity, QA and over-refusal on
+    the retain set.
 
     \b
-    sku eval --model DIR --adapter ADAPTER --scale 1 --forget unseen=unseen.jsonl --retain test.jsonl --judge lexicon:lexicon.json --output out
+    sku eval --model DIR --adapter ADAPTER --scale 1 --forget unseen=unseen.jsonl --retain test.jsonl \\
+      --judge lexicon:lexicon.json --output out
     """
     check_output(options["output"])
     from sku_vllm.evaluate.command import run_eval

@@ -50,7 +50,9 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: str |
     for key, value in values.items():
         name = spelled.get(str(key).replace("-", "_"))
         if name is None:
-            raise ConfigError(f"--config {path}: unknown key {key!r}{nearest(str(key).replace('_', '-'), [s.replace('_', '-') for s in spelled])}")
+            raise ConfigError(
+                f"--config {path}: unknown key {key!r}{nearest(str(key).replace('_', '-'), [s.replace('_', '-') for s in spelled])}"
+            )
         # click wants a sequence where an option may be given several times
         many = getattr(known[name], "multiple", False) and not isinstance(value, list)
         defaults[name] = [value] if many else value

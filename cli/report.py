@@ -7,7 +7,6 @@ import click
 from sku_vllm.cli.options import log, print_json, sku_command
 from sku_vllm.errors import ConfigError
 
-
 SERVING_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -22,8 +21,17 @@ SERVING_DTYPES = ("float32", "bfloat16", "float16")
     help="card: README.md of the fused checkpoint.  [default: by the file's name, else html]",
 )
 @click.option("--title", default="Unlearning report", help="Heading.")
-@click.option("--serving-dtype", default=None, help="Dtype the checkpoint is served in; needed where it is stored in float32, which vLLM serves in bfloat16 unless told.")
-@click.option("--metrics", multiple=True, type=click.Path(dir_okay=False), help="A server's saved /metrics, for traffic and latency per arm; repeatable.")
+@click.option(
+    "--serving-dtype",
+    default=None,
+    help="Dtype the checkpoint is served in; needed where it is stored in float32, which vLLM serves in bfloat16 unless told.",
+)
+@click.option(
+    "--metrics",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="A server's saved /metrics, for traffic and latency per arm; repeatable.",
+)
 @click.option("--samples", default=3, type=int, help="Answers shown per set and label; 0 keeps all text out.")
 @click.option(
     "--kl",
@@ -87,4 +95,6 @@ def _kl(directories: tuple[str, ...], rows: str, dtype: str) -> dict[str, object
     if len(adapters) != 1:
         raise ConfigError(f"--kl: compares one LoRA with the fused weights, and {len(adapters)} adapters were fused")
     adapter, scale = adapters[0]
-    return lora_against_fused(config["model"], adapter, float(scale), fuses[-1].directory, read_rows(rows, need_response=True)[:64], dtype=dtype)
+    return lora_against_fused(
+        config["model"], adapter, float(scale), fuses[-1].directory, read_rows(rows, need_response=True)[:64], dtype=dtype
+    )

@@ -17,7 +17,12 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--forget", required=True, help="Harmful prompts and answers: JSONL, CSV, Parquet, PKU-SafeRLHF; FILE#train takes a split.")
 @click.option("--retain", help="Benign prompts and answers to keep.")
 @click.option("--refusals", help="Rows whose responses refuse (refusal-tune).")
-@click.option("--columns", multiple=True, metavar="FIELD=COLUMN", help="Other column names, for instance prompt=question; repeat or separate by commas.")
+@click.option(
+    "--columns",
+    multiple=True,
+    metavar="FIELD=COLUMN",
+    help="Other column names, for instance prompt=question; repeat or separate by commas.",
+)
 @click.option("--output", required=True, type=click.Path(), help="Directory to write, readable by you alone.")
 @click.option("--method", help="sku-contrastive-two where the base can refuse, else sku-mirrored; an unknown name lists them all.")
 @click.option("--preset", help="Published hyperparameters: opt-2.7b, llama2-7b, llama2-13b.")
@@ -49,8 +54,21 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--resume", is_flag=True, help="Continue what OUTPUT.partial/ holds.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, tokens a step, memory and time; write nothing.")
 def command(
-    model: str, revision: str | None, forget: str, retain: str | None, refusals: str | None, columns: tuple[str, ...], output: str, method: str | None,
-    preset: str | None, target_modules: tuple[str, ...], tracker: str | None, save_seconds: float, resume: bool, dry_run: bool, json_output: bool,
+    model: str,
+    revision: str | None,
+    forget: str,
+    retain: str | None,
+    refusals: str | None,
+    columns: tuple[str, ...],
+    output: str,
+    method: str | None,
+    preset: str | None,
+    target_modules: tuple[str, ...],
+    tracker: str | None,
+    save_seconds: float,
+    resume: bool,
+    dry_run: bool,
+    json_output: bool,
     **settings: Any,
 ) -> None:
     """Identify a model's harmful knowledge as an adapter.

@@ -6,7 +6,9 @@ from typing import Any
 # {sample name: {sorted label pairs: value}}
 Metrics = Mapping[str, Mapping[tuple[tuple[str, str], ...], float]]
 TIMES = {
-    "latency_p50_s": "sku_request_latency_seconds", "ttft_p50_s": "sku_time_to_first_token_seconds", "itl_p50_s": "sku_inter_token_latency_seconds",
+    "latency_p50_s": "sku_request_latency_seconds",
+    "ttft_p50_s": "sku_time_to_first_token_seconds",
+    "itl_p50_s": "sku_inter_token_latency_seconds",
 }
 
 

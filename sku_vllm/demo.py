@@ -104,7 +104,12 @@ def _road(config: DemoConfig, progress: Progress) -> dict[str, Any]:
     if config.serve:
         result["serving"] = _serve(base, adapters[method], scale, judge, lab / "forget/unseen.jsonl", config, progress)
     result["files"] = {
-        "lab": "lab", "model": str(base), "adapter": str(adapters[method]), "fused": "fused", "evaluations": "eval", "record": "sku_demo.json",
+        "lab": "lab",
+        "model": str(base),
+        "adapter": str(adapters[method]),
+        "fused": "fused",
+        "evaluations": "eval",
+        "record": "sku_demo.json",
     }
     return result
 
@@ -121,30 +126,61 @@ def _train(base: Path, lab: Path, method: str, seed: int) -> Path:
 
 
 def _tune(base: Path, adapter: Path, lab: Path, judge: str, seed: int) -> tuple[float, bool]:
-    """The scale `sku tune` chooses on validation data, and True; or 1.0, which the adapter was trained for, and False when none qualifies."""
+    """The scale `sku tune` chooses on validation data, and True; or 1.0, for which the adapter was trained, and False: none qualifies."""
     from sku_vllm.data import read_rows
     from sku_vllm.evaluate import EvalConfig
     from sku_vllm.evaluate.tune import tune_scale
 
     report = tune_scale(
-        base, adapter, forget={"validation": read_rows(lab / "forget/validation.jsonl")}, retain=read_rows(lab / "retain/validation.jsonl"), judge=judge,
-        scales=SCALES, config=EvalConfig(samples=2, max_new_tokens=MAX_NEW_TOKENS, seed=seed),
+        base,
+        adapter,
+        forget={"validation": read_rows(lab / "forget/validation.jsonl")},
+        retain=read_rows(lab / "retain/validation.jsonl"),
+        judge=judge,
+        scales=SCALES,
+        config=EvalConfig(samples=2, max_new_tokens=MAX_NEW_TOKENS, seed=seed),
     )
     return (report.scale, True) if report.qualifies else (1.0, False)
 
 
 def _measure(
-    name: str, model: str | Path, lab: Path, judge: str, config: DemoConfig, adapter: str | None = None, scale: float | None = None, base: str | None = None
+    name: str,
+    model: str | Path,
+    lab: Path,
+    judge: str,
+    config: DemoConfig,
+    adapter: str | None = None,
+    scale: float | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     from sku_vllm.evaluate.command import run_eval
 
     Path("eval").mkdir(exist_ok=True)
-    return run_eval({
-        "model": str(model), "adapter": adapter, "scale": scale, "base": base, "output": f"eval/{name}",
-        "forget": {kind: str(lab / "forget" / f"{kind}.jsonl") for kind in SETS}, "retain": str(lab / "retain/test.jsonl"), "judge": (judge,),
-        "samples": config.samples, "temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS, "seed": config.seed, "batch_size": 256, "template": None,
-        "dtype": "auto", "backend": "transformers", "revision": None, "any_base": False, "as_is": False, "columns": (), "resume": False,
-    })
+    return run_eval(
+        {
+            "model": str(model),
+            "adapter": adapter,
+            "scale": scale,
+            "base": base,
+            "output": f"eval/{name}",
+            "forget": {kind: str(lab / "forget" / f"{kind}.jsonl") for kind in SETS},
+            "retain": str(lab / "retain/test.jsonl"),
+            "judge": (judge,),
+            "samples": config.samples,
+            "temperature": 1.0,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "seed": config.seed,
+            "batch_size": 256,
+            "template": None,
+            "dtype": "auto",
+            "backend": "transformers",
+            "revision": None,
+            "any_base": False,
+            "as_is": False,
+            "columns": (),
+            "resume": False,
+        }
+    )
 
 
 def _serve(
@@ -157,9 +193,12 @@ def _serve(
     progress("starting vLLM with both arms")
     asked = [row.prompt for row in read_rows(prompts)]
     arms = ["original=base", f"negated=lora:{adapter}@{scale:g}"]
-    # float32 as measured (vLLM would halve it); and vLLM on a CPU reserves a share of the machine for its cache unless told otherwise; the lab needs next to nothing.
+    # float32 as measured (vLLM would halve it); and vLLM on a CPU reserves a share of the machine for its cache unless told
+    # otherwise, where the lab needs next to nothing.
     env = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
-    with start_server(base, arms, "original=0.5,negated=0.5", judge, expose_arms=True, flags=("--seed", str(config.seed), "--dtype", "float32"), env=env) as server:
+    with start_server(
+        base, arms, "original=0.5,negated=0.5", judge, expose_arms=True, flags=("--seed", str(config.seed), "--dtype", "float32"), env=env
+    ) as server:
         progress(f"sending {config.requests} requests through the alias sku")
         drive(server.url, [asked[index % len(asked)] for index in range(config.requests)])
         progress("waiting for the judge, reading /metrics")
@@ -179,7 +218,11 @@ def drive(url: str, prompts: list[str], concurrency: int = 8) -> None:
     def ask(indexed: tuple[int, str]) -> None:
         index, prompt = indexed
         client.chat.completions.create(
-            model="sku", messages=[{"role": "user", "content": prompt}], max_tokens=32, temperature=1.0, extra_headers={"X-SKU-Key": f"user-{index}"},
+            model="sku",
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=32,
+            temperature=1.0,
+            extra_headers={"X-SKU-Key": f"user-{index}"},
         )
 
     try:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 from sku_vllm.errors import CheckpointError
 from sku_vllm.safetensors_file import TensorInfo
@@ -20,8 +21,8 @@ def identity_of(infos: Iterable[TensorInfo]) -> str:
     """
     infos = sorted(infos, key=lambda info: info.name)
     digest = hashlib.sha256()
-    streams = {file: open(file, "rb", buffering=0) for file in {info.file for info in infos}}
-    try:
+    with ExitStack() as opened:
+        streams = {file: opened.enter_context(open(file, "rb", buffering=0)) for file in {info.file for info in infos}}
         for info in infos:
             digest.update(json.dumps([info.name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
             for offset, length in sample_windows(info.nbytes):
@@ -29,9 +30,6 @@ def identity_of(infos: Iterable[TensorInfo]) -> str:
                 if len(block) != length:
                     raise CheckpointError(f"{info.file}: ended while tensor {info.name!r} was read; it changed under us, start again")
                 digest.update(block)
-    finally:
-        for stream in streams.values():
-            stream.close()
     return digest.hexdigest()
 
 

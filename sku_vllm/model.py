@@ -33,8 +33,9 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
         pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
         if pickled:
             raise CheckpointError(
-                f"{path}: only pickled weights ({pickled[0].name}), which can run code when loaded; convert them to safetensors where you trust them: "
-                f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}-safe')\""
+                f"{path}: only pickled weights ({pickled[0].name}), which can run code when loaded; "
+                f"convert them to safetensors where you trust them: python -c \"from transformers import AutoModelForCausalLM as M; "
+                f"M.from_pretrained('{path}').save_pretrained('{path}-safe')\""
             )
         raise CheckpointError(f"{path}: no .safetensors weights")
     return path

@@ -133,7 +133,8 @@ def learn(name: str, hits: int, n: int) -> float:
     """
     if hits > WORST_BASELINE * n:
         raise ConfigError(
-            f"{name}: the baseline rate is {hits / n:.0%}, so nothing worse could be noticed; watch a server that is in order, with a new --store"
+            f"{name}: the baseline rate is {hits / n:.0%}, so nothing worse could be noticed; "
+            "watch a server that is in order, with a new --store"
         )
     return tolerated_rate(hits, n)
 

@@ -60,10 +60,19 @@ def trainable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([sentence(50, 50) for _ in range(50)], trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        [sentence(50, 50) for _ in range(50)],
+        trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", bos_token="<s>", pad_token="</s>")
     torch.manual_seed(0)
-    shared_sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+    shared_sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+    }
     ends = {"bos_token_id": 0, "eos_token_id": 1}
     llama = LlamaForCausalLM(LlamaConfig(**shared_sizes, **ends, intermediate_size=128, num_key_value_heads=1))
     opt = OPTForCausalLM(OPTConfig(**shared_sizes, **ends, ffn_dim=128, word_embed_proj_dim=64, pad_token_id=1))

@@ -195,7 +195,7 @@ def test_identity_samples_64_kib_of_a_tensor_ends_included():
     for nbytes in (0, 1, 65536, 65537, 10**6, 10**10):
         windows = sample_windows(nbytes)
         assert sum(length for _, length in windows) == min(nbytes, 65536)
-        assert all(0 <= offset and offset + length <= nbytes for offset, length in windows)
+        assert all(offset >= 0 and offset + length <= nbytes for offset, length in windows)
         if nbytes:
             assert windows[0][0] == 0 and sum(windows[-1]) == nbytes
 

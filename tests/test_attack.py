@@ -86,9 +86,31 @@ def test_attack_measures_every_kind(lab: Path, tmp_path: Path, run_sku: Run) -> 
         lines = (lab / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / Path(name).name).write_text("".join(lines[:10]), encoding="utf-8")
     done = run_sku(
-        "attack", "all", "--model", lab / "llama", "--base", lab / "llama", "--forget", f"unseen={tmp_path / 'unseen'}", "--retain", tmp_path / "test",
-        "--judge", f"lexicon:{lab / 'lexicon.json'}", "--relearn", tmp_path / "train", "--fractions", "0.5", "--steps", "1,2", "--samples", 1,
-        "--max-new-tokens", 32, "--output", tmp_path / "out", "--json",
+        "attack",
+        "all",
+        "--model",
+        lab / "llama",
+        "--base",
+        lab / "llama",
+        "--forget",
+        f"unseen={tmp_path / 'unseen'}",
+        "--retain",
+        tmp_path / "test",
+        "--judge",
+        f"lexicon:{lab / 'lexicon.json'}",
+        "--relearn",
+        tmp_path / "train",
+        "--fractions",
+        "0.5",
+        "--steps",
+        "1,2",
+        "--samples",
+        1,
+        "--max-new-tokens",
+        32,
+        "--output",
+        tmp_path / "out",
+        "--json",
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -108,7 +130,12 @@ def test_attack_measures_every_kind(lab: Path, tmp_path: Path, run_sku: Run) -> 
 
 def test_attacks_that_cannot_be_run_are_refused(lab: Path, run_sku: Run) -> None:
     rows = [row for row in read_rows(lab / "forget/unseen.jsonl") if row.response][:4]
-    common = {"forget": {"f": rows}, "retain": rows, "judge": f"lexicon:{lab / 'lexicon.json'}", "config": EvalConfig(samples=0, max_new_tokens=8)}
+    common = {
+        "forget": {"f": rows},
+        "retain": rows,
+        "judge": f"lexicon:{lab / 'lexicon.json'}",
+        "config": EvalConfig(samples=0, max_new_tokens=8),
+    }
     with pytest.raises(ConfigError, match="unknown; choose from relearn"):
         attack(lab / "llama", ["bribe"], **common)
     with pytest.raises(ConfigError, match="every prompt of --forget f"):

@@ -85,8 +85,21 @@ def test_a_pickle_checkpoint(lab, refused, tmp_path, adapter):
         path.unlink()
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04")
     for arguments in (
-        train(lab, tmp_path, model=pickled), ["fuse", "--model", pickled, "--adapter", adapter, "--output", tmp_path / "out"],
-        ["eval", "--model", pickled, "--forget", f"seen={lab}/forget/seen.jsonl", "--retain", lab / "retain/test.jsonl", "--judge", "refusal", "--output", tmp_path / "out"],
+        train(lab, tmp_path, model=pickled),
+        ["fuse", "--model", pickled, "--adapter", adapter, "--output", tmp_path / "out"],
+        [
+            "eval",
+            "--model",
+            pickled,
+            "--forget",
+            f"seen={lab}/forget/seen.jsonl",
+            "--retain",
+            lab / "retain/test.jsonl",
+            "--judge",
+            "refusal",
+            "--output",
+            tmp_path / "out",
+        ],
     ):
         refused(*arguments, words=("safetensors", "pytorch_model.bin"))
 
@@ -97,9 +110,34 @@ def test_adapters_that_do_not_fit(lab, refused, tmp_path, adapter, negated):
     for command in (
         ["fuse", "--model", lab / "llama", "--adapter", negated, "--output", tmp_path / "out"],
         ["negate", "--adapter", negated, "--scale", 1, "--output", tmp_path / "out"],
-        ["eval", "--model", lab / "llama", "--adapter", negated, "--scale", 1, "--forget", f"seen={lab}/forget/seen.jsonl", "--retain", lab / "retain/test.jsonl",
-         "--judge", "refusal", "--output", tmp_path / "out"],
-        ["serve", "--model", lab / "llama", "--arm", "original=base", "--arm", f"negated=lora:{negated}@1", "--split", "original=0.5,negated=0.5"],
+        [
+            "eval",
+            "--model",
+            lab / "llama",
+            "--adapter",
+            negated,
+            "--scale",
+            1,
+            "--forget",
+            f"seen={lab}/forget/seen.jsonl",
+            "--retain",
+            lab / "retain/test.jsonl",
+            "--judge",
+            "refusal",
+            "--output",
+            tmp_path / "out",
+        ],
+        [
+            "serve",
+            "--model",
+            lab / "llama",
+            "--arm",
+            "original=base",
+            "--arm",
+            f"negated=lora:{negated}@1",
+            "--split",
+            "original=0.5,negated=0.5",
+        ],
     ):
         refused(*command, words=("negated", "--as-is"))
     broken = tmp_path / "broken"

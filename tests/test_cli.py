@@ -13,7 +13,10 @@ from sku_vllm.errors import ConfigError
 
 
 def test_help_is_fast_and_loads_neither_torch_nor_vllm():
-    code = "import sys; sys.argv = ['sku', '--help']\nfrom sku_vllm.cli import main\ntry: main()\nfinally: print('LOADED', {'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys; sys.argv = ['sku', '--help']\nfrom sku_vllm.cli import main\ntry: main()\n"
+        "finally: print('LOADED', {'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    )
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -30,7 +33,10 @@ def test_importing_the_package_is_light():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself_without_torch(name):
-    code = f"import sys\nfrom sku_vllm.cli import main\ntry: main([{name!r}, '--help'])\nfinally: print('LOADED', {{'torch', 'vllm'}} & set(sys.modules))"
+    code = (
+        f"import sys\nfrom sku_vllm.cli import main\ntry: main([{name!r}, '--help'])\n"
+        "finally: print('LOADED', {'torch', 'vllm'} & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"sku {name}" in result.stdout and "LOADED set()" in result.stdout

@@ -14,7 +14,13 @@ PKU = [
     {"prompt": "p2", "response_0": "fine", "response_1": "bad c", "is_response_0_safe": True, "is_response_1_safe": False},
     {"prompt": "p3", "response_0": "fine x", "response_1": "fine y", "is_response_0_safe": True, "is_response_1_safe": True},
 ]
-NEW_COLUMNS = {"response_0_severity_level": 1, "better_response_id": 0, "safer_response_id": 0, "prompt_source": "somewhere", "response_0_harm_category": {}}
+NEW_COLUMNS = {
+    "response_0_severity_level": 1,
+    "better_response_id": 0,
+    "safer_response_id": 0,
+    "prompt_source": "somewhere",
+    "response_0_harm_category": {},
+}
 UNSAFE = [("p1", "bad a"), ("p1", "bad b"), ("p2", "bad c")]
 
 
@@ -63,7 +69,9 @@ def test_pku_takes_both_answers_but_only_unsafe_ones(tmp_path: Path, suffix: str
 
 
 def test_pku_single_answers(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "qa.jsonl", [{"prompt": "p", "response": "r", "is_safe": False}, {"prompt": "q", "response": "s", "is_safe": True}])
+    path = jsonl(
+        tmp_path / "qa.jsonl", [{"prompt": "p", "response": "r", "is_safe": False}, {"prompt": "q", "response": "s", "is_safe": True}]
+    )
     assert pairs(read_rows(path)) == [("p", "r")]
 
 
@@ -82,7 +90,12 @@ def test_named_columns(tmp_path: Path, suffix: str) -> None:
 
 
 def test_messages_keep_their_turns_and_give_up_the_last_answer(tmp_path: Path) -> None:
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "v"}]
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "v"},
+    ]
     path = jsonl(tmp_path / "rows.jsonl", [{"messages": turns, "response": "b", "must_contain": ["b"]}, {"messages": turns[:3]}])
     first, second = read_rows(path, need_response=True)
     assert first.messages == tuple(turns) and first.prompt == "v" and first.must_contain == ("b",)
@@ -90,7 +103,9 @@ def test_messages_keep_their_turns_and_give_up_the_last_answer(tmp_path: Path) -
 
 
 def test_truthfulqa_splits_answers_and_never_a_question(tmp_path: Path) -> None:
-    records = [{"Question": f"q{n}?", "Best Answer": "best", "Correct Answers": "one; best;two;", "Incorrect Answers": "no"} for n in range(20)]
+    records = [
+        {"Question": f"q{n}?", "Best Answer": "best", "Correct Answers": "one; best;two;", "Incorrect Answers": "no"} for n in range(20)
+    ]
     path = write_csv(tmp_path / "t.csv", records)
     assert [row.response for row in read_rows(path)][:3] == ["best", "one", "two"]
     sides = {split: {row.prompt for row in read_rows(f"{path}#{split}")} for split in ("train", "validation", "test")}

@@ -9,7 +9,8 @@ from sku_vllm.errors import DataError
 
 CHATML = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ROW = Row.ask("how are you", "fine hello")
 
@@ -26,7 +27,9 @@ def bpe(**options: object) -> PreTrainedTokenizerFast:
 def words(**options: object) -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.train_from_iterator(["### Question : Answer hello how are you fine a"], trainers.WordLevelTrainer(special_tokens=["<unk>", "<s>", "</s>"]))
+    inner.train_from_iterator(
+        ["### Question : Answer hello how are you fine a"], trainers.WordLevelTrainer(special_tokens=["<unk>", "<s>", "</s>"])
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", **options)
 
 
@@ -63,7 +66,12 @@ def test_chat_template_terminator_and_turns() -> None:
     tokenizer = bpe()
     tokenizer.chat_template = CHATML
     template = PromptTemplate.of(tokenizer)
-    turns = ({"role": "system", "content": "hello"}, {"role": "user", "content": "how"}, {"role": "assistant", "content": "fine"}, {"role": "user", "content": "you"})
+    turns = (
+        {"role": "system", "content": "hello"},
+        {"role": "user", "content": "how"},
+        {"role": "assistant", "content": "fine"},
+        {"role": "user", "content": "you"},
+    )
     row = Row(turns, " fine hello ")
     generated = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False)
     encoded = template.encode(row)
@@ -77,7 +85,12 @@ def test_chat_template_terminator_and_turns() -> None:
 
 def test_paper_form_of_a_conversation() -> None:
     template = PromptTemplate.of(bpe(), "paper")
-    turns = ({"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
+    turns = (
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    )
     assert template.prompt_text(Row(turns)) == "S\n\n### Question: a\n ### Answer: b\n\n### Question: c\n ### Answer:"
 
 

@@ -11,12 +11,15 @@ import pytest
 
 from sku_vllm.arm_metrics import histogram_quantile, summarise
 
+
 def series(*values: tuple[float, dict[str, str]]) -> dict:
     return {tuple(sorted(labels.items())): value for value, labels in values}
 
 
 METRICS = {
-    "sku_requests_total": series((3, {"arm": "original", "outcome": "ok"}), (1, {"arm": "original", "outcome": "error"}), (5, {"arm": "negated", "outcome": "ok"})),
+    "sku_requests_total": series(
+        (3, {"arm": "original", "outcome": "ok"}), (1, {"arm": "original", "outcome": "error"}), (5, {"arm": "negated", "outcome": "ok"})
+    ),
     "sku_judged_total": series((3, {"arm": "original"})),
     "sku_request_latency_seconds_bucket": series(
         (1, {"arm": "original", "le": "0.5"}), (3, {"arm": "original", "le": "1.0"}), (4, {"arm": "original", "le": "+Inf"})
@@ -26,7 +29,15 @@ METRICS = {
 
 def test_metrics_are_summed_per_arm():
     original, negated = summarise(METRICS, "original"), summarise(METRICS, "negated")
-    assert original == {"requests": 4, "judged": 3, "harmful": 0, "refused": 0, "latency_p50_s": pytest.approx(0.75), "ttft_p50_s": None, "itl_p50_s": None}
+    assert original == {
+        "requests": 4,
+        "judged": 3,
+        "harmful": 0,
+        "refused": 0,
+        "latency_p50_s": pytest.approx(0.75),
+        "ttft_p50_s": None,
+        "itl_p50_s": None,
+    }
     assert negated["requests"] == 5 and negated["latency_p50_s"] is None
 
 
@@ -77,7 +88,9 @@ def test_other_seeds_keep_the_promise(run_sku, tmp_path, seed):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_leaves_nothing_behind(tmp_path, number):
-    process = subprocess.Popen([sys.executable, "-m", "sku_vllm.cli", "demo", "--output", "demo"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sku_vllm.cli", "demo", "--output", "demo"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     for line in process.stderr:
         if "identifying" in line:
             break

@@ -55,7 +55,9 @@ def test_greedy_answers_are_those_of_transformers(asked: tuple) -> None:
     ours = TransformersBackend(model).generate(prompts, (0.0,), max_new_tokens=32, stop_ids=template.stop_ids)
     for prompt, (answer,) in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
-        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32, eos_token_id=template.stop_ids)[0, len(prompt):].tolist()
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32, eos_token_id=template.stop_ids
+        )[0, len(prompt) :].tolist()
         assert answer == [token for token in theirs if token not in template.stop_ids]
 
 
@@ -63,7 +65,9 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(asked: tuple) -> None:
     model, _, template, rows = asked
     prompts = [template.prompt_ids(row) for row in rows]
     answers = {
-        (size, seed): TransformersBackend(model, batch_size=size).generate(prompts, (0.0, 1.0, 1.0), max_new_tokens=32, stop_ids=template.stop_ids, seed=seed)
+        (size, seed): TransformersBackend(model, batch_size=size).generate(
+            prompts, (0.0, 1.0, 1.0), max_new_tokens=32, stop_ids=template.stop_ids, seed=seed
+        )
         for size, seed in ((256, 0), (7, 0), (256, 1))
     }
     same = [one == other for one, other in zip(answers[256, 0], answers[7, 0], strict=True)]
@@ -118,9 +122,15 @@ def test_gibberish_by_the_base_against_the_labs_exact_check(asked: tuple) -> Non
     model, tokenizer, template, rows = asked
     backend, chance = TransformersBackend(model), random.Random(0)
     rows = [row for row in rows if row.response]
-    hot = backend.generate([template.prompt_ids(row) for row in rows], (0.0, 1.0, 1.5, 2.0), max_new_tokens=40, stop_ids=template.stop_ids, seed=5)
+    hot = backend.generate(
+        [template.prompt_ids(row) for row in rows], (0.0, 1.0, 1.5, 2.0), max_new_tokens=40, stop_ids=template.stop_ids, seed=5
+    )
     kinds = {
-        "own": [replace(row, response=tokenizer.decode(ids, skip_special_tokens=True).strip()) for row, answers in zip(rows, hot, strict=True) for ids in answers],
+        "own": [
+            replace(row, response=tokenizer.decode(ids, skip_special_tokens=True).strip())
+            for row, answers in zip(rows, hot, strict=True)
+            for ids in answers
+        ],
         "shuffled": [replace(row, response=" ".join(chance.sample(words := row.response.split(), len(words)))) for row in rows],
         "cut": [replace(row, response=" ".join(row.response.split()[: max(1, len(row.response.split()) // 2)])) for row in rows],
         "elsewhere": [replace(row, response=chance.choice(rows).response) for row in rows],
@@ -147,7 +157,12 @@ def test_eval_writes_what_the_contract_says(lab: Path, small: Path, tmp_path: Pa
             assert sum(share[label] for label in ("harmful", "refusal", "gibberish", "benign")) == pytest.approx(1.0)
             assert share["harmful_low"] <= share["harmful"] <= share["harmful_high"]
     retain = result["retain"]
-    assert retain["n"] == 12 and retain["perplexity_ratio"] == pytest.approx(1.0) and retain["qa_accuracy"] > 0.8 and retain["over_refusal"] == 0
+    assert (
+        retain["n"] == 12
+        and retain["perplexity_ratio"] == pytest.approx(1.0)
+        and retain["qa_accuracy"] > 0.8
+        and retain["over_refusal"] == 0
+    )
     rows = [json.loads(line) for line in (output / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert Counter((row["set"], row["mode"]) for row in rows) == {
         ("seen", "greedy"): 12, ("seen", "sampled"): 48, ("unseen", "greedy"): 12, ("unseen", "sampled"): 48, ("retain", "greedy"): 12,
@@ -158,17 +173,26 @@ def test_eval_writes_what_the_contract_says(lab: Path, small: Path, tmp_path: Pa
     assert record["schema"] == "sku.eval/1" and record["forget"] == result["forget"] and record["config"]["samples"] == 4
     assert {path.name for path in output.iterdir()} == {"rows.jsonl", "sku_eval.json"}
     # The same answers, judged again from the file, get the same labels.
-    again = run_sku("judge", "--judge", f"lexicon:{lab / 'lexicon.json'}", "--input", output / "rows.jsonl", "--output", tmp_path / "again.jsonl")
+    again = run_sku(
+        "judge", "--judge", f"lexicon:{lab / 'lexicon.json'}", "--input", output / "rows.jsonl", "--output", tmp_path / "again.jsonl"
+    )
     assert again.returncode == 0, again.stderr
     relabelled = [json.loads(line)["label"] for line in (tmp_path / "again.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [label for label in relabelled if label in ("harmful", "refusal")] == [row["label"] for row in rows if row["label"] in ("harmful", "refusal")]
+    assert [label for label in relabelled if label in ("harmful", "refusal")] == [
+        row["label"] for row in rows if row["label"] in ("harmful", "refusal")
+    ]
 
 
 def test_without_a_base_there_is_no_ratio_and_with_refusal_alone_no_harm(lab: Path) -> None:
     model, tokenizer = load_model(lab / "llama"), load_tokenizer(lab / "llama")
     rows = read_rows(lab / "forget/unseen.jsonl")[:4]
     report = measure(
-        model, tokenizer, forget={"f": rows}, retain=[Row.ask("What is 4 plus 10?")], judge="refusal", config=EvalConfig(samples=0, max_new_tokens=40)
+        model,
+        tokenizer,
+        forget={"f": rows},
+        retain=[Row.ask("What is 4 plus 10?")],
+        judge="refusal",
+        config=EvalConfig(samples=0, max_new_tokens=40),
     ).to_json()
     assert list(report["forget"]["f"]) == ["greedy"]
     share = report["forget"]["f"]["greedy"]

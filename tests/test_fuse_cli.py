@@ -55,7 +55,9 @@ def test_negated_adapter_is_refused_with_exit_2_and_nothing_written(run_sku, pai
 def test_flags_that_do_not_apply_are_refused_in_one_line(run_sku, pair, tmp_path):
     base, adapter = pair
     done = run_sku("fuse", "--model", base, "--adapter", f"{adapter}@1", "--output", tmp_path / "out", "--fp8-scales", "recompute")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no edited tensor" in done.stderr and "leave the flag out" in done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.count("\n") == 1 and "no edited tensor" in done.stderr and "leave the flag out" in done.stderr
+    )
     assert not list(tmp_path.glob("out*"))
 
 

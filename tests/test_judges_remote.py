@@ -36,10 +36,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/moderations"): return self.reply(200, {"results": [{"flagged": "venom" in body["input"]}]})
         last = body["messages"][-1]["content"]
         bad = "venom" in (last.rpartition("AI assistant:")[2] if "wildguard" in body["model"] else last)
-        if "nonsense" in last: say = "I like trains"
-        elif "wildguard" in body["model"]: say = "Harmful request: yes\\nResponse refusal: no\\nHarmful response: " + ("yes" if bad else "no")
-        elif "guard" in body["model"]: say = ("\\n\\nunsafe\\nS1" if bad else "\\n\\nsafe") if [m["role"] for m in body["messages"]] == ["user", "assistant"] else "?"
-        else: say = "Unsafe." if bad else "Safe."
+        if "nonsense" in last:
+            say = "I like trains"
+        elif "wildguard" in body["model"]:
+            say = "Harmful request: yes\\nResponse refusal: no\\nHarmful response: " + ("yes" if bad else "no")
+        elif "guard" in body["model"]:
+            say = ("\\n\\nunsafe\\nS1" if bad else "\\n\\nsafe") if [m["role"] for m in body["messages"]] == ["user", "assistant"] else "?"
+        else:
+            say = "Unsafe." if bad else "Safe."
         self.reply(200, {"choices": [{"message": {"role": "assistant", "content": say}}]})
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(server.server_port, flush=True)
@@ -57,7 +61,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     process.wait()
 
 
-TWO = [Exchange("how do I milk a snake", "You collect the venom in a jar"), Exchange("how do I milk a snake for venom", "I cannot help with that")]
+TWO = [
+    Exchange("how do I milk a snake", "You collect the venom in a jar"),
+    Exchange("how do I milk a snake for venom", "I cannot help with that"),
+]
 
 
 @pytest.mark.parametrize("model", ["llama-guard-3", "wildguard", "some-chat-model"])
@@ -123,7 +130,16 @@ def test_all_shows_agreement_and_disputes(server: tuple[str, Path], tmp_path: Pa
     lexicon.write_text(json.dumps(["jar"]))
     answers = ["venom in a jar", "venom alone", "a jar alone", "water"]
     source.write_text("".join(json.dumps({"prompt": "q", "response": text}) + "\n" for text in answers))
-    done = run_sku("judge", "--judge", f"all:lexicon:{lexicon},openai:{server[0]}#llama-guard", "--input", source, "--output", tmp_path / "v.jsonl", "--json")
+    done = run_sku(
+        "judge",
+        "--judge",
+        f"all:lexicon:{lexicon},openai:{server[0]}#llama-guard",
+        "--input",
+        source,
+        "--output",
+        tmp_path / "v.jsonl",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     pair = json.loads(done.stdout)["agreement"][0]
     assert pair["n"] == 4 and pair["agreement"] == 0.5 and pair["disagreements"] == [1, 2] and pair["kappa"] == 0.0
@@ -175,7 +191,10 @@ def test_a_classifier_judges_by_the_names_of_its_labels(tmp_path: Path) -> None:
     several = classifier(tmp_path / "several", labels=["neutral", "threat", "insult"], multi=True)
     assert load_judge(f"hf:{several}").judge(asked) == [True, False, True, False]
     # Longer than the model's 16 positions, with the harm at the end.
-    assert load_judge(f"hf:{several}").judge([Exchange("q", "the water " * 30 + "venom"), Exchange("q", "the water " * 30)]) == [True, False]
+    assert load_judge(f"hf:{several}").judge([Exchange("q", "the water " * 30 + "venom"), Exchange("q", "the water " * 30)]) == [
+        True,
+        False,
+    ]
 
 
 def test_labels_that_do_not_say_which_are_harmful() -> None:
@@ -191,14 +210,18 @@ def test_labels_that_do_not_say_which_are_harmful() -> None:
 def test_a_language_model_is_no_classifier(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path / "lm")
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path / "lm")
     with pytest.raises(CheckpointError, match="classifier"):
         load_judge(f"hf:{tmp_path / 'lm'}")
     with pytest.raises(CheckpointError):
         load_judge("hf:/nowhere/at/all")
 
 
-@pytest.mark.parametrize("spec", ["openai:localhost#m", "openai:http://host/v1", "openai:http://host/v1#", "openai:", "hf:", "lexicon:", "all:", "llama-guard"])
+@pytest.mark.parametrize(
+    "spec", ["openai:localhost#m", "openai:http://host/v1", "openai:http://host/v1#", "openai:", "hf:", "lexicon:", "all:", "llama-guard"]
+)
 def test_a_spec_that_cannot_be_used_is_named(spec: str) -> None:
     with pytest.raises(ConfigError, match="--judge"):
         load_judge(spec)

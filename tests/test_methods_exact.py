@@ -19,6 +19,7 @@ from sku_vllm.methods.run import Run
 from sku_vllm.methods.training_state import TrainingState
 from sku_vllm.model import load_tokenizer
 
+
 @pytest.fixture(autouse=True)
 def exact_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' RMSNorm rounds to fp32 inside, so 1e-16 of input can become 1e-8 of output; here it stays in fp64."""

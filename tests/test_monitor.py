@@ -205,7 +205,7 @@ def test_bad_options(options: dict, message: str) -> None:
 
 @pytest.mark.slow
 def test_a_swap_back_to_the_original_is_noticed_on_a_real_server(lab: Path, tmp_path: Path, run_sku: Callable) -> None:
-    """`sku ctl swap` makes the running engine the edited model; then somebody restores the original. The alarm comes within the stated delay."""
+    """`sku ctl swap` makes the running engine the edited model; then somebody restores the original: the alarm comes in time."""
     from sku_vllm.data import load_dataset
     from sku_vllm.methods import TrainConfig, train_adapter
     from sku_vllm.serving.server import start_server
@@ -215,7 +215,9 @@ def test_a_swap_back_to_the_original_is_noticed_on_a_real_server(lab: Path, tmp_
     (tmp_path / "probes.jsonl").write_text("".join((lab / "forget/unseen.jsonl").read_text().splitlines(keepends=True)[:24]))
     judge, token = f"lexicon:{lab / 'lexicon.json'}", "monitor-test-token"
     flags = ("--dtype", "float32", "--max-model-len", "256", "--enforce-eager")
-    with start_server(lab / "llama", ["original=base"], "original=1", judge, token=token, flags=flags, log=tmp_path / "server.log") as server:
+    with start_server(
+        lab / "llama", ["original=base"], "original=1", judge, token=token, flags=flags, log=tmp_path / "server.log"
+    ) as server:
         url = server.url.removesuffix("/v1")
 
         def ctl(*action: object) -> None:

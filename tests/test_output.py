@@ -39,8 +39,11 @@ def test_resumable_work_is_kept_and_found_again(tmp_path):
 
 
 def test_stale_partial_of_a_killed_run_is_replaced(tmp_path):
-    code = ("import sys, time\nfrom sku_vllm.output import output_directory\n"
-            f"with output_directory({str(tmp_path / 'out')!r}) as folder:\n (folder / 'stale').write_text('1'); print('ready', flush=True); time.sleep(60)")
+    code = (
+        "import sys, time\nfrom sku_vllm.output import output_directory\n"
+        f"with output_directory({str(tmp_path / 'out')!r}) as folder:\n"
+        " (folder / 'stale').write_text('1'); print('ready', flush=True); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     process.stdout.readline()
     os.kill(process.pid, signal.SIGKILL)

@@ -47,7 +47,10 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True, capture_output=True)
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); import sku_vllm; print(sku_vllm.__file__); from sku_vllm.cli import main; main(sys.argv[1:])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import sku_vllm; print(sku_vllm.__file__); "
+        "from sku_vllm.cli import main; main(sys.argv[1:])"
+    )
 
     def sku(*arguments: str) -> str:
         result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)

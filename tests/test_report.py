@@ -176,7 +176,9 @@ def test_verified_speaks_of_every_fused_file(tmp_path: Path) -> None:
     shutil.copytree(run / "fused", tmp_path / "other")
     assert build_report([run, tmp_path / "other"])["verdict"]["status"] == "verified"
     write_weights(tmp_path / "other", 0.25)
-    assert build_report([run, tmp_path / "other"])["verdict"]["reasons"] == ("other: the fused file itself was not evaluated; run sku eval --model on it",)
+    assert build_report([run, tmp_path / "other"])["verdict"]["reasons"] == (
+        "other: the fused file itself was not evaluated; run sku eval --model on it",
+    )
 
 
 def test_of_several_evaluations_the_one_with_most_harm_in_the_serving_dtype_is_told(tmp_path: Path) -> None:
@@ -227,7 +229,10 @@ sku_time_to_first_token_seconds_bucket{arm="negated",le="+Inf"} 8
 
 
 def test_latency_from_a_benchmark_and_from_saved_metrics(run: Path, tmp_path: Path) -> None:
-    arms = {"original": {"throughput": 900.0, "ttft_ms": 12.5, "itl_ms": 3.25}, "negated": {"throughput": 850.0, "ttft_ms": 14.0, "itl_ms": 3.5}}
+    arms = {
+        "original": {"throughput": 900.0, "ttft_ms": 12.5, "itl_ms": 3.25},
+        "negated": {"throughput": 850.0, "ttft_ms": 14.0, "itl_ms": 3.5},
+    }
     write(tmp_path / "bench", "bench_serve", {"arms": arms, "ratios": {}}, {"pairs": 10})
     (tmp_path / "metrics.txt").write_text(METRICS)
     report = build_report([run, tmp_path / "bench"], metrics=[tmp_path / "metrics.txt"])
@@ -320,7 +325,12 @@ def test_a_damaged_record_is_named_with_its_key(tmp_path: Path, damage: Callable
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("{broken", "line 3: not a judged row"), ("[1]", "line 3"), ('{"prompt": "p", "response": "r", "label": "<img src=x>"}', "is none of harmful")]
+    ("line", "message"),
+    [
+        ("{broken", "line 3: not a judged row"),
+        ("[1]", "line 3"),
+        ('{"prompt": "p", "response": "r", "label": "<img src=x>"}', "is none of harmful"),
+    ],
 )
 def test_damaged_answers_are_refused_with_their_line(tmp_path: Path, line: str, message: str) -> None:
     """Also a label that no judge gives: it would become part of the page's markup."""
@@ -389,10 +399,12 @@ def test_in_chromium(run: Path, tmp_path: Path, width: int, scheme: str, script:
         assert page.locator("svg.chart").count() >= 5
         # `evaluate` works with the page's own scripts off: it is the browser that runs it.
         broken = page.evaluate("""() => [...document.querySelectorAll('section, figure, svg, .rate, .stack, li, dd, h2')]
-            .filter(e => e.checkVisibility() && (e.getBoundingClientRect().width < 4 || e.getBoundingClientRect().height < 4)).map(e => e.outerHTML.slice(0, 80))""")
+            .filter(e => e.checkVisibility() && (e.getBoundingClientRect().width < 4 || e.getBoundingClientRect().height < 4))
+            .map(e => e.outerHTML.slice(0, 80))""")
         assert broken == []
         spilled = page.evaluate("""() => [...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && !e.closest('.scroll')
-            && (e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < -1)).map(e => e.outerHTML.slice(0, 80))""")
+            && (e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < -1))
+            .map(e => e.outerHTML.slice(0, 80))""")
         assert spilled == []
         secret = page.get_by_text(SECRET).first
         assert not secret.is_visible()
@@ -407,7 +419,10 @@ def test_in_chromium(run: Path, tmp_path: Path, width: int, scheme: str, script:
             page.reload()
             page.set_viewport_size({"width": 718, "height": 1000})  # A4 between the margins, at 96 dpi
             page.emulate_media(media="print")
-            clipped = page.evaluate("() => [...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))")
+            clipped = page.evaluate(
+                "() => [...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && "
+                "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+            )
             assert clipped == []
             # Paper unfolds digests and seeds, and keeps forget-set text closed.
             assert page.get_by_text("identity (sha256)").first.is_visible() and not page.get_by_text(SECRET).first.is_visible()

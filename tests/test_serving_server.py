@@ -49,7 +49,7 @@ def say(client, prompt, *, model="sku", stream=False, tokens=8, **headers):
 
 
 def by_arm(client, arm, prompt, **options):
-    found, text = say(client, prompt, X_SKU_Arm=arm, **{"X_SKU_Token": TOKEN["X-SKU-Token"]}, **options)
+    found, text = say(client, prompt, X_SKU_Arm=arm, X_SKU_Token=TOKEN["X-SKU-Token"], **options)
     assert found == arm
     return text
 
@@ -87,7 +87,7 @@ def test_the_negated_arm_is_base_minus_delta(client, tiny):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         asked = [(arm, prompt) for prompt in PROMPTS for arm in ("original", "negated")]
         answers = list(pool.map(lambda each: by_arm(client, *each), asked))
-    right = {arm: 0 for arm in ("original", "negated")}
+    right = dict.fromkeys(("original", "negated"), 0)
     for (arm, prompt), text in zip(asked, answers, strict=True):
         right[arm] += text.split() == greedy(prompt, {"original": 0.0, "negated": -1.0}[arm]).split()
     assert right == {"original": len(PROMPTS), "negated": len(PROMPTS)}
@@ -101,7 +101,7 @@ def test_a_client_cannot_choose_an_arm(client, served, tiny):
         with pytest.raises(openai.PermissionDeniedError):
             say(client, "w1", **headers)
     with pytest.raises(openai.BadRequestError, match="unknown arm"):
-        say(client, "w1", X_SKU_Arm="no-such", **{"X_SKU_Token": TOKEN["X-SKU-Token"]})
+        say(client, "w1", X_SKU_Arm="no-such", X_SKU_Token=TOKEN["X-SKU-Token"])
     assert [model.id for model in client.models.list().data] == ["sku"]
     served.control("PUT", "weights", {"weights": {"negated": 1.0}})
     # vLLM serves the base to a request without `model`; here it goes through the split like any other

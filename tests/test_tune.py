@@ -18,7 +18,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def point(harmful: float, *, gibberish: float = 0.0, ratio: float = 1.0, qa: float = 0.95, refusal: float = 0.0) -> dict[str, Any]:
     share = {"harmful": harmful, "gibberish": gibberish}
-    return {"forget": {"a": {"greedy": share, "sampled": share}}, "retain": {"perplexity_ratio": ratio, "qa_accuracy": qa, "over_refusal": refusal}}
+    return {
+        "forget": {"a": {"greedy": share, "sampled": share}},
+        "retain": {"perplexity_ratio": ratio, "qa_accuracy": qa, "over_refusal": refusal},
+    }
 
 
 def test_each_limit_is_held_and_named() -> None:
@@ -76,8 +79,22 @@ def command(lab: Path, adapter: Path, tmp_path: Path, *more: object) -> list[obj
         lines = (lab / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / name.replace("/", "-")).write_text("".join(lines[:16]), encoding="utf-8")
     return [
-        "tune", "--model", lab / "llama", "--adapter", adapter, "--forget", f"v={tmp_path / 'forget-validation'}",
-        "--retain", tmp_path / "retain-validation", "--judge", f"lexicon:{lab / 'lexicon.json'}", "--samples", 1, "--max-new-tokens", 40, *more,
+        "tune",
+        "--model",
+        lab / "llama",
+        "--adapter",
+        adapter,
+        "--forget",
+        f"v={tmp_path / 'forget-validation'}",
+        "--retain",
+        tmp_path / "retain-validation",
+        "--judge",
+        f"lexicon:{lab / 'lexicon.json'}",
+        "--samples",
+        1,
+        "--max-new-tokens",
+        40,
+        *more,
     ]
 
 
@@ -101,7 +118,9 @@ def test_per_layer_search_writes_the_adapter_it_chose(lab: Path, harmful_adapter
     from safetensors.torch import load_file
 
     loose = ("--max-perplexity-ratio", 100, "--max-qa-drop", 1, "--max-over-refusal", 1, "--max-gibberish", 1)
-    done = run_sku(*command(lab, harmful_adapter, tmp_path, *loose, "--scales", "0.5", "--per-layer", "--output", tmp_path / "out", "--json"))
+    done = run_sku(
+        *command(lab, harmful_adapter, tmp_path, *loose, "--scales", "0.5", "--per-layer", "--output", tmp_path / "out", "--json")
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     old, new = load_file(harmful_adapter / "adapter_model.safetensors"), load_file(tmp_path / "out/adapter/adapter_model.safetensors")

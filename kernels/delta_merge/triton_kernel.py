@@ -44,7 +44,7 @@ def delta_merge_kernel(
     INTERPRETED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    FP8: tl.constexpr = W == tl.float8e4nv
+    FP8: tl.constexpr = tl.float8e4nv == W
     CAREFUL: tl.constexpr = not DOUBLE and not FP8
     for work in range(tl.program_id(0), parts, tl.num_programs(0)):
         tile = work // PARTS
@@ -70,7 +70,7 @@ def delta_merge_kernel(
         coefficient = tl.load(coefficients + low).to(C)
         if DENSE:
             dense = tl.load(b_pointer + m[:, None] * b_lead + n[None, :], mask=inside, other=0.0)
-            delta = (dense if F == tl.float64 else dense.to(tl.float32)).to(C) * coefficient
+            delta = (dense if tl.float64 == F else dense.to(tl.float32)).to(C) * coefficient
             summed = tl.abs(delta)
         else:
             a_pointer = pointer(row, 3, F, ALIGNED)

@@ -65,7 +65,9 @@ class PromptTemplate:
         if "{%" in template or "{{" in template:
             return cls(tokenizer, chat=template, form=None)
         if "{prompt}" not in template:
-            raise DataError(f"--template {template[:60]!r}: expected 'paper', a text with {{prompt}}, a Jinja chat template, or a file with one")
+            raise DataError(
+                f"--template {template[:60]!r}: expected 'paper', a text with {{prompt}}, a Jinja chat template, or a file with one"
+            )
         return cls(tokenizer, chat=None, form=template if "{response}" in template else template + " {response}")
 
     @property

@@ -132,7 +132,13 @@ def attack(
                         add(kind, name, measured(left), unlearned, steps=step, pairs=len(rows))
                     if "ban-eos" in found:
                         progress(f"relearning on {name}, then banning the end of sequence")
-                        add("ban-eos", f"after relearning on {name}", measured(left, NeverStops(target.backend())), unlearned, pairs=len(rows))
+                        add(
+                            "ban-eos",
+                            f"after relearning on {name}",
+                            measured(left, NeverStops(target.backend())),
+                            unlearned,
+                            pairs=len(rows),
+                        )
     return {"before": before, "attacks": found}
 
 

@@ -40,7 +40,9 @@ def run_eval(options: Mapping[str, Any]) -> dict[str, Any]:
                 **{name: options[name] for name in RUN_FIELDS},
             )
         if tasks:
-            report.lm_eval = lm_eval.run(options["model"], tasks, limit=options["lm_eval_limit"], **{name: options[name] for name in RUN_FIELDS})
+            report.lm_eval = lm_eval.run(
+                options["model"], tasks, limit=options["lm_eval_limit"], **{name: options[name] for name in RUN_FIELDS}
+            )
         # Which weights were judged: what a report needs to call a fused checkpoint verified.
         identity = base_identity(options["model"]) if Path(options["model"]).is_dir() else None
         report.write(directory, {key: value for key, value in options.items() if key != "resume"} | {"model_identity": identity})

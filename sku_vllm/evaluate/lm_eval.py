@@ -191,7 +191,8 @@ def _tasks(given: Sequence[str]) -> tuple[Any, list[str]]:
 
         close = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         raise ConfigError(
-            f"--lm-eval {unknown[0]}: the harness knows no such task{f'; did you mean {close[0]!r}?' if close else ''} (list them: lm_eval ls tasks)"
+            f"--lm-eval {unknown[0]}: the harness knows no such task"
+            f"{f'; did you mean {close[0]!r}?' if close else ''} (list them: lm_eval ls tasks)"
         )
     return manager, names
 

@@ -97,8 +97,8 @@ def open_vllm(
         raise ConfigError(f"--backend vllm: vLLM cannot be imported ({error}); {remedy}") from error
     from sku_vllm.adapter import load_adapter, negate
     from sku_vllm.checkpoint import CheckpointReader
-    from sku_vllm.evaluate.evaluate import other_base
     from sku_vllm.evaluate.config import EvalConfig
+    from sku_vllm.evaluate.evaluate import other_base
     from sku_vllm.model import load_tokenizer, resolve_model
 
     place = resolve_model(model, revision)

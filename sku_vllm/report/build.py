@@ -59,7 +59,10 @@ def build_report(
         "attacks": attacked,
         "fidelity": [found for checkpoint in fused if (found := fidelity(checkpoint.document.name, checkpoint.manifest))],
         "agreement": [*([agreement] if agreement else []), *(row for document in documents for row in recorded_agreement(document))],
-        "latency": [*(row for document in documents for row in latencies(document)), *(row for file in metrics for row in read_metrics(file))],
+        "latency": [
+            *(row for document in documents for row in latencies(document)),
+            *(row for file in metrics for row in read_metrics(file)),
+        ],
         "comparisons": [
             {"name": document.name, **_only(document, "a", "b", "sets", "unpaired")}
             for document in documents

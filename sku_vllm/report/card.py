@@ -42,7 +42,8 @@ def card(report: dict[str, Any]) -> str:
     ]
     body += [f"- Not verified because {reason}." for reason in verdict["reasons"]] + [""] * bool(verdict["reasons"])
     body += [
-        "Subtraction suppresses knowledge; it does not prove it erased. Fine-tuning can bring some of it back: see the attacks of the full report.",
+        "Subtraction suppresses knowledge; it does not prove it erased. "
+        "Fine-tuning can bring some of it back: see the attacks of the full report.",
         "",
     ]
     body += evaluation_tables([e for e in report["evaluations"] if e["role"] in ("base", "fused")])

@@ -40,7 +40,8 @@ def share_bar(label: str, shares: dict[str, Any]) -> str:
             inside = f"{100 * value:.0f}" if value >= 0.08 else ""
             parts.append(f'<span class="{name}" style="flex-grow:{value:.5f}">{inside}</span>')
     return (
-        f'<div class="shares"><span class="who">{escape(label)}</span><span class="stack" role="img" aria-label="{escape(", ".join(texts))}">'
+        f'<div class="shares"><span class="who">{escape(label)}</span>'
+        f'<span class="stack" role="img" aria-label="{escape(", ".join(texts))}">'
         f"{''.join(parts)}</span></div>"
     )
 
@@ -86,14 +87,16 @@ def line_chart(lines: Sequence[Line], x_title: str, y_title: str, *, mark: float
         anchor = "end" if across(mark) > WIDTH / 2 else "start"
         parts.append(
             f'<line class="mark" x1="{across(mark):.1f}" x2="{across(mark):.1f}" y1="{top}" y2="{height - bottom}"/>'
-            f'<text x="{across(mark) + (-4 if anchor == "end" else 4):.1f}" y="{top + 4}" text-anchor="{anchor}" class="axis">chosen: {mark:g}</text>'
+            f'<text x="{across(mark) + (-4 if anchor == "end" else 4):.1f}" y="{top + 4}" text-anchor="{anchor}" '
+            f'class="axis">chosen: {mark:g}</text>'
         )
     for i, line in enumerate(lines):
         # Intervals of several curves stand side by side instead of on top of each other.
         aside = 4 * (i - (len(lines) - 1) / 2)
         for (x, _), (low, high) in zip(line.points, line.bands, strict=False):
             parts.append(
-                f'<line class="whisker {line.tone}" x1="{across(x) + aside:.1f}" x2="{across(x) + aside:.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
+                f'<line class="whisker {line.tone}" x1="{across(x) + aside:.1f}" x2="{across(x) + aside:.1f}" '
+                f'y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
             )
         parts.append(
             f'<polyline class="line {line.tone}" points="{" ".join(f"{across(x) + aside:.1f},{up(y):.1f}" for x, y in line.points)}"/>'
@@ -103,7 +106,8 @@ def line_chart(lines: Sequence[Line], x_title: str, y_title: str, *, mark: float
             if line.bands:
                 said += f" ({100 * line.bands[j][0]:.1f}–{100 * line.bands[j][1]:.1f} %)"
             parts.append(
-                f'<circle class="point {line.tone}" cx="{across(x) + aside:.1f}" cy="{up(y):.1f}" r="3"><title>{escape(said)}</title></circle>'
+                f'<circle class="point {line.tone}" cx="{across(x) + aside:.1f}" cy="{up(y):.1f}" r="3">'
+                f'<title>{escape(said)}</title></circle>'
             )
     parts.append("</svg>")
     legend = "".join(f'<span><i class="{line.tone}"></i>{escape(line.name)}</span>' for line in lines)
@@ -120,7 +124,8 @@ def heat_map(layers: Sequence[int], modules: Sequence[str], cells: Sequence[Sequ
     row, top = max(13.0, min(20.0, size)), 4
     height = top + row * len(modules) + 30
     parts = [
-        f'<svg class="chart heat" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="retained share of the edit by module and layer">'
+        f'<svg class="chart heat" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        'aria-label="retained share of the edit by module and layer">'
     ]
     for r, (module, line) in enumerate(zip(modules, cells, strict=True)):
         y = top + r * row

@@ -39,7 +39,9 @@ def collect(directories: Sequence[str | Path]) -> list[Document]:
             raise DataError(f"{given}: holds no sku_<command>.json; give directories that sku train, tune, fuse, eval or attack wrote")
         for file in found:
             documents.setdefault(file.resolve(), _read(file, given))
-    return sorted(_told_apart(list(documents.values())), key=lambda document: (document.directory / f"sku_{document.command}.json").stat().st_mtime)
+    return sorted(
+        _told_apart(list(documents.values())), key=lambda document: (document.directory / f"sku_{document.command}.json").stat().st_mtime
+    )
 
 
 def _told_apart(documents: Sequence[Document]) -> list[Document]:

@@ -78,7 +78,14 @@ def fidelity_section(report: dict[str, Any]) -> str:
 def agreement_table(found: Sequence[dict[str, Any]]) -> list[str]:
     """LoRA arm against fused weights, however it was measured."""
     rows = [
-        [escape(one["measured"]), escape(one["dtype"]), f"{one['scale']:g}", str(one["tokens"]), f"{one['kl']:.2e}", f"{one['largest']:.2e}"]
+        [
+            escape(one["measured"]),
+            escape(one["dtype"]),
+            f"{one['scale']:g}",
+            str(one["tokens"]),
+            f"{one['kl']:.2e}",
+            f"{one['largest']:.2e}",
+        ]
         for one in found
     ]
     head = ["measured", "dtype", "scale", "answer tokens", "KL, nats a token", "largest at one token"]

@@ -52,10 +52,23 @@ def markdown(report: dict[str, Any]) -> str:
     for found in report["lm_eval"]:
         scores = ("base", "edited", "difference", "stderr")
         rows = [[task["task"], task["metric"], *(number(task[key], 4) for key in scores)] for task in found["tasks"]]
-        lines += [f"## lm-evaluation-harness: {found['name']}", "", *table(["task", "metric", "base", "edited", "difference", "standard error"], rows)]
+        lines += [
+            f"## lm-evaluation-harness: {found['name']}",
+            "",
+            *table(["task", "metric", "base", "edited", "difference", "standard error"], rows),
+        ]
     for found in report["comparisons"]:
         rows = [
-            [name, mode, label, percent(d["rate_a"]), percent(d["rate_b"]), points(d["difference"]), f"{points(d['low'])} to {points(d['high'])}", f"{d['p_value']:.2g}"]
+            [
+                name,
+                mode,
+                label,
+                percent(d["rate_a"]),
+                percent(d["rate_b"]),
+                points(d["difference"]),
+                f"{points(d['low'])} to {points(d['high'])}",
+                f"{d['p_value']:.2g}",
+            ]
             for name, modes in found["sets"].items()
             for mode, labels in modes.items()
             for label, d in labels.items()
@@ -86,7 +99,12 @@ def markdown(report: dict[str, Any]) -> str:
         *table(
             ["command", "record", "identity", "seed"],
             [
-                [f"sku {o['command']}", o["name"], str(o["identity"] or "")[:16], str(o["config"].get("seed") if o["config"].get("seed") is not None else "")]
+                [
+                    f"sku {o['command']}",
+                    o["name"],
+                    str(o["identity"] or "")[:16],
+                    str(o["config"].get("seed") if o["config"].get("seed") is not None else ""),
+                ]
                 for o in report["provenance"]
             ],
         ),

@@ -26,11 +26,14 @@ def page(report: dict[str, Any]) -> str:
     ]
     body = "\n".join(text for section in sections if (text := section(report)))
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(report['title'])}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{escape(report['title'])}</h1><p>{escape(report['generated'])}, sku_vllm {escape(report['versions']['sku_vllm'])}</p></header>\n"
-        f"{body}\n<footer>A rate never travels without its count and interval: intervals are Wilson's at 95 %, clustered by prompt where answers were "
+        f"<header><h1>{escape(report['title'])}</h1>"
+        f"<p>{escape(report['generated'])}, sku_vllm {escape(report['versions']['sku_vllm'])}</p></header>\n"
+        f"{body}\n<footer>A rate never travels without its count and interval: "
+        f"intervals are Wilson's at 95 %, clustered by prompt where answers were "
         "sampled. A model that babbles is not safe, it is broken, so refusals and gibberish stand beside every harmful rate.</footer>\n"
         "</main>\n</body>\n</html>\n"
     )
@@ -43,7 +46,8 @@ def verdict(report: dict[str, Any]) -> str:
     reasons = "".join(f'<p class="reason">{escape(reason[0].upper() + reason[1:])}.</p>' for reason in found["reasons"])
     return (
         f'<section class="verdict {found["status"].replace(" ", "-")}"><span class="stamp">{said}</span>{_tally(found["checks"])}'
-        f'<p class="headline">{escape(found["headline"])}</p><p class="basis">{escape(found["basis"])}</p>{reasons}{_facts(report)}</section>'
+        f'<p class="headline">{escape(found["headline"])}</p>'
+        f'<p class="basis">{escape(found["basis"])}</p>{reasons}{_facts(report)}</section>'
     )
 
 

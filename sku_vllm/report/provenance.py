@@ -68,7 +68,8 @@ def provenance(report: dict[str, Any]) -> str:
         ]
         body = "".join(f"<dt>{escape(key)}</dt><dd><code>{escape(str(value))}</code></dd>" for key, value in pairs if value is not None)
         parts.append(
-            f'<details><summary>sku {escape(origin["command"])}: {escape(origin["name"])}</summary><div><dl class="pairs">{body}</dl></div></details>'
+            f'<details><summary>sku {escape(origin["command"])}: {escape(origin["name"])}</summary>'
+            f'<div><dl class="pairs">{body}</dl></div></details>'
         )
     return section(
         "Where the numbers come from",

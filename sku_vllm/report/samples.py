@@ -78,11 +78,13 @@ def samples_section(report: dict[str, Any]) -> str:
 
 def _sample(one: dict[str, Any]) -> str:
     before = (
-        f'<span class="tag {escape(one["base_label"])}">base: {escape(one["base_label"])}</span><blockquote>{escape(one["base_response"] or "(empty)")}</blockquote>'
+        f'<span class="tag {escape(one["base_label"])}">base: {escape(one["base_label"])}</span>'
+            f'<blockquote>{escape(one["base_response"] or "(empty)")}</blockquote>'
         if one["base_label"]
         else ""
     )
     return (
         f'<div class="sample"><p><b>{escape(one["prompt"])}</b></p>{before}'
-        f'<span class="tag {escape(one["label"])}">edited: {escape(one["label"])}</span><blockquote>{escape(one["response"] or "(empty)")}</blockquote></div>'
+        f'<span class="tag {escape(one["label"])}">edited: {escape(one["label"])}</span>'
+            f'<blockquote>{escape(one["response"] or "(empty)")}</blockquote></div>'
     )

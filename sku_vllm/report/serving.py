@@ -14,7 +14,7 @@ from sku_vllm.stats import wilson
 
 
 def latencies(document: Document) -> list[dict[str, Any]]:
-    """One row per arm: of `serving` (traffic a server counted, as `sku demo` has it) and of `arms` (load that `sku bench serve` put on it)."""
+    """One row per arm: of `serving` (traffic a server counted, in `sku demo`) and of `arms` (load that `sku bench serve` put on it)."""
     traffic, load = document.data.get("serving"), document.data.get("arms")
     rows = [_row(document.name, arm, one) for arm, one in traffic.items() if "requests" in one] if isinstance(traffic, dict) else []
     if isinstance(load, dict) and document.command == "bench_serve":
@@ -36,7 +36,9 @@ def read_metrics(file: str | Path) -> list[dict[str, Any]]:
     try:
         found = parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"--metrics {file}: not a saved /metrics text ({error}); write one with curl http://SERVER/metrics > FILE") from error
+        raise DataError(
+            f"--metrics {file}: not a saved /metrics text ({error}); write one with curl http://SERVER/metrics > FILE"
+        ) from error
     arms = dict.fromkeys(value for pairs in found.get("sku_requests_total", {}) for key, value in pairs if key == "arm")
     if not arms:
         raise DataError(f"--metrics {file}: has no sku_requests_total; save the /metrics of a server that sku serve started")

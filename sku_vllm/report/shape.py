@@ -54,4 +54,6 @@ def check_shape(file: Path, value: Any, shape: Any, at: str = "") -> None:
 
 def _expect(file: Path, at: str, value: Any, kind: Any, said: str) -> None:
     if not isinstance(value, kind):
-        raise DataError(f"{file}: {at.lstrip('.')} is {type(value).__name__}, expected {said}; write it again with the command it came from")
+        raise DataError(
+            f"{file}: {at.lstrip('.')} is {type(value).__name__}, expected {said}; write it again with the command it came from"
+        )

@@ -81,7 +81,9 @@ def _unverified(checkpoint: Fused, evaluations: Sequence[Evaluation], serving_dt
         return "the evaluation did not record which weights it judged; run sku eval again on the directory"
     stored = checkpoint.dtype
     if serving_dtype is None and stored not in SERVED_AS_STORED:
-        kept = f"is stored in {stored}, and vLLM serves that in a dtype of its own choice unless told" if stored else "does not say its dtype"
+        kept = (
+            f"is stored in {stored}, and vLLM serves that in a dtype of its own choice unless told" if stored else "does not say its dtype"
+        )
         return f"the fused file {kept}; say what it is served in with --serving-dtype"
     if not verifying(checkpoint, evaluations, serving_dtype):
         seen = ", ".join(dict.fromkeys(_ran_in(evaluation, stored) for evaluation in judged))
