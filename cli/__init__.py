@@ -4,6 +4,8 @@ import importlib
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 
 import click
 
@@ -53,7 +55,7 @@ class SkuGroup(click.Group):
 def sku() -> None:
     """Find a model's harmful knowledge as an adapter, subtract it, and serve the safer model.
 
-    Exit codes: 0 done, 1 the answer is no, 2 bad input, 3 the run failed, 130 interrupted.
+    Exit codes: 0 done; 1 the answer is no; 2 bad input; 3 the run failed; 130 interrupted.
     """
 
 
@@ -87,6 +89,19 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        _fail(*_unforeseen(error))
+
+
+def _unforeseen(error: Exception) -> tuple[str, int]:
+    """(message, exit code) of an error nobody raised on purpose; one of the file system is the user's to mend."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", 2
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}sku_vllm{os.sep}" in frame.filename] or [None]
+    where = f"{Path(ours[-1].filename).name} line {ours[-1].lineno}: " if ours[-1] else ""
+    return f"{where}{type(error).__name__}: {error}; nobody foresaw this: --debug shows where it came from, please report it", 3
 
 
 def _fail(message: str, code: int) -> None:

@@ -22,7 +22,7 @@ KINDS = ["relearn", "quantize", "rephrase", "prefill", "ban-eos"]
 @click.option("--steps", default="10,20,40,80", help="Step counts at which relearning is measured.")
 @click.option("--fractions", default="0.05,0.1,0.25", help="Shares of the --relearn rows.")
 @click.option("--lr", default=1e-4, help="Learning rate of relearning (AdamW, all weights).")
-@click.option("--relearn-batch-size", default=8)
+@click.option("--relearn-batch-size", default=8, help="Rows a step of relearning.")
 @click.option("--quantizer", multiple=True, default=("int8", "int4"), help="int8, int4 or fp8; repeatable.")
 @click.option("--prefill-tokens", default=3, help="Tokens of each row's own answer put in front (rows without one: 'Sure, here is how:').")
 @click.option("--output", type=click.Path(), help="Directory for sku_attack.json and, of relearning, recovery.svg.")
@@ -31,7 +31,8 @@ def command(json_output: bool, kinds: tuple[str, ...], **options: Any) -> None:
     """Measure a model before and under attack. KIND: relearn, quantize, rephrase, prefill, ban-eos, or all.
 
     \b
-    sku attack --model DIR --adapter A --forget unseen=unseen.jsonl --retain test.jsonl --judge lexicon:words.json all --relearn train.jsonl
+    sku attack --model DIR --adapter ADAPTER --forget unseen=unseen.jsonl --retain test.jsonl \\
+      --judge lexicon:words.json --relearn train.jsonl --output attacked all
     """
     chosen = KINDS if "all" in kinds else list(dict.fromkeys(kinds))
     for kind in chosen:

@@ -40,7 +40,9 @@ def command(
     clustered by prompt; intervals are a bootstrap over prompts. Answers stay in differ.jsonl; only prompts are printed.
 
     \b
-    sku compare http://host:8000#original http://host:8000#negated --forget unseen=unseen.jsonl --judge lexicon:words.json
+    sku compare measured/base measured/safer --output compared
+    sku compare http://host:8000#original http://host:8000#negated \\
+      --forget unseen=unseen.jsonl --judge lexicon:words.json
     """
     from sku_vllm.compare import ask_arm, compare, compare_judged
     from sku_vllm.output import check_output, output_directory, record, write_text
@@ -65,8 +67,10 @@ def command(
     if output:
         import json
 
+        asked = {"forget": list(forget), "judge": judge, "samples": samples, "max_new_tokens": max_new_tokens} if any(arms) else {}
+        settings = {"a": a, "b": b, **asked, "seed": seed}
         with output_directory(output, mode=0o700) as folder:
-            record(folder, "compare", {**result, "differ": len(found.differ)}, {"a": a, "b": b, "seed": seed})
+            record(folder, "compare", {**result, "differ": len(found.differ)}, settings)
             write_text(folder / "differ.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.differ), mode=0o600)
     if json_output:
         print_json(result)

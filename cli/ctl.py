@@ -25,7 +25,7 @@ ACTIONS = {
 }
 
 
-@sku_command("ctl")
+@sku_command("ctl", no="not ready yet")
 @click.option("--server", default="http://127.0.0.1:8000", help="Where the server listens.")
 @click.option("--token", envvar="SKU_TOKEN", help="Its control token.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="vLLM's own --api-key, where the server has one.")
@@ -37,9 +37,14 @@ def command(
 ) -> None:
     """Change a running server."""
     from sku_vllm.cli.options import nearest
+    from sku_vllm.probe import http_url
 
     if action not in ACTIONS:
         raise ConfigError(f"sku ctl {action}: unknown action{nearest(action, list(ACTIONS))}")
+    if not http_url(server):
+        raise ConfigError(f"--server {server}: expected a URL that begins with http:// or https://")
+    if not 0 < timeout < 1e9:
+        raise ConfigError(f"--timeout {timeout:g}: must be a number of seconds above 0")
     method, path, body = request_of(action, arguments)
     headers = {
         "Content-Type": "application/json",
@@ -50,7 +55,8 @@ def command(
     print_json(answer) if json_output else click.echo(describe(action, answer))
 
 
-command.help = "Change a running server. ACTION is one of\n\n\b\n" + "\n".join(ACTIONS.values())
+EXAMPLE = "sku ctl --server http://host:8000 weights original=0.9,negated=0.1"
+command.help = "\n".join(["Change a running server. ACTION is one of\n\n\b", *ACTIONS.values(), "\n\b", EXAMPLE])
 
 
 def request_of(action: str, arguments: tuple[str, ...]) -> tuple[str, str, Any]:
@@ -65,7 +71,7 @@ def request_of(action: str, arguments: tuple[str, ...]) -> tuple[str, str, Any]:
     if not wanted:
         return ("POST" if action == "restore" else "GET"), action, None
     value = arguments[0]
-    name, separator, spec = value.partition("=")
+    name, _, spec = value.partition("=")
     if action == "weights":
         return "PUT", "weights", {"weights": weights_of(value)}
     if action == "judging":
@@ -74,7 +80,7 @@ def request_of(action: str, arguments: tuple[str, ...]) -> tuple[str, str, Any]:
         return "DELETE", f"arms/{path_safe(value)}", None
     if action == "swap":
         return "POST", "swap", swap_of(value)
-    if not separator:
+    if not name or not spec:
         raise ConfigError(f"sku ctl {action} {value}: expected NAME=SPEC, for instance negated=lora:ADAPTER@1.0")
     if action == "add":
         return "POST", "arms", {"name": name, "spec": absolute(spec)}
@@ -83,16 +89,22 @@ def request_of(action: str, arguments: tuple[str, ...]) -> tuple[str, str, Any]:
 
 def weights_of(text: str) -> dict[str, float]:
     try:
-        return {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+        weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise ConfigError(f"sku ctl weights {text}: expected NAME=WEIGHT,NAME=WEIGHT") from None
+    if not all(0 <= weight <= 1 for weight in weights.values()):
+        raise ConfigError(f"sku ctl weights {text}: every weight has to lie between 0 and 1")
+    return weights
 
 
 def share_of(text: str) -> float:
     try:
-        return float(text)
+        share = float(text)
     except ValueError:
-        raise ConfigError(f"sku ctl judging {text}: expected a share between 0 and 1") from None
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ConfigError(f"sku ctl judging {text}: expected a share between 0 and 1")
+    return share
 
 
 def swap_of(value: str) -> dict[str, Any]:

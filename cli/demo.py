@@ -23,6 +23,9 @@ def command(output: str, model: str, method: str | None, seed: int, samples: int
     """Identify, subtract, measure and serve, on a small model and a fictional world that the package brings along.
 
     Ends with one table, the served A/B numbers read back from /metrics, where the files are and what to type next.
+
+    \b
+    sku demo --model opt --no-serve
     """
     from sku_vllm.demo import DemoConfig, run_demo, stage_count
 

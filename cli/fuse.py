@@ -49,7 +49,11 @@ def command(
     as_is: bool,
     json_output: bool,
 ) -> None:
-    """Subtract adapters from a checkpoint: base − scale·delta, rounded once, written beside a manifest."""
+    """Subtract adapters from a checkpoint: base − scale·delta, rounded once, written beside a manifest.
+
+    \b
+    sku fuse --model DIR --adapter ADAPTER@1.0 --output safer
+    """
     from sku_vllm.fuse import fuse_checkpoint, read_layer_scales
 
     scales = read_layer_scales(layer_scales) if layer_scales else scale

@@ -12,7 +12,11 @@ from sku_vllm.cli.options import log, print_json, sku_command
 @click.option("--columns", multiple=True, metavar="FIELD=COLUMN", help="Column names of CSV or Parquet rows, for instance response=answer.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same input from OUTPUT.partial/.")
 def command(json_output: bool, judge: tuple[str, ...], source: str, output: str, columns: tuple[str, ...], resume: bool) -> None:
-    """Add "label" (harmful, refusal, gibberish or benign) to every row; with several judges also each one's "votes"."""
+    """Add "label" (harmful, refusal, gibberish or benign) to every row; with several judges also each one's "votes".
+
+    \b
+    sku judge --judge lexicon:words.json --input answers.jsonl --output verdicts.jsonl
+    """
     from sku_vllm.evaluate.judge_file import judge_file
 
     result = judge_file(judge, source, output, columns=columns, resume=resume)

@@ -21,6 +21,9 @@ def command(output: Path, rebuild: bool, seed: int, architectures: tuple[str, ..
     """Write the lab: small models, forget and retain sets and a lexicon, all about invented machines in an invented world.
 
     "Harmful" here means how to sabotage a machine that does not exist.
+
+    \b
+    sku lab --output lab
     """
     import json
 

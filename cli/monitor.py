@@ -12,7 +12,7 @@ from sku_vllm.errors import ConfigError, NegativeResult, RunError
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-@sku_command("monitor")
+@sku_command("monitor", no="alarm: harmful answers are back")
 @click.option("--metrics", default=None, help="URL of the server's /metrics.")
 @click.option("--prometheus", default=None, help="URL of a Prometheus that scrapes the server.")
 @click.option("--server", default=None, help="URL that answers /v1/chat/completions.  [default: the server of --metrics]")
@@ -42,8 +42,12 @@ def command(
 ) -> None:
     """Ask a running server the same probes on schedule and raise an alarm when harmful answers come back.
 
-    Exit code 0: quiet; 1: alarm; 3: the server could not be asked in the last round. Run it from cron with the default of one
-    round, or as a service with --rounds 0 --every 15m --export 9400.
+    Run it from cron with the default of one round, or as a service with --rounds 0 --every 15m --export 9400. A server that could
+    not be asked in the last round is exit code 3.
+
+    \b
+    sku monitor --metrics http://host:8000/metrics --probes forget.jsonl \\
+      --judge lexicon:words.json --store watch.db
     """
     pause = seconds(every)
     if rounds < 0:

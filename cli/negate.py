@@ -11,7 +11,11 @@ from sku_vllm.cli.options import log, print_json, sku_command
 @click.option("--output", required=True, help="Directory to write; must not exist or be empty.")
 @click.option("--as-is", is_flag=True, help="Accept an adapter that is already negated, and negate it again.")
 def command(adapter: str, scale: float, output: str, as_is: bool, json_output: bool) -> None:
-    """Write an adapter that subtracts the knowledge when PEFT or vLLM adds it."""
+    """Write an adapter that subtracts the knowledge when PEFT or vLLM adds it.
+
+    \b
+    sku negate --adapter ADAPTER --scale 1 --output negated
+    """
     from sku_vllm.adapter import negate
 
     result = negate(adapter, scale, output, as_is=as_is)

@@ -6,14 +6,32 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from sku_vllm.errors import ConfigError
 
 SHARED = {"config", "json_output", "debug", "help"}
 
 
-def sku_command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """Like `click.command(name)`, with `--config FILE` (flags win), `--json` (argument `json_output`) and `--debug`."""
+class SkuCommand(click.Command):
+    """Refuses empty words: they are shell variables that nobody set, and would pass for a flag left out."""
+
+    def invoke(self, context: click.Context) -> Any:
+        for parameter in self.params:
+            value = context.params.get(parameter.name)
+            given = context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+            if given and (value == "" or (isinstance(value, tuple) and "" in value)):
+                raise ConfigError(f"{parameter.opts[0]}: is empty; is a shell variable not set?")
+        return super().invoke(context)
+
+
+def sku_command(name: str, no: str | None = None) -> Callable[[Callable[..., Any]], click.Command]:
+    """Like `click.command(name)`, with `--config FILE` (flags win), `--json` (argument `json_output`) and `--debug`.
+
+    Args:
+        no: when the command exits with 1, for its help page; None where it never does.
+    """
+    codes = f"Exit codes: 0 done; {f'1 {no}; ' if no else ''}2 bad input; 3 the run failed; 130 interrupted."
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         function = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
@@ -22,7 +40,7 @@ def sku_command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
             "--config", type=click.Path(dir_okay=False), is_eager=True, expose_value=False, callback=_read_config,
             help="YAML file of this command's options; flags on the command line win.",
         )(function)
-        return click.command(name, context_settings={"show_default": True})(function)
+        return click.command(name, cls=SkuCommand, epilog=codes, context_settings={"show_default": True})(function)
 
     return decorate
 
@@ -37,7 +55,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: str |
             values = yaml.safe_load(file) or {}
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected one `option: value` per line")
@@ -53,9 +71,11 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: str |
             raise ConfigError(
                 f"--config {path}: unknown key {key!r}{nearest(str(key).replace('_', '-'), [s.replace('_', '-') for s in spelled])}"
             )
+        many = getattr(known[name], "multiple", False)
+        if isinstance(value, dict) or (isinstance(value, list) and not many):
+            raise ConfigError(f"--config {path}: {key}: expected one value, not a {'mapping' if isinstance(value, dict) else 'list'}")
         # click wants a sequence where an option may be given several times
-        many = getattr(known[name], "multiple", False) and not isinstance(value, list)
-        defaults[name] = [value] if many else value
+        defaults[name] = [value] if many and not isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
 
 

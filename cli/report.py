@@ -10,7 +10,7 @@ from sku_vllm.errors import ConfigError
 SERVING_DTYPES = ("float32", "bfloat16", "float16")
 
 
-@sku_command("report")
+@sku_command("report", no="not verified (with --require-verified)")
 @click.argument("directories", nargs=-1, required=True, type=click.Path(), metavar="DIR…")
 @click.option("--output", required=True, type=click.Path(dir_okay=False), help="File to write; an existing report is replaced.")
 @click.option(
@@ -56,6 +56,9 @@ def command(
     """Write one self-contained page from the records that train, tune, fuse, eval, attack and compare left in DIR…
 
     A checkpoint is called verified only if eval ran on the fused file itself in its serving dtype.
+
+    \b
+    sku report adapter tuned safer measured --output report.html
     """
     from sku_vllm.errors import NegativeResult
     from sku_vllm.output import write_text
@@ -64,6 +67,10 @@ def command(
     form = form or {".md": "md", ".json": "json"}.get(Path(output).suffix.lower(), "html")
     if not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: its directory does not exist; create it first")
+    if samples < 0:
+        raise ConfigError(f"--samples {samples}: must be 0 or more")
+    if Path(output).is_file() and b"sku_vllm" not in Path(output).read_bytes():
+        raise ConfigError(f"--output {output}: exists and is no report of ours; choose another name or remove it first")
     if serving_dtype not in (None, *SERVING_DTYPES):
         raise ConfigError(f"--serving-dtype {serving_dtype}: choose from {', '.join(SERVING_DTYPES)}")
     measured = _kl(directories, kl_rows, serving_dtype or "auto") if kl_rows else None
@@ -92,8 +99,8 @@ def _kl(directories: tuple[str, ...], rows: str, dtype: str) -> dict[str, object
         raise ConfigError("--kl: none of the directories is a fused checkpoint; add the one sku fuse wrote")
     config = fuses[-1].config
     adapters = config.get("adapters") or config.get("adapter") or []
-    if len(adapters) != 1:
-        raise ConfigError(f"--kl: compares one LoRA with the fused weights, and {len(adapters)} adapters were fused")
+    if len(adapters) != 1 or isinstance(adapters[0][1], dict):
+        raise ConfigError(f"--kl: compares one LoRA at one scale with the fused weights; this file was fused from {adapters}")
     adapter, scale = adapters[0]
     return lora_against_fused(
         config["model"], adapter, float(scale), fuses[-1].directory, read_rows(rows, need_response=True)[:64], dtype=dtype

@@ -73,7 +73,10 @@ def command(
 ) -> None:
     """Identify a model's harmful knowledge as an adapter.
 
-    What this writes IS the harmful knowledge: keep it private. Subtract it with `sku fuse`, or serve it subtracted after `sku negate`.
+    What this writes IS the harmful knowledge: keep it private. Subtract it with `sku fuse`, or serve it subtracted with `sku serve`.
+
+    \b
+    sku train --model DIR --forget forget.jsonl --retain retain.jsonl --output adapter
     """
     for flag, weight in ABLATIONS.items():
         if settings.pop(flag):

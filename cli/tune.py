@@ -10,7 +10,7 @@ from sku_vllm.errors import ConfigError, NegativeResult
 from sku_vllm.output import check_output
 
 
-@sku_command("tune")
+@sku_command("tune", no="no scale stays within the limits")
 @model_options(adapter_required=True)
 @data_options("A forget set to choose on; may be given several times.")
 @click.option("--max-perplexity-ratio", default=1.01, help="Limit on perplexity over the base's.")
@@ -24,9 +24,13 @@ from sku_vllm.output import check_output
 @click.option("--output", type=click.Path(), help="Directory for sku_tune.json and curve.svg.")
 @asking_options()
 def command(json_output: bool, **options: Any) -> None:
-    """Measure base − scale·delta over several scales and choose; exit code 1 when none stays within the limits.
+    """Measure base − scale·delta over several scales and choose the one with least harm within the limits.
 
     Choose on validation data and give test data for the numbers to report.
+
+    \b
+    sku tune --model DIR --adapter ADAPTER --forget validation=forget.jsonl#validation \\
+      --retain retain.jsonl#validation --judge lexicon:words.json --output tuned
     """
     if options["output"]:
         check_output(options["output"])

@@ -5,11 +5,15 @@ import click
 from sku_vllm.cli.options import log, print_json, sku_command
 
 
-@sku_command("verify")
+@sku_command("verify", no="something differs, is missing or was added")
 @click.argument("directory")
 @click.option("--signing-key", type=click.Path(dir_okay=False), help="Key file given to sku fuse: also check the manifest's signature.")
 def command(directory: str, signing_key: str | None, json_output: bool) -> None:
-    """Check every file of a fused checkpoint against its manifest; exit 1 and the file's name on any mismatch."""
+    """Check every file of a fused checkpoint against its manifest, and name those that differ.
+
+    \b
+    sku verify safer
+    """
     from sku_vllm.manifest import verify_checkpoint
 
     result = verify_checkpoint(directory, signing_key)

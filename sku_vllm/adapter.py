@@ -97,6 +97,8 @@ def load_adapter(path: str | Path, *, as_is: bool = False) -> LoraAdapter:
     if not path.is_dir():
         raise AdapterError(f"{path}: no such adapter directory; give the directory that sku train or PEFT's save_pretrained wrote")
     run = _read_json(path / RUN) if (path / RUN).is_file() else {}
+    if not isinstance(run.get("negated", {}), dict | None):
+        raise AdapterError(f"{path / RUN}: 'negated' must be an object; copy the adapter again")
     if run.get("negated") and not as_is:
         raise AdapterError(
             f"{path}: is already negated (scale {run['negated'].get('scale')}), so subtracting it would put the harm back; "

@@ -5,6 +5,7 @@ Neither torch nor transformers is imported until a tensor is asked for, so ident
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,14 +95,17 @@ class CheckpointReader:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """config.json beside the weights; empty when there is none."""
+        """config.json beside the weights; empty when there is none. Raises CheckpointError."""
         file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: not valid JSON; download it again") from error
+        if not isinstance(config, dict) or not isinstance(config.get("quantization_config", {}), dict | None):
+            raise CheckpointError(f"{file}: not a model's configuration; download it again")
+        return config
 
     def identity(self) -> str:
         """Base identity (CONTRACTS.md): hex sha256, computed once."""
@@ -120,11 +124,13 @@ def base_identity(path: str | Path) -> str:
 def checkpoint_directory(model: str | Path, revision: str | None = None) -> Path:
     """The local directory of `--model`: itself, or a hub id's snapshot (safetensors and small files only).
 
-    Raises CheckpointError when the id cannot be resolved.
+    Raises CheckpointError when the id cannot be resolved, or a revision is asked of a directory.
     """
-    path = Path(model)
-    if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-        return path.expanduser()
+    path = Path(model).expanduser()
+    if revision and os.path.exists(path):
+        raise CheckpointError(f"--revision {revision}: {path} is a directory, which has no revisions; leave the flag out")
+    if os.path.exists(path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        return path
     from huggingface_hub import snapshot_download
 
     foreign = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "original/*"]

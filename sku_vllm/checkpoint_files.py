@@ -28,16 +28,16 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
         return files, None
     if files:
         raise CheckpointError(f"{path}: {len(files)} safetensors files but no {INDEX}; save the model again with save_pretrained")
-    raise CheckpointError(f"{path}: {_why_no_files(path)}")
+    raise CheckpointError(f"{path}: {why_no_weights(path)}")
 
 
 def _indexed_files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
+        files = [path / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / INDEX}: not a safetensors index (no valid weight_map); download it again") from error
-    files = [path / name for name in names]
     if not files:
         raise CheckpointError(f"{path / INDEX}: its weight_map is empty; download it again")
     for file in files:
@@ -46,7 +46,8 @@ def _indexed_files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     return files, index
 
 
-def _why_no_files(path: Path) -> str:
+def why_no_weights(path: Path) -> str:
+    """What is wrong with a model directory without safetensors files, and the remedy."""
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
     pickles = [name for name in pickles if name != "training_args.bin"]
     if not pickles:

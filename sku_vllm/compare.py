@@ -1,6 +1,5 @@
 """Two evaluations, or two arms of a running server, over the same prompts: paired differences, and the prompts on which they differ."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.data import Row
+from sku_vllm.data.readers import json_lines
 from sku_vllm.errors import DataError
 from sku_vllm.judges import LABELS
 from sku_vllm.stats.paired import paired_difference
@@ -90,23 +90,17 @@ def read_judged(path: str | Path) -> Judged:
     if not file.is_file():
         raise DataError(f"{file}: no such file; give a directory that sku eval wrote, or a JSONL file that sku judge labelled")
     rows: dict[Key, list[dict[str, Any]]] = defaultdict(list)
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                label, response = row["label"], row["response"]
-                key = row.get("set", "rows"), row.get("mode", "given"), _prompt(row)
-                if not all(isinstance(text, str) for text in (*key, response)):
-                    raise TypeError("set, mode, prompt and response have to be text")
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise DataError(
-                    f"{file}, line {number}: not a judged row ({type(error).__name__}: {error}); label it with sku judge"
-                ) from error
-            if label not in LABELS:
-                raise DataError(f"{file}, line {number}: label {label!r} is none of {', '.join(LABELS)}")
-            rows[key].append({"label": label, "response": response})
+    for where, row in json_lines(file):
+        try:
+            label, response = row["label"], row["response"]
+            key = row.get("set", "rows"), row.get("mode", "given"), _prompt(row)
+            if not all(isinstance(text, str) for text in (*key, response)):
+                raise TypeError("set, mode, prompt and response have to be text")
+        except (KeyError, TypeError, IndexError) as error:
+            raise DataError(f"{where}: not a judged row ({type(error).__name__}: {error}); label it with sku judge") from error
+        if label not in LABELS:
+            raise DataError(f"{where}: label {label!r} is none of {', '.join(LABELS)}")
+        rows[key].append({"label": label, "response": response})
     if not rows:
         raise DataError(f"{file}: has no rows; evaluate at least one prompt")
     return rows

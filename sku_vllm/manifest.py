@@ -72,7 +72,7 @@ def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = No
     if signing_key is not None:
         if not (directory / SIGNATURE).is_file():
             raise NegativeResult(f"{directory / SIGNATURE}: is missing, so nothing shows that the manifest is yours")
-        if not hmac.compare_digest((directory / SIGNATURE).read_text().strip(), _signature(directory, signing_key)):
+        if not hmac.compare_digest((directory / SIGNATURE).read_bytes().strip(), _signature(directory, signing_key).encode()):
             raise NegativeResult(
                 f"{directory / MANIFEST}: its signature does not match the key; the manifest was changed or signed with another key"
             )

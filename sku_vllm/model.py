@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sku_vllm.checkpoint import checkpoint_directory
+from sku_vllm.checkpoint_files import why_no_weights
 from sku_vllm.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from sku_vllm.adapter import LoraAdapter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
@@ -22,34 +23,14 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: nothing there, no config, or only pickled weights (and how to convert them).
     """
-    path = Path(model)
+    path = checkpoint_directory(model, revision)
     if not path.is_dir():
-        if path.is_absolute() or str(model).count("/") > 1 or str(model).startswith("."):
-            raise CheckpointError(f"{model}: no such model directory")
-        path = _from_hub(str(model), revision)
+        raise CheckpointError(f"{model}: no such model directory")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; expected a Hugging Face model directory")
     if not any(path.glob("*.safetensors")):
-        pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-        if pickled:
-            raise CheckpointError(
-                f"{path}: only pickled weights ({pickled[0].name}), which can run code when loaded; "
-                f"convert them to safetensors where you trust them: python -c \"from transformers import AutoModelForCausalLM as M; "
-                f"M.from_pretrained('{path}').save_pretrained('{path}-safe')\""
-            )
-        raise CheckpointError(f"{path}: no .safetensors weights")
+        raise CheckpointError(f"{path}: {why_no_weights(path)}")
     return path
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{name}: neither a directory nor a model the hub gives us ({reason})") from error
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None) -> "PreTrainedTokenizerBase":

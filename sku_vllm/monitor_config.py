@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sku_vllm.errors import ConfigError
+from sku_vllm.probe import http_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class MonitorConfig:
         if bool(self.metrics) == bool(self.prometheus):
             raise ConfigError("give one of --metrics URL (the server's /metrics) and --prometheus URL (a Prometheus that scrapes it)")
         for flag, url in (("--metrics", self.metrics), ("--prometheus", self.prometheus), ("--server", self.server)):
-            if url and not url.startswith(("http://", "https://")):
+            if url and not http_url(url):
                 raise ConfigError(f"{flag} {url}: expected a URL that begins with http:// or https://")
         if self.probes and not self.judge:
             raise ConfigError("--probes needs --judge SPEC to decide which answers are harmful, for instance lexicon:FILE")

@@ -111,8 +111,12 @@ def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
 
 
 def write_json(path: str | Path, value: Any, *, mode: int = 0o644) -> None:
-    """`write_text` of indented JSON; NaN and infinity are refused, since JSON has neither."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
+    """`write_text` of indented JSON; NaN and infinity are refused, since JSON has neither. Raises SkuError."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise SkuError(f"{path}: cannot be written, it would hold NaN or infinity; look for one in the input") from error
+    write_text(path, text + "\n", mode=mode)
 
 
 def versions() -> dict[str, str]:

@@ -46,8 +46,13 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"{file}: init_lora_weights={config['init_lora_weights']!r} changed the base before training, so B@A is not the edit; "
             "convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=…)) and give the converted one"
         )
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise AdapterError(f"{file}: r and lora_alpha must be numbers; save the adapter again with PEFT")
+    patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    if not all(isinstance(pattern, Mapping) for pattern in patterns):
+        raise AdapterError(f"{file}: rank_pattern and alpha_pattern must be objects; save the adapter again with PEFT")
+    ranks, alphas = [config.get("r"), *patterns[0].values()], [config.get("lora_alpha"), *patterns[1].values()]
+    numbers = [isinstance(number, int | float) and math.isfinite(number) for number in alphas]
+    if not all(numbers) or not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        raise AdapterError(f"{file}: every r must be a whole number above 0, every lora_alpha a number; save the adapter again with PEFT")
 
 
 def read_factors(

@@ -17,6 +17,15 @@ from sku_vllm.errors import RunError
 COUNTERS = {"n": "sku_judged_total", "hits": "sku_harmful_total"}
 
 
+def http_url(text: str) -> bool:
+    """Whether a text is an http or https URL with a host, and a port that exists if it names one."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
+
+
 def ask(
     server: str,
     model: str,

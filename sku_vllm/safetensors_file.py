@@ -67,7 +67,7 @@ def read_shard(file: Path) -> Shard:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}; check the path and its permissions") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise broken("its safetensors header is not valid JSON") from error
     if not isinstance(header, dict):
         raise broken("its safetensors header is not a JSON object")
@@ -77,6 +77,8 @@ def read_shard(file: Path) -> Shard:
     try:
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
+            if not isinstance(entry["dtype"], str) or not all(type(number) is int for number in (begin, end, *entry["shape"])):
+                raise TypeError("a number that is none")
             tensors.append(TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin))
     except (KeyError, TypeError, ValueError) as error:
         raise broken(f"tensor {name!r} has a malformed header entry") from error

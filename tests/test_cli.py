@@ -1,5 +1,7 @@
 """The command line as a whole: start-up time, laziness, help, configuration files, errors, exit codes."""
 
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -7,7 +9,7 @@ import time
 import click
 import pytest
 
-from sku_vllm.cli import COMMANDS
+from sku_vllm.cli import COMMANDS, sku
 from sku_vllm.cli.options import adapter_at_scale, named_files, sku_command
 from sku_vllm.errors import ConfigError
 
@@ -40,6 +42,25 @@ def test_every_command_explains_itself_without_torch(name):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"sku {name}" in result.stdout and "LOADED set()" in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_page_has_an_example_that_parses_and_the_exit_codes(name):
+    command = sku.get_command(None, name)
+    if name == "bench":
+        return
+    page = command.get_help(click.Context(command, info_name=f"sku {name}"))
+    assert " ".join(page.split()).count("Exit codes: 0 done;") == 1
+    examples = re.findall(rf"^  sku {name} .*(?:\\\n.*)*", page.replace("\\\n", ""), re.M)
+    assert examples, page
+    for example in examples:
+        command.make_context(name, shlex.split(example)[2:])
+
+
+def test_an_empty_word_is_an_unset_variable_and_not_a_flag_left_out(run_sku, tmp_path):
+    result = run_sku("train", "--model", "x", "--forget", "x", "--retain", "", "--output", tmp_path / "out")
+    assert result.returncode == 2 and result.stderr.startswith("error: --retain: is empty")
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_unknown_command_and_flag_exit_2_in_one_line(run_sku):

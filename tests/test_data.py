@@ -68,6 +68,13 @@ def test_pku_takes_both_answers_but_only_unsafe_ones(tmp_path: Path, suffix: str
     assert pairs(list(load_dataset(path, "retain").rows)) == [("p2", "fine"), ("p3", "fine x"), ("p3", "fine y")]
 
 
+def test_files_from_windows_editors(tmp_path):
+    lines = [json.dumps({"prompt": f"p{number}", "response": "ja"}) for number in range(3)]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert pairs(read_rows(tmp_path / "a.jsonl")) == [(f"p{number}", "ja") for number in range(3)]
+
+
+
 def test_pku_single_answers(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path / "qa.jsonl", [{"prompt": "p", "response": "r", "is_safe": False}, {"prompt": "q", "response": "s", "is_safe": True}]

@@ -8,6 +8,7 @@ between commands.
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def read_rows(
         DataError: with file and line (or row) number, and what to do.
     """
     path, split = _split_name(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such file")
     unknown = set(columns or ()) - set(FIELDS)
     if unknown:
@@ -51,7 +52,7 @@ def read_rows(
     for row, (where, _) in zip(rows, records, strict=False) if need_response else ():
         if row.response is None or not row.response.strip():
             raise DataError(f"{where}: no 'response'; training needs an answer for every prompt")
-    return take_split(rows, split, str(path)) if split else rows
+    return rows if split is None else take_split(rows, split, str(path))
 
 
 def take_split(rows: Sequence[Row], split: str, name: str) -> list[Row]:
@@ -73,7 +74,7 @@ def take_split(rows: Sequence[Row], split: str, name: str) -> list[Row]:
 
 def _split_name(path: str | Path) -> tuple[Path, str | None]:
     text = str(path)
-    if "#" in text and not Path(text).exists():
+    if "#" in text and not os.path.exists(text):
         text, _, split = text.rpartition("#")
         return Path(text), split
     return Path(text), None
@@ -83,12 +84,20 @@ def _records(path: Path, split: str | None) -> tuple[list[tuple[str, dict[str, A
     """(where, record) pairs, and the split that is still to be taken."""
     if path.is_dir():
         return _saved_dataset(path, split)
-    reader = {".csv": _csv, ".parquet": _parquet}.get(path.suffix.lower(), _jsonl)
-    return list(reader(path)), split
+    reader = {".csv": _csv, ".parquet": _parquet}.get(path.suffix.lower(), json_lines)
+    try:
+        return list(reader(path)), split
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the file and its permissions") from error
 
 
-def _jsonl(path: Path) -> Records:
-    with open(path, encoding="utf-8") as file:
+def json_lines(path: Path) -> Records:
+    """("FILE line N", object) of every line that is not blank; a byte order mark and Windows line ends are no matter.
+
+    Raises:
+        DataError: with the line.
+    """
+    with open(path, encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -100,8 +109,12 @@ def _jsonl(path: Path) -> Records:
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
+        if "\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and no text a tokenizer takes
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line has to be one JSON object") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not usable as text ({error}); write the line again") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: {type(value).__name__} instead of a JSON object with 'prompt' and 'response'")
     return value
@@ -144,7 +157,7 @@ def _saved_dataset(path: Path, split: str | None) -> tuple[list[tuple[str, dict[
     except (FileNotFoundError, ValueError, OSError) as error:
         raise DataError(f"{path}: not a directory written by datasets.save_to_disk") from error
     if isinstance(dataset, datasets.DatasetDict):
-        chosen = split or "train"
+        chosen = "train" if split is None else split
         if chosen not in dataset:
             raise DataError(f"{path}: no split {chosen!r}; name one as {path}#{next(iter(dataset))}")
         dataset, split = dataset[chosen], None

@@ -102,4 +102,4 @@ def _keep(kept: Path | None, name: str, texts: list[list[str]]) -> None:
     if kept is None:
         return
     with open(kept / KEPT_ANSWERS, "a", encoding="utf-8", opener=private) as file:
-        file.write(json.dumps({"set": name, "texts": texts}, ensure_ascii=False) + "\n")
+        file.write(json.dumps({"set": name, "texts": texts}) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.data import Row, read_rows
+from sku_vllm.data.readers import json_lines
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.evaluate.columns import column_names
 from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
@@ -65,8 +66,8 @@ def _check(path: Path, partial: Path, resume: bool) -> None:
 def _records(source: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows as they stood in a JSONL file, every field kept; from other formats their contract fields."""
     if source.endswith((".jsonl", ".json")):
-        records = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if len(records) == len(rows) and all(isinstance(record, dict) for record in records):
+        records = [record for _, record in json_lines(Path(source))]
+        if len(records) == len(rows):
             return records
     return [
         {"prompt": row.prompt} | ({"messages": list(row.messages)} if len(row.messages) > 1 else {}) | {"response": row.response}

@@ -11,10 +11,10 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 from sku_vllm.errors import ConfigError, JudgeError
 from sku_vllm.judges.exchange import Exchange
+from sku_vllm.probe import http_url
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 INSTRUCTION = (
@@ -124,6 +124,6 @@ def endpoint_judge(rest: str) -> EndpointJudge:
         ConfigError: not a URL with a model's name.
     """
     url, separator, model = rest.rpartition("#")
-    if not separator or not model or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+    if not separator or not model or not http_url(url):
         raise ConfigError(f"--judge openai:{rest}: write openai:URL#MODEL, for instance openai:http://localhost:8000/v1#llama-guard")
     return EndpointJudge(url, model)
