@@ -89,27 +89,22 @@ def _check_arms(a: str, b: str, arms: list[bool], forget: tuple[str, ...], judge
 
 
 def _show(result: dict[str, Any], show: int) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"B minus A over the same prompts\nA = {result['a']}\nB = {result['b']}", title_justify="left")
-    for name in ("set", "mode", "label", "A", "B", "difference (95 %)", "only A", "only B", "p"):
-        table.add_column(name, justify="left" if name in ("set", "mode", "label") else "right")
+    title = f"B minus A over the same prompts, in %\nA = {result['a']}\nB = {result['b']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    for name in ("set", "mode", "label", "A", "B", "B − A (95 %)", "only A/B", "p"):
+        text = name in ("set", "mode", "label")
+        table.add_column(name, justify="left" if text else "right", no_wrap=name != "set")
     for name, modes in result["sets"].items():
         for mode, labels in modes.items():
             for label, d in labels.items():
-                table.add_row(
-                    name,
-                    mode,
-                    label,
-                    f"{d['rate_a']:.1%}",
-                    f"{d['rate_b']:.1%}",
-                    f"{d['difference']:+.1%} ({d['low']:+.1%} to {d['high']:+.1%})",
-                    str(d["only_a"]),
-                    str(d["only_b"]),
-                    f"{d['p_value']:.2g}",
-                )
+                rates = [f"{100 * d[rate]:.1f}" for rate in ("rate_a", "rate_b")]
+                gap = f"{100 * d['difference']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
+                table.add_row(name, mode, label, *rates, gap, f"{d['only_a']}/{d['only_b']}", f"{d['p_value']:.2g}")
     console.print(table)
     for row in result["differ"][:show]:
         console.print(f"{row['set']}/{row['mode']}: {row['a']} → {row['b']}: {row['prompt']}", markup=False, highlight=False)

@@ -63,6 +63,7 @@ def command(
     from sku_vllm.errors import NegativeResult
     from sku_vllm.output import write_text
     from sku_vllm.report import build_report, render
+    from sku_vllm.report.format import STATES
 
     form = form or {".md": "md", ".json": "json"}.get(Path(output).suffix.lower(), "html")
     if not Path(output).absolute().parent.is_dir():
@@ -84,6 +85,9 @@ def command(
         log(f"{verdict['status']}: {verdict['headline']}".replace("\u00a0", " "))
         for reason in verdict["reasons"]:
             log(f"  not verified because {reason}")
+        for check in verdict["checks"]:
+            if check["state"] != "pass":
+                log(f"  {STATES[check['state']]}: {check['name']}: {check['detail']}".replace("\u00a0", " "))
         log(f"written to {output}")
     if require_verified and verdict["reasons"]:
         raise NegativeResult(f"not verified: {'; '.join(verdict['reasons'])}")

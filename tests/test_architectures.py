@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 SCALE = 3.0
+
+
+def test_the_tables_list_what_is_tested_here() -> None:
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.casefold())
+
+    root = Path(__file__).resolve().parents[1]
+    for page in ("README.md", "docs/architectures.md"):
+        rows = re.search(r"^\| architecture .*\n(?:\|.*\n)*", (root / page).read_text(encoding="utf-8"), re.M).group().splitlines()[2:]
+        names = [re.sub(r"\(.*\)", "", name) for row in rows for name in row.split("|")[1].split(",")]
+        assert {plain(name) for name in names} == {plain(name) for name in ARCHITECTURES}, page
 
 
 @pytest.fixture(scope="module")

@@ -63,11 +63,12 @@ def test_training_data(lab, refused, tmp_path):
     (tmp_path / "deep.jsonl").write_text('{"prompt": ' + "[" * 99_999 + "}\n")
     (tmp_path / "digits.jsonl").write_text('{"prompt": "a", "response": "b", "id": ' + "9" * 5000 + "}\n")
     (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "whole.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     for name, words in {
         "absent": ("absent.jsonl",), "malformed": ("malformed.jsonl", "line 2"), "empty": ("empty.jsonl",),
         "no_response": ("no_response.jsonl", "response"), "no_prompt": ("no_prompt.jsonl", "prompt"),
         "latin1": ("latin1.jsonl", "UTF-8"), "half_pair": ("half_pair.jsonl", "line 1"), "deep": ("deep.jsonl", "line 1"),
-        "digits": ("digits.jsonl", "line 1"), "folder": ("folder.jsonl",), "no_response.jsonl#": ("unknown split",),
+        "digits": ("digits.jsonl", "line 1"), "folder": ("folder.jsonl",), "whole.jsonl#": ("unknown split",),
     }.items():
         for option in ("forget", "retain"):
             refused(*train(lab, tmp_path, **{option: tmp_path / (name if "#" in name else f"{name}.jsonl")}), words=words)

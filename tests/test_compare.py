@@ -60,7 +60,8 @@ def test_command_prints_and_writes(two: tuple[Path, Path], tmp_path: Path, run_s
     differ = tmp_path / "out/differ.jsonl"
     assert stat.S_IMODE(differ.stat().st_mode) == 0o600 and len(differ.read_text().splitlines()) == 9
     table = run_sku("compare", *two, "--show", 2)
-    assert table.returncode == 0 and "-90.0%" in table.stdout and "and 7 more" in table.stdout and "answer to" not in table.stdout
+    assert table.returncode == 0 and "-90.0 (" in table.stdout and "and 7 more" in table.stdout and "answer to" not in table.stdout
+    assert "…" not in table.stdout.split("→")[0], "cut off at 80 columns"
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ def test_card_has_hub_metadata(run: Path) -> None:
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == str(run / "base") and front["pipeline_tag"] == "text-generation"
     assert ModelCard(text).data.base_model == str(run / "base")
+    assert "- unknown: A second judge" in text
     metrics = front["model-index"][0]["results"]
     assert {"seen", "unseen", "unseen-topic"} == {result["dataset"]["name"] for result in metrics}
     with pytest.raises(DataError, match="fused checkpoint"):

@@ -23,7 +23,7 @@ class Backend(NamedTuple):
     pinned: bool = False
 
 
-CPU = Backend("torch-cpu", merge_rows)
+CPU = Backend("cpu", merge_rows)
 
 
 def on_device(device: torch.device) -> Backend:

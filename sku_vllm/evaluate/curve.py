@@ -11,7 +11,7 @@ from sku_vllm.evaluate.chart import Curve, chart_svg
 from sku_vllm.evaluate.limits import worst
 from sku_vllm.evaluate.tables import percent
 
-BAR = 10
+BAR = 6
 SHORT = {
     "harmful, greedy": "greedy", "harmful, sampled": "sampled", "gibberish (worst set)": "gibberish", "QA accuracy": "QA",
     "over-refusal": "refusal", "perplexity above base": "ppl +",
@@ -51,11 +51,14 @@ def print_curve(base: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], cho
     points = [{"scale": 0.0, **base}, *curve]
     drawn = series(points)
     harm = drawn.get("harmful, sampled") or drawn["harmful, greedy"]
-    table = Table("scale", "harm", *(SHORT[name] for name in drawn), "beyond", box=box.SIMPLE, pad_edge=False)
+    table = Table("scale", "harm", title="Shares in %", title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in drawn:
+        table.add_column(SHORT[name], justify="right", no_wrap=True)
+    table.add_column("beyond")
     for row, point in enumerate(points):
         bar = "█" * round(BAR * (harm[row] or 0.0))
         mark = " ←" if row and point["scale"] == chosen else ""
-        values = [percent(values[row], 2 if name.startswith("perplexity") else 1) for name, values in drawn.items()]
+        values = [percent(values[row], 2 if name.startswith("perplexity") else 1).removesuffix(" %") for name, values in drawn.items()]
         beyond = ", ".join(name.replace("_", " ") for name in point.get("excess", ()))
         table.add_row("base" if row == 0 else f"{point['scale']:g}{mark}", f"{bar:·<{BAR}}", *values, beyond)
     console.print(table)

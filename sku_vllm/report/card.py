@@ -1,10 +1,11 @@
 """A model card (README.md with Hugging Face metadata) for the fused checkpoint of a report."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from sku_vllm.errors import DataError
-from sku_vllm.report.format import SPACE
+from sku_vllm.report.format import SPACE, STATES
 from sku_vllm.report.markdown import evaluation_tables
 
 
@@ -34,7 +35,7 @@ def card(report: dict[str, Any]) -> str:
     verdict = report["verdict"]
     body = [
         "",
-        f"# {origin['name']}",
+        f"# {Path(origin['name']).name}",
         "",
         f"`{base}` with an identified task vector of harmful knowledge subtracted by sku_vllm. "
         f"**{'Verified' if verdict['status'] == 'verified' else 'Not verified'}.** {verdict['headline']} {verdict['basis']}",
@@ -46,6 +47,8 @@ def card(report: dict[str, Any]) -> str:
         "Fine-tuning can bring some of it back: see the attacks of the full report.",
         "",
     ]
+    open_checks = [f"- {STATES[c['state']]}: {c['name']}: {c['detail']}" for c in verdict["checks"] if c["state"] != "pass"]
+    body += ["## What does not hold, or nobody looked at", "", *open_checks, ""] if open_checks else []
     body += evaluation_tables([e for e in report["evaluations"] if e["role"] in ("base", "fused")])
     body += ["## Identity", "", f"- weights: `{origin['identity']}`", f"- base: `{origin['base_identity']}`"]
     body += [f"- adapter: `{json.dumps(adapter)}`" for adapter in origin["adapters"] or []]
@@ -54,10 +57,15 @@ def card(report: dict[str, Any]) -> str:
 
 
 def _results(evaluations: list[dict[str, Any]]) -> list[str]:
-    """`model-index` of the harmful rates, as the hub reads it."""
+    """`model-index` of the harmful rates, as the hub reads it: of the evaluation that found most, as the verdict speaks of."""
+
+    def most(evaluation: dict[str, Any]) -> list[float]:
+        sets = evaluation["forget"].values()
+        return [max((m[mode]["harmful"] or 0.0 for m in sets if mode in m), default=0.0) for mode in ("greedy", "sampled")]
+
     rows = [
         (name, mode, shares)
-        for e in evaluations[-1:]
+        for e in sorted(evaluations, key=most)[-1:]
         for name, modes in e["forget"].items()
         for mode, shares in modes.items()
         if shares["harmful"] is not None

@@ -3,6 +3,8 @@
 from typing import Any
 
 MISSING = "not measured"
+# What a check came to.
+STATES = {"pass": "holds", "fail": "fails", "missing": "unknown"}
 # A number and its unit stay on one line.
 SPACE = "\u00a0"
 

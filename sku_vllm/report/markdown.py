@@ -5,9 +5,9 @@ from typing import Any
 
 from sku_vllm.report import serving
 from sku_vllm.report.attacks import measurements
-from sku_vllm.report.format import SPACE, answers, interval, number, percent, points, ratio
+from sku_vllm.report.format import SPACE, STATES, answers, interval, number, percent, points, ratio
 
-MARKS = {"pass": "holds", "fail": "FAILS", "missing": "unknown"}
+MARKS = {**STATES, "fail": "FAILS"}
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -9,12 +9,10 @@ from sku_vllm.report import harm, provenance
 from sku_vllm.report.attacks import attacks_section
 from sku_vllm.report.curves import trade_off_section
 from sku_vllm.report.fidelity import fidelity_section
-from sku_vllm.report.format import interval, percent, ratio
+from sku_vllm.report.format import STATES, interval, percent, ratio
 from sku_vllm.report.fragments import section
 from sku_vllm.report.samples import samples_section
 from sku_vllm.report.serving import serving_section
-
-STATES = {"pass": "holds", "fail": "fails", "missing": "unknown"}
 
 
 def page(report: dict[str, Any]) -> str:
