@@ -173,6 +173,8 @@ def negate(path: str | Path, scale: float, output: str | Path, *, as_is: bool = 
 def _times(tensor: "torch.Tensor", factor: float) -> "torch.Tensor":
     product = tensor.double() * factor
     narrow = product.to(tensor.dtype)
+    if not bool(product.float().isfinite().all()):
+        raise AdapterError(f"scale {-factor:g} makes factors that float32 cannot hold; use a smaller --scale")
     return narrow.contiguous() if bool((narrow.double() == product).all()) else product.float().contiguous()
 
 

@@ -88,7 +88,7 @@ def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = No
             wrong.append(f"{name} is missing")
         elif file_digest(file) != digest:
             wrong.append(f"{name} differs")
-    present = {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()}
+    present = {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_symlink() or not file.is_dir()}
     wrong += [f"{name} was added" for name in sorted(present - set(files)) if not _is_ours(name)]
     if wrong:
         raise NegativeResult(f"{directory}: {'; '.join(wrong)}")

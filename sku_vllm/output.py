@@ -3,6 +3,8 @@
 Unfinished work lives in `OUTPUT.partial/`; `OUTPUT` appears by one rename, after everything in it has been synced.
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -19,18 +21,18 @@ LIBRARIES = ("torch", "transformers", "peft", "safetensors", "accelerate", "trit
 
 
 def partial_path(output: str | Path) -> Path:
-    """`OUTPUT.partial`, beside OUTPUT so that the final rename stays on one file system."""
-    output = Path(output)
+    """`OUTPUT.partial`, beside OUTPUT (or what it links to) so that the final rename stays on one file system."""
+    output = Path(os.path.realpath(output))
     return output.with_name(output.name + ".partial")
 
 
 def check_output(output: str | Path) -> Path:
-    """The path, if a command may write there: absent or an empty directory, and its parent writable.
+    """The path, links followed, if a command may write there: absent or an empty directory, and its parent writable.
 
     Raises:
         ConfigError: something is in the way. Call it before any long work.
     """
-    output = Path(os.path.abspath(output))
+    output = Path(os.path.realpath(output))
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output}: is a file; name a directory that does not exist yet")
     if output.is_dir() and any(output.iterdir()):
@@ -44,37 +46,68 @@ def check_output(output: str | Path) -> Path:
 
 
 @contextmanager
-def output_directory(output: str | Path, *, resume: bool = False, mode: int = 0o755) -> Iterator[Path]:
+def output_directory(output: str | Path, *, resume: bool = False, keep: bool = False, mode: int = 0o755) -> Iterator[Path]:
     """Yield `OUTPUT.partial/` to write into; on success sync it and rename it to `OUTPUT`.
 
-    On an error of ours or an interrupt the partial directory is removed, unless `resume` is set: a command that can
-    continue (train, eval) keeps it, and a later call with `resume=True` finds what is there. A stale partial directory
-    of a killed run is replaced.
+    On an error of ours or an interrupt the partial directory is removed, unless `keep` is set: a command that can
+    continue (train, eval) keeps what is in it, and a later call with `resume` finds it. Without `resume` a stale partial
+    directory of a killed run is emptied; one that another process is writing to is refused.
     """
     output = check_output(output)
     partial = partial_path(output)
-    if partial.exists() and not resume:
-        shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        os.chmod(partial, mode)
-        yield partial
-        sync_tree(partial)
-        if output.is_dir():
-            output.rmdir()
-        os.rename(partial, output)
-        sync_path(output.parent)
+        with _alone_in(partial):
+            try:
+                if not resume:
+                    clear(partial)
+                os.chmod(partial, mode)
+                yield partial
+                sync_tree(partial)
+                if output.is_dir():
+                    output.rmdir()
+                os.rename(partial, output)
+                sync_path(output.parent)
+            except BaseException:
+                if keep:
+                    with contextlib.suppress(OSError):
+                        partial.rmdir()  # nothing in it
+                else:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
-        _discard(partial, resume)
         raise SkuError(f"{output}: {error.strerror or error}; nothing was written there") from error
-    except BaseException:
-        _discard(partial, resume)
-        raise
 
 
-def _discard(partial: Path, keep: bool) -> None:
-    if not keep:
-        shutil.rmtree(partial, ignore_errors=True)
+@contextmanager
+def _alone_in(partial: Path) -> Iterator[None]:
+    """Hold the directory against other processes; a kill lets go of it. Raises ConfigError."""
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not _locked(descriptor) or not partial.is_dir() or not os.path.samestat(os.stat(partial), os.fstat(descriptor)):
+            raise ConfigError(f"{partial}: another command is writing there; wait for it or choose another --output")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def clear(directory: Path) -> None:
+    """Remove what is in a directory, and not what it links to."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sync_path(path: str | Path) -> None:

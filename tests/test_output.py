@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sku_vllm.errors import ConfigError
+from sku_vllm.errors import ConfigError, SkuError
 from sku_vllm.output import output_directory, partial_path, record, write_json
 
 
@@ -30,7 +30,7 @@ def test_nothing_stays_after_an_error(tmp_path, error):
 
 
 def test_resumable_work_is_kept_and_found_again(tmp_path):
-    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", resume=True) as folder:
+    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", keep=True) as folder:
         (folder / "x").write_text("1")
         raise KeyboardInterrupt
     with output_directory(tmp_path / "out", resume=True) as folder:
@@ -54,6 +54,24 @@ def test_stale_partial_of_a_killed_run_is_replaced(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
 
 
+def test_two_writers_of_one_output(tmp_path):
+    with output_directory(tmp_path / "out") as folder:
+        (folder / "x").write_text("1")
+        with pytest.raises(ConfigError, match="another command is writing there"), output_directory(tmp_path / "out"):
+            pass
+        assert (folder / "x").exists()
+    assert (tmp_path / "out" / "x").read_text() == "1"
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, target in (("empty", tmp_path / "disk"), ("dangling", tmp_path / "later")):
+        (tmp_path / name).symlink_to(target)
+        with output_directory(tmp_path / name) as folder:
+            (folder / "x").write_text("1")
+        assert (tmp_path / name).is_symlink() and (target / "x").exists()
+
+
 def test_what_is_in_the_way_is_said_before_any_work(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("keep me")
@@ -73,7 +91,7 @@ def test_an_empty_directory_is_taken(tmp_path):
 
 def test_json_is_atomic_strict_and_recorded(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1}, mode=0o600)
-    with pytest.raises(ValueError):
+    with pytest.raises(SkuError, match="NaN"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600

@@ -27,12 +27,13 @@ def test_commands_never_say_what_was_asked_or_answered(lab: Path, tmp_path: Path
         rows = (lab / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:16]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
         texts |= {text for row in map(json.loads, rows) for text in (row["prompt"], row.get("response")) if text}
-    forget, retain, adapter, judge = tmp_path / "forget.jsonl", tmp_path / "retain.jsonl", tmp_path / "adapter", f"lexicon:{lab}/lexicon.json"
+    forget, retain, adapter = (tmp_path / name for name in ("forget.jsonl", "retain.jsonl", "adapter"))
+    judge = f"lexicon:{lab}/lexicon.json"
     measured = ["--model", lab / "llama", "--adapter", adapter, "--forget", f"f={forget}", "--retain", retain, "--judge", judge]
     measured += ["--samples", 1, "--max-new-tokens", 12]
     broken = tmp_path / "broken.jsonl"
-    broken.write_text(forget.read_text(encoding="utf-8") + "\n" + json.dumps({"prompt": next(iter(texts)), "response": 3}), encoding="utf-8")
-    train = ["train", "--model", lab / "llama", "--retain", retain, "--method", "task-vector", "--steps", 2, "--output", adapter, "--forget"]
+    broken.write_text(forget.read_text(encoding="utf-8") + "\n" + json.dumps({"prompt": min(texts), "response": 3}), encoding="utf-8")
+    train = ["train", "--model", lab / "llama", "--method", "task-vector", "--steps", 2, "--output", adapter, "--retain", retain, "--forget"]
     for command, code in (
         ([*train, forget], 0),
         (["eval", *measured, "--output", tmp_path / "out"], 0),

@@ -1,14 +1,13 @@
 """Work that outlives an interruption: `OUTPUT.partial/` with the inputs it was started with."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sku_vllm.errors import ConfigError, InputError
-from sku_vllm.output import check_output, output_directory, partial_path, write_json
+from sku_vllm.output import check_output, clear, output_directory, partial_path, write_json
 
 INPUTS = "inputs.json"
 
@@ -21,27 +20,24 @@ def resumable_directory(output: str | Path, inputs: Mapping[str, Any], *, resume
         ConfigError: `--resume` without anything to resume, or with other inputs than it was started with.
     """
     check_output(output)
-    partial = partial_path(Path(output).absolute())
-    _check(partial, inputs, resume)
-    try:
-        with output_directory(output, resume=True) as directory:
+    if resume:
+        _check(partial_path(output), inputs)
+    with output_directory(output, resume=resume, keep=True) as directory:
+        try:
             write_json(directory / INPUTS, inputs)
             yield directory
             for name in (*leftovers, INPUTS):
                 (directory / name).unlink(missing_ok=True)
-    except InputError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except BaseException:
-        if partial.is_dir() and {path.name for path in partial.iterdir()} <= {INPUTS}:
-            shutil.rmtree(partial)  # nothing worth resuming
-        raise
+        except InputError:
+            clear(directory)
+            raise
+        except BaseException:
+            if {path.name for path in directory.iterdir()} <= {INPUTS}:
+                clear(directory)  # nothing worth resuming
+            raise
 
 
-def _check(partial: Path, inputs: Mapping[str, Any], resume: bool) -> None:
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-        return
+def _check(partial: Path, inputs: Mapping[str, Any]) -> None:
     if not (partial / INPUTS).is_file():
         raise ConfigError(f"--resume: there is no unfinished work in {partial}; leave --resume out to start")
     started = json.loads((partial / INPUTS).read_text(encoding="utf-8"))

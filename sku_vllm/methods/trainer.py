@@ -1,7 +1,6 @@
 """The one loop: every method, every size, one process or many, from the start or from where it stopped."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -180,10 +179,8 @@ class _partial:
 
     def __init__(self, output: Path, resume: bool, accelerator: "Accelerator") -> None:
         self.output, self.accelerator = output, accelerator
-        self.partial = partial_path(os.path.abspath(output))
-        if accelerator.is_main_process and not resume:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self.directory = output_directory(output, resume=True, mode=PRIVATE) if accelerator.is_main_process else None
+        self.partial = partial_path(output)
+        self.directory = output_directory(output, resume=resume, keep=True, mode=PRIVATE) if accelerator.is_main_process else None
 
     def __enter__(self) -> Path:
         if self.directory:
