@@ -36,7 +36,7 @@ from sku_vllm.cli.options import log, print_json, sku_command
     "--adapter-root", type=click.Path(file_okay=False), help="Let trusted clients name adapters below this directory as models, NAME@SCALE."
 )
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
-@click.option("--port", type=int, default=8000, help="Port to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 def command(json_output: bool, host: str, port: int, vllm_flags: tuple[str, ...], **settings: object) -> None:
     """vLLM's OpenAI server with original and negated arms side by side.

@@ -183,9 +183,42 @@ def test_serving_refuses_before_the_engine_starts(lab, refused, tmp_path, adapte
     refused(*serve, *arms, "--split", "original=0.5,negated=0.6", words=("split", "1"))
     refused(*serve, *arms, "--split", "original=0.5,negatd=0.5", words=("negatd",))
     refused(*serve, "--arm", "negated=lorra:x@1", "--split", "negated=1", words=("lorra",))
+    refused(*serve, "--arm", "up=upstream:http://host:99999#m", words=("upstream:http://HOST:PORT",))
+    refused(*serve, *arms, "--port", 0, words=("--port",))
     refused(*serve, "--arm", f"negated=lora:{tmp_path}/nowhere@1", "--split", "negated=1", words=("nowhere",))
     refused(*serve, *arms, "--split", "original=0.5,negated=0.5", "--judge", "lexikon:x", words=("lexikon",))
     refused(*serve, *arms, "--split", "original=0.5,negated=0.5", "--max-modle-len", "64", words=("max-modle-len",))
+
+
+def test_configurations_that_are_none(refused, tmp_path):
+    for content, word in ((b"\xff\xfe\x00", "not valid YAML"), (b"steps: {a: 1}", "not a mapping"), (b"steps: [1]", "not a list")):
+        (tmp_path / "c.yaml").write_bytes(content)
+        refused("train", "--config", tmp_path / "c.yaml", words=("c.yaml", word))
+
+
+def test_addresses_and_numbers_that_are_none(lab, refused, tmp_path):
+    for server in ("host:8000", "http://", "http://[", "http://host:99999", "ftp://host"):
+        refused("ctl", "--server", server, "status", words=("--server",))
+        judge = f"openai:{server}#m"
+        refused("judge", "--judge", judge, "--input", lab / "forget/seen.jsonl", "--output", tmp_path / "v", words=("openai:URL",))
+        refused("monitor", "--metrics", server, "--store", tmp_path / "w.db", words=("--metrics",))
+    for timeout in ("nan", "inf", "0", "-1"):
+        refused("ctl", "--timeout", timeout, "status", words=("--timeout",))
+    for action in (("judging", "1.5"), ("judging", "nan"), ("weights", "a=-1"), ("weights", "a=inf"), ("add", "=base"), ("add", "a=")):
+        refused("ctl", *action, words=(action[0],))
+    fuse = ["fuse", "--model", lab / "llama", "--adapter", tmp_path, "--output", tmp_path / "out"]
+    refused(*fuse, "--revision", "main", words=("--revision",))
+
+
+def test_a_report_never_replaces_what_is_none(refused, tmp_path):
+    (tmp_path / "sku_eval.json").write_text("{}")
+    (tmp_path / "forget.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    refused("report", tmp_path, "--output", tmp_path / "forget.jsonl", words=("forget.jsonl", "no report of ours"))
+    refused("report", tmp_path, "--samples", "-1", "--output", tmp_path / "r.html", words=("--samples",))
+
+
+def test_a_path_no_file_system_takes(refused, tmp_path):
+    refused("verify", "x" * 300, words=("File name too long",))
 
 
 def test_verify_says_what_it_was_given(refused, tmp_path, lab):

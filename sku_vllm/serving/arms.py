@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sku_vllm.errors import ConfigError
+from sku_vllm.probe import http_url
 
 ALIAS = "sku"
 SWAPPED = "swapped"
@@ -60,7 +61,7 @@ def parse_arm(name: str, spec: str) -> Arm:
         return Arm(name, "lora", source, quantised(text, where))
     if kind == "upstream" and rest:
         url, separator, model = rest.rpartition("#")
-        if not separator or not model or not re.match(r"https?://[^/]+", url):
+        if not separator or not model or not http_url(url):
             raise ConfigError(f"{where}: write upstream:http://HOST:PORT/v1#MODEL")
         return Arm(name, "upstream", url.rstrip("/"), model=model)
     raise ConfigError(f"{where}: no such kind of arm; write {FORMS}")
