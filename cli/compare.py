@@ -53,7 +53,7 @@ def command(
     if not any(arms):
         found = compare(a, b, seed=seed)
     else:
-        _check_arms(a, b, arms, forget, judge, samples)
+        _check_arms(a, b, arms, forget, judge, samples, max_new_tokens)
         from sku_vllm.data import read_rows
 
         rows = {name: read_rows(path) for name, path in named_files(forget, "--forget").items()}
@@ -78,14 +78,18 @@ def command(
         _show(result, show)
 
 
-def _check_arms(a: str, b: str, arms: list[bool], forget: tuple[str, ...], judge: str | None, samples: int) -> None:
+def _check_arms(
+    a: str, b: str, arms: list[bool], forget: tuple[str, ...], judge: str | None, samples: int, max_new_tokens: int
+) -> None:
+    from sku_vllm.probe import http_url
+
     for address, arm in zip((a, b), arms, strict=True):
-        if not arm or "#" not in address:
+        if not arm or "#" not in address or not http_url(address):
             raise ConfigError(f"{address}: expected an arm as URL#MODEL, such as http://127.0.0.1:8000#negated, on both sides")
     if not forget or not judge:
         raise ConfigError("comparing arms needs --forget NAME=FILE (what to ask) and --judge SPEC (who labels the answers)")
-    if samples < 1:
-        raise ConfigError(f"--samples {samples}: must be at least 1")
+    if samples < 1 or max_new_tokens < 1:
+        raise ConfigError("--samples and --max-new-tokens must be at least 1")
 
 
 def _show(result: dict[str, Any], show: int) -> None:

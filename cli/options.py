@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,13 @@ SHARED = {"config", "json_output", "debug", "help"}
 
 
 class SkuCommand(click.Command):
-    """Refuses empty words: they are shell variables that nobody set, and would pass for a flag left out."""
+    """Refuses infinity and NaN, which no flag means, and empty words: shell variables that nobody set, taken for a flag left out."""
 
     def invoke(self, context: click.Context) -> Any:
         for parameter in self.params:
             value = context.params.get(parameter.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{parameter.opts[0]} {value}: has to be a finite number")
             given = context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
             if given and (value == "" or (isinstance(value, tuple) and "" in value)):
                 raise ConfigError(f"{parameter.opts[0]}: is empty; is a shell variable not set?")

@@ -206,6 +206,8 @@ def test_addresses_and_numbers_that_are_none(lab, refused, tmp_path):
         refused("ctl", "--timeout", timeout, "status", words=("--timeout",))
     for action in (("judging", "1.5"), ("judging", "nan"), ("weights", "a=-1"), ("weights", "a=inf"), ("add", "=base"), ("add", "a=")):
         refused("ctl", *action, words=(action[0],))
+    refused(*train(lab, tmp_path, lr="inf"), words=("--lr",))
+    refused("compare", "http://[#a", "http://host#b", "--forget", "x=x", "--judge", "refusal", words=("URL#MODEL",))
     fuse = ["fuse", "--model", lab / "llama", "--adapter", tmp_path, "--output", tmp_path / "out"]
     refused(*fuse, "--revision", "main", words=("--revision",))
 
