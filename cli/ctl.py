@@ -159,6 +159,8 @@ def call(url: str, method: str, body: Any, headers: dict[str, str], timeout: flo
 
 def describe(action: str, answer: Any) -> str:
     """A few lines for people."""
+    if action == "ready":
+        return "ready: every arm is served"
     if action == "experiment":
         return "\n".join(experiment_lines(answer))
     if "arms" in answer:

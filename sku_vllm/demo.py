@@ -4,22 +4,17 @@ Every stage is the library call behind the command of the same name; nothing her
 Paths are recorded relative to the output directory, so the result can be moved and its files still point at each other.
 """
 
-import concurrent.futures
 import contextlib
-import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.arm_metrics import Metrics, summarise
-from sku_vllm.errors import ConfigError, RunError
+from sku_vllm.errors import ConfigError
 from sku_vllm.output import output_directory, record
 
 BASELINES = ("task-vector", "sku")
 SETS = ("seen", "unseen", "unseen-topic")
-ARMS = ("original", "negated")
 SCALES = (0.5, 0.75, 1.0)
 # The lab's answers are shorter than this.
 MAX_NEW_TOKENS = 40
@@ -102,7 +97,10 @@ def _road(config: DemoConfig, progress: Progress) -> dict[str, Any]:
         "qualifies": qualifies,
     }
     if config.serve:
-        result["serving"] = _serve(base, adapters[method], scale, judge, lab / "forget/unseen.jsonl", config, progress)
+        from sku_vllm.demo_serving import serve_both
+
+        prompts, traffic = lab / "forget/unseen.jsonl", {"requests": config.requests, "seed": config.seed, "progress": progress}
+        result["serving"] = serve_both(base, adapters[method], scale, judge, prompts, **traffic)
     result["files"] = {
         "lab": "lab",
         "model": str(base),
@@ -181,71 +179,3 @@ def _measure(
             "resume": False,
         }
     )
-
-
-def _serve(
-    base: Path, adapter: Path, scale: float, judge: str, prompts: Path, config: DemoConfig, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Send prompts through the alias of a real server and read both arms back from its /metrics."""
-    from sku_vllm.data import read_rows
-    from sku_vllm.serving.server import start_server
-
-    progress("starting vLLM with both arms")
-    asked = [row.prompt for row in read_rows(prompts)]
-    arms = ["original=base", f"negated=lora:{adapter}@{scale:g}"]
-    # float32 as measured (vLLM would halve it); and vLLM on a CPU reserves a share of the machine for its cache unless told
-    # otherwise, where the lab needs next to nothing.
-    env = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
-    with start_server(
-        base, arms, "original=0.5,negated=0.5", judge, expose_arms=True, flags=("--seed", str(config.seed), "--dtype", "float32"), env=env
-    ) as server:
-        progress(f"sending {config.requests} requests through the alias sku")
-        drive(server.url, [asked[index % len(asked)] for index in range(config.requests)])
-        progress("waiting for the judge, reading /metrics")
-        return read_arms(server.metrics, config.requests)
-
-
-def drive(url: str, prompts: list[str], concurrency: int = 8) -> None:
-    """One chat request per prompt through the alias, each with its own sticky key.
-
-    Raises:
-        RunError: a request failed.
-    """
-    import openai
-
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-
-    def ask(indexed: tuple[int, str]) -> None:
-        index, prompt = indexed
-        client.chat.completions.create(
-            model="sku",
-            messages=[{"role": "user", "content": prompt}],
-            max_tokens=32,
-            temperature=1.0,
-            extra_headers={"X-SKU-Key": f"user-{index}"},
-        )
-
-    try:
-        with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-            list(pool.map(ask, enumerate(prompts)))
-    except openai.OpenAIError as error:
-        raise RunError(f"the server refused a request through the alias sku: {type(error).__name__}") from error
-
-
-def read_arms(metrics: Callable[[], Metrics], requests: int, timeout: float = 60) -> dict[str, dict[str, Any]]:
-    """Requests, judged, harmful and median latency (seconds) per arm, once everything sent has been judged.
-
-    Args:
-        metrics: returns /metrics as `Server.metrics` does.
-        timeout: seconds to wait for the judge, which runs off the request path.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        samples = metrics()
-        arms = {arm: summarise(samples, arm) for arm in ARMS}
-        judged = sum(arm["judged"] for arm in arms.values())
-        if judged >= requests:
-            return arms
-        if time.monotonic() > deadline:
-            raise RunError(f"after {timeout:g} s only {judged} of {requests} answers had been judged")
-        time.sleep(0.5)
