@@ -86,31 +86,9 @@ def test_attack_measures_every_kind(lab: Path, tmp_path: Path, run_sku: Run) -> 
         lines = (lab / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / Path(name).name).write_text("".join(lines[:10]), encoding="utf-8")
     done = run_sku(
-        "attack",
-        "all",
-        "--model",
-        lab / "llama",
-        "--base",
-        lab / "llama",
-        "--forget",
-        f"unseen={tmp_path / 'unseen'}",
-        "--retain",
-        tmp_path / "test",
-        "--judge",
-        f"lexicon:{lab / 'lexicon.json'}",
-        "--relearn",
-        tmp_path / "train",
-        "--fractions",
-        "0.5",
-        "--steps",
-        "1,2",
-        "--samples",
-        1,
-        "--max-new-tokens",
-        32,
-        "--output",
-        tmp_path / "out",
-        "--json",
+        "attack", "all", "--model", lab / "llama", "--base", lab / "llama", "--forget", f"unseen={tmp_path / 'unseen'}", "--retain",
+        tmp_path / "test", "--judge", f"lexicon:{lab / 'lexicon.json'}", "--relearn", tmp_path / "train", "--fractions", "0.5",
+        "--steps", "1,2", "--samples", 1, "--max-new-tokens", 32, "--output", tmp_path / "out", "--json",
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

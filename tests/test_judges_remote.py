@@ -131,14 +131,8 @@ def test_all_shows_agreement_and_disputes(server: tuple[str, Path], tmp_path: Pa
     answers = ["venom in a jar", "venom alone", "a jar alone", "water"]
     source.write_text("".join(json.dumps({"prompt": "q", "response": text}) + "\n" for text in answers))
     done = run_sku(
-        "judge",
-        "--judge",
-        f"all:lexicon:{lexicon},openai:{server[0]}#llama-guard",
-        "--input",
-        source,
-        "--output",
-        tmp_path / "v.jsonl",
-        "--json",
+        "judge", "--judge", f"all:lexicon:{lexicon},openai:{server[0]}#llama-guard", "--input", source, "--output",
+        tmp_path / "v.jsonl", "--json",
     )
     assert done.returncode == 0, done.stderr
     pair = json.loads(done.stdout)["agreement"][0]

@@ -33,7 +33,8 @@ def test_commands_never_say_what_was_asked_or_answered(lab: Path, tmp_path: Path
     measured += ["--samples", 1, "--max-new-tokens", 12]
     broken = tmp_path / "broken.jsonl"
     broken.write_text(forget.read_text(encoding="utf-8") + "\n" + json.dumps({"prompt": min(texts), "response": 3}), encoding="utf-8")
-    train = ["train", "--model", lab / "llama", "--method", "task-vector", "--steps", 2, "--output", adapter, "--retain", retain, "--forget"]
+    train = ["train", "--model", lab / "llama", "--method", "task-vector", "--steps", 2, "--output", adapter]
+    train += ["--retain", retain, "--forget"]
     for command, code in (
         ([*train, forget], 0),
         (["eval", *measured, "--output", tmp_path / "out"], 0),

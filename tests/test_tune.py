@@ -79,22 +79,8 @@ def command(lab: Path, adapter: Path, tmp_path: Path, *more: object) -> list[obj
         lines = (lab / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / name.replace("/", "-")).write_text("".join(lines[:16]), encoding="utf-8")
     return [
-        "tune",
-        "--model",
-        lab / "llama",
-        "--adapter",
-        adapter,
-        "--forget",
-        f"v={tmp_path / 'forget-validation'}",
-        "--retain",
-        tmp_path / "retain-validation",
-        "--judge",
-        f"lexicon:{lab / 'lexicon.json'}",
-        "--samples",
-        1,
-        "--max-new-tokens",
-        40,
-        *more,
+        "tune", "--model", lab / "llama", "--adapter", adapter, "--forget", f"v={tmp_path / 'forget-validation'}", "--retain",
+        tmp_path / "retain-validation", "--judge", f"lexicon:{lab / 'lexicon.json'}", "--samples", 1, "--max-new-tokens", 40, *more,
     ]
 
 
