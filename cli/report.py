@@ -106,6 +106,6 @@ def _kl(directories: tuple[str, ...], rows: str, dtype: str) -> dict[str, object
     if len(adapters) != 1 or isinstance(adapters[0][1], dict):
         raise ConfigError(f"--kl: compares one LoRA at one scale with the fused weights; this file was fused from {adapters}")
     adapter, scale = adapters[0]
-    return lora_against_fused(
-        config["model"], adapter, float(scale), fuses[-1].directory, read_rows(rows, need_response=True)[:64], dtype=dtype
-    )
+    taken = read_rows(rows, need_response=True)[:64]
+    where = {"dtype": dtype, "revision": config.get("revision")}
+    return lora_against_fused(config["model"], adapter, float(scale), fuses[-1].directory, taken, **where)

@@ -20,19 +20,20 @@ def lora_against_fused(
     rows: Sequence[Row],
     *,
     dtype: str = "auto",
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """KL(base − scale·delta as LoRA ‖ fused) in nats a token, its largest value, and KL(base ‖ fused) to compare it with.
 
     The two differ by one rounding to the stored dtype; both run in `dtype`, softmax in float64.
 
     Args:
-        rows: with responses; only their answer tokens count.
+        rows: with responses; only their answer tokens count. revision: of a base that is a hub id.
     """
     tokenizer = load_tokenizer(str(fused))
     template = PromptTemplate.of(tokenizer)
     encoded = [template.encode(row) for row in rows]
     merged = load_model(str(fused), dtype=dtype)
-    arm = attach_adapter(load_model(str(base), dtype=dtype), str(adapter), scale)
+    arm = attach_adapter(load_model(str(base), dtype=dtype, revision=revision), str(adapter), scale)
     gap, edit = [], []
     for text in encoded:
         target = next(_log_probs(merged, [text]))
