@@ -99,15 +99,15 @@ def _show(result: dict[str, Any], show: int) -> None:
 
     console = Console()
     title = f"B minus A over the same prompts, in %\nA = {result['a']}\nB = {result['b']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=0)  # fits 80 columns
     for name in ("set", "mode", "label", "A", "B", "B − A (95 %)", "only A/B", "p"):
         text = name in ("set", "mode", "label")
-        table.add_column(name, justify="left" if text else "right", no_wrap=name != "set")
+        table.add_column(name, justify="left" if text else "right", no_wrap=name != "set", overflow="fold")
     for name, modes in result["sets"].items():
         for mode, labels in modes.items():
             for label, d in labels.items():
                 rates = [f"{100 * d[rate]:.1f}" for rate in ("rate_a", "rate_b")]
-                gap = f"{100 * d['difference']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
+                gap = f"{100 * d['difference']:+.1f} ({100 * d['low']:+.0f} to {100 * d['high']:+.0f})"
                 table.add_row(name, mode, label, *rates, gap, f"{d['only_a']}/{d['only_b']}", f"{d['p_value']:.2g}")
     console.print(table)
     for row in result["differ"][:show]:

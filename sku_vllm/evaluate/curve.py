@@ -51,7 +51,7 @@ def print_curve(base: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], cho
     points = [{"scale": 0.0, **base}, *curve]
     drawn = series(points)
     harm = drawn.get("harmful, sampled") or drawn["harmful, greedy"]
-    table = Table("scale", "harm", title="Shares in %", title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table("scale", "harm", title="Shares in %", title_justify="left", box=box.SIMPLE, pad_edge=False, padding=0)
     for name in drawn:
         table.add_column(SHORT[name], justify="right", no_wrap=True)
     table.add_column("beyond")
