@@ -52,7 +52,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     ranks, alphas = [config.get("r"), *patterns[0].values()], [config.get("lora_alpha"), *patterns[1].values()]
     numbers = [isinstance(number, int | float) and math.isfinite(number) for number in alphas]
     if not all(numbers) or not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-        raise AdapterError(f"{file}: every r must be a whole number above 0, every lora_alpha a number; save the adapter again with PEFT")
+        raise AdapterError(f"{file}: r and lora_alpha must be numbers, ranks whole and above 0; save the adapter again with PEFT")
 
 
 def read_factors(

@@ -328,7 +328,7 @@ def test_a_damaged_record_is_named_with_its_key(tmp_path: Path, damage: Callable
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "line 3: not a judged row"),
+        ("{broken", "line 3: not valid JSON"),
         ("[1]", "line 3"),
         ('{"prompt": "p", "response": "r", "label": "<img src=x>"}', "is none of harmful"),
     ],
