@@ -2,26 +2,29 @@
 
 Same method (`sku`, LoRA r 32 on q_proj and v_proj, batch 2, K 5), same rows (PKU-like answer lengths, TruthfulQA-like retain
 rows), 32k words. Every contender runs in a process of its own, so that peaks of memory are its own; the rounds are interleaved
-and the medians count. Memory is counted above what the imports alone take.
+and the medians count. The published loop takes the very rows that ours takes at the same steps. A first step of every contender is
+not timed; memory is counted above what the imports alone take, that step and the loading included.
 """
 
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sku_vllm.benchmarks.machine import machine
 from sku_vllm.cli.options import log, print_json, sku_command
 
-VOCABULARY, PADDED = 32_000, 512
+if TYPE_CHECKING:
+    from sku_vllm.methods.batches import Batches
+
+VOCABULARY, PADDED, PASS = 32_000, 512, 384
 CONTENDERS = {  # contender: (steps it takes a round, what it is)
     "published-512": (1, "published loop, tokenizer that pads to 512"),
     "published-longest": (2, "published loop, tokenizer without a maximum"),
@@ -118,56 +121,74 @@ def run_contender(name: str, path: str, threads: int) -> None:
 
     import sku_vllm.methods.run  # noqa: F401 (its imports belong to the baseline of memory)
     from sku_vllm.benchmarks import published_loop  # noqa: F401
+    from sku_vllm.methods.memory import peak_resident
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    forget, retain = make_rows()
     accelerator = Accelerator(cpu=True)
     torch.randn(64, 64, requires_grad=True).matmul(torch.randn(64, 64)).sum().backward()  # thread pools
-    before = _peak()
+    before = peak_resident()
     steps = CONTENDERS[name][0]
     if name.startswith("published"):
-        seconds, examples, tokens = _published(path, name.endswith("512"), forget, retain, steps)
+        seconds, examples, tokens = _published(name, path, steps)
     elif name == "plain-lora":
-        seconds, examples, tokens = _plain_lora(path, forget, retain, steps)
+        seconds, examples, tokens = _plain_lora(path, steps)
     else:
-        seconds, examples, tokens = _ours(name, path, forget, retain, steps, accelerator)
-    print(json.dumps({"examples_per_second": examples / seconds, "seconds_per_token": seconds / tokens, "peak_bytes": _peak() - before}))
+        seconds, examples, tokens = _ours(name, path, steps, accelerator)
+    print(json.dumps({"examples_per_second": examples / seconds, "seconds_per_token": seconds / tokens, "peak_bytes": peak_resident() - before}))
 
 
-def _published(path: str, padded: bool, forget: list[Any], retain: list[Any], steps: int) -> tuple[float, int, int]:
-    from sku_vllm.benchmarks.published_loop import PublishedLoop
-    from sku_vllm.model import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(path)
-    if padded:
-        tokenizer.model_max_length = PADDED
-    loop = PublishedLoop(load_model(path), tokenizer, forget, retain)
-    begun = time.perf_counter()
-    examples = sum(loop.step() for _ in range(steps))
-    return time.perf_counter() - begun, examples, 1
-
-
-def _ours(name: str, path: str, forget: list[Any], retain: list[Any], steps: int, accelerator: Any) -> tuple[float, int, int]:
+def _batches(name: str, path: str) -> "Batches":
+    """The rows of every step, for our loop and for the published one."""
     from sku_vllm.data import PromptTemplate, load_dataset
     from sku_vllm.methods import TrainConfig
     from sku_vllm.methods.batches import Batches
-    from sku_vllm.methods.run import Run
     from sku_vllm.model import load_tokenizer
 
-    tokenizer = load_tokenizer(path)
-    if name == "ours":
-        config = TrainConfig.of(preset="llama2-7b", tokens_per_pass=384)
-    else:
+    if name == "ours-mirrored":
         config = TrainConfig.of("sku-mirrored", rounds=1, template="paper", tokens_per_pass=1024)
-    batches = Batches(config, PromptTemplate.of(tokenizer, "paper"), load_dataset(forget, "forget"), load_dataset(retain, "retain"))
-    run = Run(Path(path), config, batches, accelerator, tokenizer)
+    else:
+        config = TrainConfig.of(preset="llama2-7b", tokens_per_pass=PASS)
+    forget, retain = make_rows()
+    return Batches(config, PromptTemplate.of(load_tokenizer(path), "paper"), load_dataset(forget, "forget"), load_dataset(retain, "retain"))
+
+
+def _published(name: str, path: str, steps: int) -> tuple[float, int, int]:
+    from sku_vllm.benchmarks.published_loop import PublishedLoop
+    from sku_vllm.model import load_model, load_tokenizer
+
+    tokenizer, batches = load_tokenizer(path), _batches(name, path)
+    loop = PublishedLoop(load_model(path), tokenizer)
+
+    def words(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True).replace("###", "").strip()  # the template's own words aside
+
+    def pairs(kind: str, step: int) -> list[tuple[str, str]]:
+        return [(words(row.ids[:row.answer_start]), words(row.answer_ids)) for row in batches.rows(kind, step)]
+
+    def step(number: int) -> int:
+        return loop.step(*(pairs(kind, number) for kind in ("forget", "mismatched", "retain")))
+
+    step(0)
+    if name.endswith("512"):
+        tokenizer.model_max_length = PADDED
     begun = time.perf_counter()
+    examples = sum(step(number + 1) for number in range(steps))
+    return time.perf_counter() - begun, examples, 1
+
+
+def _ours(name: str, path: str, steps: int, accelerator: Any) -> tuple[float, int, int]:
+    from sku_vllm.methods.run import Run
+
+    batches = _batches(name, path)
+    run = Run(Path(path), batches.config, batches, accelerator, batches.template.tokenizer)
+    run.step()
+    warm, begun = run.examples, time.perf_counter()
     tokens = sum(run.step()["tokens"] for _ in range(steps))
-    return time.perf_counter() - begun, run.examples, tokens
+    return time.perf_counter() - begun, run.examples - warm, tokens
 
 
-def _plain_lora(path: str, forget: list[Any], retain: list[Any], steps: int) -> tuple[float, int, int]:
+def _plain_lora(path: str, steps: int) -> tuple[float, int, int]:
     """The Hugging Face way: `labels` in, `.loss` out, whole logits; rows cut into blocks, so that no token is padding."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -175,21 +196,18 @@ def _plain_lora(path: str, forget: list[Any], retain: list[Any], steps: int) -> 
     from sku_vllm.data import PromptTemplate
     from sku_vllm.model import load_model, load_tokenizer
 
-    template = PromptTemplate.of(load_tokenizer(path), "paper")
+    template, (forget, retain) = PromptTemplate.of(load_tokenizer(path), "paper"), make_rows()
     stream = [token for row in [*forget, *retain] for token in template.encode(row).ids]
     model = get_peft_model(load_model(path), LoraConfig(r=32, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    begun = time.perf_counter()
-    for step in range(steps):
+    for step in range(steps + 1):
+        if step == 1:  # the first warms caches and allocators, as everywhere here
+            begun = time.perf_counter()
         block = torch.tensor(stream[step * 1024:(step + 1) * 1024]).view(8, 128)
         model(input_ids=block, labels=block).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return time.perf_counter() - begun, 8 * steps, 1024 * steps
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ here, since a mask that is nearly empty would change what is timed.
 """
 
 import copy
-import random
 from collections.abc import Sequence
 
 import torch
@@ -14,35 +13,31 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku_vllm.data import Row
-
 FINITE = 100_000  # tokenizers without a maximum say 1e30
 Batch = dict[str, torch.Tensor]
+Pair = tuple[str, str]  # prompt and answer
 
 
 class PublishedLoop:
-    """LLaMA2-7B's published settings: LoRA r 32 on q_proj and v_proj, batch 2, K 5, lr 2e-4, e 2.5/2.5/1."""
+    """LLaMA2-7B's published settings: LoRA r 32 on q_proj and v_proj, lr 2e-4, e 2.5/2.5/1; the rows of a step come from outside."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Sequence[Row], retain: Sequence[Row]) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.base = copy.deepcopy(model).eval()
         self.model = get_peft_model(model, LoraConfig(r=32, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
-        self.tokenizer, self.forget, self.retain = tokenizer, forget, retain
+        self.tokenizer = tokenizer
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=2e-4)
-        self.random = random.Random(8888)
 
-    def step(self) -> int:
+    def step(self, harmful: Sequence[Pair], mismatched: Sequence[Pair], benign: Sequence[Pair]) -> int:
         """One step; returns how many examples it saw."""
-        harmful, benign = self.random.sample(list(self.forget), 2), self.random.sample(list(self.retain), 2)
-        answers = self.random.sample([row.response for row in self.forget], 5)
-        guided = self.answer_loss(self.batch([(row.prompt, row.response) for row in harmful]))
-        mismatched = self.answer_loss(self.batch([(row.prompt, answer) for row in harmful for answer in answers]))
-        preserved = self.divergence(self.batch([(row.prompt, row.response) for row in benign]))
-        (2.5 * guided + 2.5 * mismatched + preserved).backward()
+        guided = self.answer_loss(self.batch(harmful))
+        disassociated = self.answer_loss(self.batch(mismatched))
+        preserved = self.divergence(self.batch(benign))
+        (2.5 * guided + 2.5 * disassociated + preserved).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return 2 + 10 + 2
+        return len(harmful) + len(mismatched) + len(benign)
 
-    def batch(self, pairs: Sequence[tuple[str, str]]) -> Batch:
+    def batch(self, pairs: Sequence[Pair]) -> Batch:
         """Prompt and answer as one padded text, with the places of the answers."""
         texts = [f"### Question: {prompt}\n ### Answer: {answer}" for prompt, answer in pairs]
         finite = self.tokenizer.model_max_length < FINITE

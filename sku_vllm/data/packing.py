@@ -4,6 +4,7 @@ Under a causal mask a token's state depends on what comes before it alone, so ro
 prompt with its own and five other answers costs one prompt and six answers. Attention alone sees the rows whole and padded.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
@@ -103,13 +104,19 @@ def split_by_prefix(rows: Sequence[Sequence[int]], sides: Sequence[int], limit: 
 
 
 def _fill(order: Sequence[int], whole: Sequence[int], fresh: Sequence[int], limit: int) -> list[list[int]]:
-    """Groups in this order: the first of a group counts whole, the others what is fresh in them."""
+    """Groups in this order: the first of a group counts whole, the others what is fresh in them.
+
+    As few groups as the limit allows, about equally large: the largest decides memory, and products over few tokens are slow.
+    """
     groups: list[list[int]] = []
-    filled = limit
+    tokens = sum(fresh)
+    each = tokens / max(1, math.ceil(tokens / limit))
+    filled = done = 0
     for row in order:
-        if not groups or filled + fresh[row] > limit:
+        if not groups or filled + fresh[row] > limit or done + fresh[row] / 2 > each * len(groups):
             groups.append([])
             filled = whole[row] - fresh[row]
         groups[-1].append(row)
         filled += fresh[row]
+        done += fresh[row]
     return groups

@@ -4,6 +4,7 @@ A token's loss depends on that token's hidden state alone. So the gradient is ta
 the logits are at hand, and the backward pass only multiplies: the head runs once, not twice, and logits live for one chunk.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 TokenLoss = Callable[..., torch.Tensor]
-# Logits alive at once: 16 MB in fp32 on a CPU, 256 MB on a GPU, where larger products pay.
-ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+# Logits of a chunk: 32 MB in fp32 on a CPU, 256 MB on a GPU, where larger products pay. A loss keeps about two such tensors.
+ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
 def per_token(
@@ -31,10 +32,11 @@ def per_token(
 
     Args:
         hidden: [n, d]. references: (head, hidden states) pairs without gradient.
-        chunk: tokens at a time; by default so many that their logits stay within ELEMENTS.
+        chunk: tokens at a time at most; by default so many that their logits stay within ELEMENTS.
         train_head: the head itself gets gradients (dense runs): logits are then computed again in the backward pass.
     """
     chunk = chunk or max(16, ELEMENTS.get(hidden.device.type, 2**26) // vocabulary)
+    chunk = math.ceil(hidden.shape[0] / max(1, math.ceil(hidden.shape[0] / chunk)))  # all alike, since small products are slow
 
     def part(states: torch.Tensor, begin: int) -> torch.Tensor:
         end = begin + states.shape[0]

@@ -7,10 +7,12 @@ compares (the base's first, then the adapted model's). Weights, means and signs 
 import torch
 import torch.nn.functional as F
 
+from sku_vllm.methods import fused
+
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """−log p(target)."""
-    return F.cross_entropy(logits, targets, reduction="none")
+    return fused.cross_entropy(logits, targets)
 
 
 def negative_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -20,8 +22,7 @@ def negative_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch
 
 def kl_from_base(logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """KL(base ‖ model): what the base would say that the model no longer does."""
-    log_p = base.log_softmax(-1)
-    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+    return fused.divergence(base.log_softmax(-1), logits)
 
 
 def negative_kl_from_base(logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -54,6 +55,4 @@ def kl_from_contrast(
     logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor, adapted: torch.Tensor, beta: float, floor: float
 ) -> torch.Tensor:
     """KL(p* ‖ model), p* from `contrast`."""
-    log_target = contrast(base, adapted, beta, floor)
-    difference = (log_target - logits.log_softmax(-1)).masked_fill(log_target == -torch.inf, 0.0)
-    return (log_target.exp() * difference).sum(-1)
+    return fused.divergence(contrast(base, adapted, beta, floor), logits)

@@ -29,6 +29,11 @@ def counted(term: Term, row: Encoded) -> range:
     }[term.tokens]
 
 
+def inputs(row: Encoded) -> list[int]:
+    """The tokens that go through the model: all but the last, after which nothing is predicted."""
+    return row.ids[:-1] or row.ids
+
+
 def total(term: Term, rows: Sequence[Encoded]) -> int:
     """What a term's mean divides by: tokens, or rows that have any."""
     counts = [len(counted(term, row)) for row in rows]
@@ -52,7 +57,7 @@ class Objective(torch.nn.Module):
         References come first, without gradient: the base with the adapter off, and the adapted side.
         """
         references = {name: self._reference(name, pieces, terms) for name in ("base", "adapted")}
-        hidden, rows = self.passes([piece.row.ids for piece in pieces], [piece.side for piece in pieces])
+        hidden, rows = self.passes([inputs(piece.row) for piece in pieces], [piece.side for piece in pieces])
         values = {}
         for term in terms:
             mine = [number for number, piece in enumerate(pieces) if piece.kind == term.rows and piece.side == term.side]
@@ -70,7 +75,7 @@ class Objective(torch.nn.Module):
         if not chosen:
             return None
         with torch.no_grad(), self.passes.reference_adapter(name == "adapted"):
-            hidden, rows = self.passes([pieces[number].row.ids for number in chosen], [int(name == "adapted")] * len(chosen))
+            hidden, rows = self.passes([inputs(pieces[number].row) for number in chosen], [int(name == "adapted")] * len(chosen))
         return hidden, dict(zip(chosen, rows, strict=True))
 
     def _term(

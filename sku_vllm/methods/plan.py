@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from sku_vllm.data import Encoded
 from sku_vllm.data.packing import split_by_prefix, split_by_tokens
 from sku_vllm.methods.method import Term
-from sku_vllm.methods.objective import Piece, pieces_of
+from sku_vllm.methods.objective import Piece, inputs, pieces_of
 
 Rows = Mapping[str, Sequence[Encoded]]
 
@@ -14,10 +14,10 @@ def plan(terms: Sequence[Term], rows: Rows, limit: int, *, packed: bool) -> list
     """The rows in passes of at most `limit` tokens; passes that are not packed have one side each."""
     pieces = pieces_of(terms, rows)
     if packed:
-        groups = split_by_prefix([piece.row.ids for piece in pieces], [piece.side for piece in pieces], limit)
+        groups = split_by_prefix([inputs(piece.row) for piece in pieces], [piece.side for piece in pieces], limit)
         return [[pieces[number] for number in numbers] for numbers in groups]
     sides = [[piece for piece in pieces if piece.side == side] for side in sorted({piece.side for piece in pieces})]
-    return [[group[number] for number in numbers] for group in sides for numbers in split_by_tokens([len(p.row.ids) for p in group], limit)]
+    return [[group[number] for number in numbers] for group in sides for numbers in split_by_tokens([len(inputs(p.row)) for p in group], limit)]
 
 
 def share(rows: Rows, rank: int, world: int) -> Rows:
@@ -27,7 +27,7 @@ def share(rows: Rows, rank: int, world: int) -> Rows:
 
 def forward_tokens(terms: Sequence[Term], rows: Rows) -> int:
     """Tokens that go forward when no row shares any: once a side, once more for every reference."""
-    length = {kind: sum(len(row.ids) for row in some) for kind, some in rows.items()}
+    length = {kind: sum(len(inputs(row)) for row in some) for kind, some in rows.items()}
     seen = {(term.rows, term.side) for term in terms}
     references = {(term.rows, term.side, name) for term in terms for name in term.references}
     return sum(length[kind] for kind, _ in seen) + sum(length[kind] for kind, _, _ in references)

@@ -1,6 +1,5 @@
 """A run in memory: model, adapter, optimizer, and where it stands."""
 
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from sku_vllm.methods.adapted import with_adapter
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.forward import KEPT, Forward
+from sku_vllm.methods.memory import peak_resident
 from sku_vllm.methods.method import Phase, Term
 from sku_vllm.methods.objective import Objective, Piece, total
 from sku_vllm.methods.plan import Rows, forward_tokens, plan, share
@@ -251,7 +251,7 @@ class Run:
         """Bytes: most memory allocated on the GPU, or resident in this process."""
         if self.accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident()
 
 
 def _sync(accelerator: "Accelerator", module: torch.nn.Module, last: bool) -> Any:
