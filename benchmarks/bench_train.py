@@ -24,7 +24,7 @@ from sku_vllm.cli.options import log, print_json, sku_command
 if TYPE_CHECKING:
     from sku_vllm.methods.batches import Batches
 
-VOCABULARY, PADDED, PASS = 32_000, 512, 384
+VOCABULARY, PADDED, PASS = 32_000, 512, 768
 CONTENDERS = {  # contender: (steps it takes a round, what it is)
     "published-512": (1, "published loop, tokenizer that pads to 512"),
     "published-longest": (2, "published loop, tokenizer without a maximum"),

@@ -1,16 +1,19 @@
 """Packed single passes with chunked heads against the plain computation: separate, padded, whole logits; fp64, ≤ 1e-9."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
 
 from sku_vllm.data import Encoded, PromptTemplate, load_dataset, read_rows
-from sku_vllm.data.packing import pack_rows, split_by_prefix
-from sku_vllm.methods import METHODS, TrainConfig, chunked, losses
+from sku_vllm.data.packing import pack_rows, split_by_prefix, split_by_tokens
+from sku_vllm.methods import METHODS, TrainConfig, chunked, fused, losses, memory
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.forward import RELEARNED
 from sku_vllm.methods.method import Term
@@ -213,6 +216,57 @@ def test_chunked_head_never_sees_more_than_a_chunk(loss: object, count: int) -> 
     (theirs,) = torch.autograd.grad((plain * upstream).sum(), hidden)
     assert max(seen) <= 5
     assert torch.allclose(values, plain, rtol=0, atol=TOLERANCE) and torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fused_losses_equal_what_autograd_makes_of_their_formulas(dtype: torch.dtype) -> None:
+    """Also where the target distribution is zero in places, and where a probability is too small for its type."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 40, generator=generator, dtype=dtype) * 8
+    logits[0, 3] = -300.0
+    logits.requires_grad_()
+    targets, upstream = torch.tensor([3, 0, 39, 7, 7, 1]), torch.rand(6, generator=generator, dtype=dtype)
+    scores = torch.randn(6, 40, generator=generator, dtype=dtype)
+    log_target = scores.masked_fill(scores < 0, -torch.inf).log_softmax(-1)
+    p, log_q = log_target.exp(), logits.log_softmax(-1)
+    plain = {
+        "cross_entropy": F.cross_entropy(logits, targets, reduction="none"),
+        "divergence": torch.where(p > 0, p * (log_target.masked_fill(p == 0, 0.0) - log_q), 0.0).sum(-1),
+    }
+    found = {"cross_entropy": fused.cross_entropy(logits, targets), "divergence": fused.divergence(log_target, logits)}
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    for name, values in found.items():
+        assert torch.allclose(values, plain[name], rtol=tolerance, atol=tolerance), name
+        ours, theirs = (torch.autograd.grad((v * upstream).sum(), logits, retain_graph=True)[0] for v in (values, plain[name]))
+        assert torch.allclose(ours, theirs, rtol=0, atol=tolerance) and ours.abs().max() > 0.1, name
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # the one buffer is used up
+            torch.autograd.grad(values.sum(), logits)
+
+
+def test_passes_and_chunks_are_about_equally_large() -> None:
+    lengths = [9, 8, 7, 6, 5, 4, 3, 2, 1, 5]
+    groups = [sum(lengths[row] for row in group) for group in split_by_tokens(lengths, 45)]
+    assert len(groups) == 2 and sum(groups) == 50 and max(groups) <= 29
+    assert all(sum(lengths[row] for row in group) <= 9 for group in split_by_tokens(lengths, 9))
+    seen = []
+    hidden = torch.randn(11, 4, requires_grad=True)
+    chunked.per_token(losses.cross_entropy, lambda states: seen.append(len(states)) or states, hidden, torch.zeros(11, dtype=torch.long), vocabulary=4, chunk=5)
+    assert seen == [4, 4, 3]
+
+
+def test_the_size_of_a_step_is_known_before_it_is_taken(trainable: Path) -> None:
+    """What a dry run's tokens and time rest on; with a relearner at two steps of three."""
+    run = make_run(trainable, "llama", "sku-contrastive-two", steps=15, relearner_steps=3)
+    run.at = run.phases[0].steps + 1
+    sizes = [run.size(run.at + ahead) for ahead in range(4)]
+    assert [run.step()["tokens"] for _ in range(4)] == sizes and len(set(sizes)) > 1
+
+
+def test_the_peak_of_memory_is_this_process_alone() -> None:
+    """Also where a larger process started it, whose peak Linux hands on as ru_maxrss."""
+    code = f"import runpy; print(runpy.run_path({memory.__file__!r})['peak_resident']())"
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 2**20 < peak < memory.peak_resident() / 2
 
 
 def test_contrast_divides_the_adapted_model_out() -> None:

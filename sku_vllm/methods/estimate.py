@@ -12,7 +12,8 @@ from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.run import Run
 from sku_vllm.model import load_tokenizer, resolve_model
 
-PROBES = 4
+PROBES = 3  # steps of a phase that are timed, beside the largest
+LOOKED_AT = 256  # steps of a phase whose rows are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,9 @@ class Estimate:
 def estimate_run(
     model: str | Path, forget: ForgetSet, retain: RetainSet | None, config: TrainConfig, *, refusals: Sequence[Row] = (), revision: str | None = None
 ) -> Estimate:
-    """Load the model, take a few real steps of every phase, and extrapolate; writes nothing.
+    """Load the model, take a few real steps of every phase, the largest among them, and extrapolate; writes nothing.
 
-    Memory is measured at those steps, which vary with the rows drawn; time is scaled by tokens.
+    Time is that of the tokens of the run's own steps; the drawing of a contrastive method's samples is not in it.
     """
     from accelerate import Accelerator
 
@@ -56,15 +57,15 @@ def estimate_run(
     tokens = seconds = 0.0
     begin = 0
     for number, phase in enumerate(run.phases):
-        run.at = begin
-        probes = min(PROBES, phase.steps)
-        entries = [run.probe() for _ in range(probes)]
-        # The first step of a run also warms caches and allocators.
-        timed = entries[1:] or entries
-        rate = sum(entry["seconds"] for entry in timed) / sum(entry["tokens"] for entry in timed)
-        length = sum(entry["tokens"] for entry in entries) / probes
-        tokens += length * phase.steps
-        seconds += rate * length * phase.steps
+        run.stand_in(phase, begin)
+        looked_at = range(begin, begin + phase.steps, max(1, phase.steps // LOOKED_AT))
+        sizes = {at: run.size(at) for at in looked_at}
+        # The first step of a run also warms caches and allocators; the largest decides the peak of memory.
+        entries = [run.probe(at) for at in [*looked_at[:PROBES], max(sizes, key=sizes.__getitem__)]]
+        rate = sum(entry["seconds"] for entry in entries[1:]) / sum(entry["tokens"] for entry in entries[1:])
+        size = sum(sizes.values()) / len(sizes) * phase.steps
+        tokens += size
+        seconds += rate * size
         begin += phase.steps
         if number + 1 < len(run.phases):
             run.end_phase(phase, number)

@@ -117,14 +117,12 @@ class Run:
             "step": self.at, "phase": number, "losses": values, "lr": rate, "gradient_norm": norm, "tokens": tokens, "seconds": round(seconds, 4),
         }
 
-    def probe(self) -> dict[str, Any]:
-        """A step that only measures: full cost, learning rate 0, and a phase's last terms from its first step on."""
+    def probe(self, at: int) -> dict[str, Any]:
+        """Step `at` only to measure it: full cost, learning rate 0, and a phase's last terms from its first step on."""
         begun = time.perf_counter()
-        phase, _, at = self.place(self.at)
-        if phase.sample_at is not None and not self.batches.samples:
-            # Rows of the right length stand in for samples, which only training can draw.
-            self.batches.samples = self.batches.rows("forget", self.at)
-        terms, relearned = self._relearn(phase, at, phase.terms)
+        self.at = at
+        phase, _, within = self.place(at)
+        terms, relearned = self._relearn(phase, within, phase.terms)
         values, tokens = self._gradients(terms)
         self._clip()
         for group in self.optimizer.param_groups:
@@ -132,8 +130,19 @@ class Run:
         self.good = [parameter.detach().clone() for parameter in self.names]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.at += 1
         return {"losses": values, "tokens": tokens + relearned, "seconds": time.perf_counter() - begun}
+
+    def stand_in(self, phase: Phase, at: int) -> None:
+        """Rows of the right length for a phase's samples, which only training can draw."""
+        if phase.sample_at is not None and not self.batches.samples:
+            self.batches.samples = self.batches.rows("forget", at)
+
+    def size(self, at: int) -> int:
+        """Forward tokens of step `at`, an adversary's own included."""
+        phase, _, within = self.place(at)
+        terms = [term for term in phase.terms if within >= term.begin]
+        rows = {kind: self.batches.rows(kind, at) for kind in {"forget", *(term.rows for term in terms)}}
+        return forward_tokens(terms, rows) + (forward_tokens([TERM], rows) if phase.relearner and Relearner.at_work(within) else 0)
 
     def _relearn(self, phase: Phase, at: int, terms: Sequence[Term]) -> tuple[Sequence[Term], int]:
         """The terms as this step sees them; where an adversary is at work, it first takes a step of its own, of so many tokens."""
