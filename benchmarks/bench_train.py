@@ -217,6 +217,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Training", "", f"{machine['cpu']}, {machine['date']}, {', '.join(f'{name} {version}' for name, version in kept.items())}; "
         f"medians of {results['rounds']} interleaved round(s), each contender in a process of its own. `sku bench train`.", "",
+        "The published loop takes the very rows that `sku train` takes at the same steps (padded to 512, to which lengths do not matter, fewer of them); a first step of "
+        "every contender is not timed. Memory is the process's own peak above its imports, the loading of the model included.", "",
         "| against the published loop | goal | " + " | ".join(results["architectures"]) + " |", "|---|---|" + "---|" * len(results["architectures"]),
     ]
     goals = [
