@@ -83,18 +83,28 @@ def make_model(path: Path, architecture: str, layers: int) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 768, "num_hidden_layers": layers, "num_attention_heads": 12, "max_position_embeddings": 1024,
-             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 768,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     if architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=2048))
     else:
         model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=3072, word_embed_proj_dim=768))
     model.save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
 
 
 def make_rows(count: int = 200) -> tuple[list[Any], list[Any]]:
-    """Harmful rows as long as PKU-SafeRLHF's (prompt about 20 tokens, answer log-normal around 80), retain rows as TruthfulQA's (about 12 and 12)."""
+    """Harmful rows as long as PKU-SafeRLHF's (prompt about 20 tokens, answer log-normal around 80), retain rows as TruthfulQA's (12)."""
     from sku_vllm.data import Row
 
     draw = random.Random(0)
@@ -135,7 +145,11 @@ def run_contender(name: str, path: str, threads: int) -> None:
         seconds, examples, tokens = _plain_lora(path, steps)
     else:
         seconds, examples, tokens = _ours(name, path, steps, accelerator)
-    print(json.dumps({"examples_per_second": examples / seconds, "seconds_per_token": seconds / tokens, "peak_bytes": peak_resident() - before}))
+    print(
+        json.dumps(
+            {"examples_per_second": examples / seconds, "seconds_per_token": seconds / tokens, "peak_bytes": peak_resident() - before}
+        )
+    )
 
 
 def _batches(name: str, path: str) -> "Batches":
@@ -215,23 +229,33 @@ def markdown(results: dict[str, Any]) -> str:
     machine = results["machine"]
     kept = {name: machine["versions"].get(name) for name in ("sku_vllm", "torch", "transformers", "peft")}
     lines = [
-        "# Training", "", f"{machine['cpu']}, {machine['date']}, {', '.join(f'{name} {version}' for name, version in kept.items())}; "
-        f"medians of {results['rounds']} interleaved round(s), each contender in a process of its own. `sku bench train`.", "",
-        "The published loop takes the very rows that `sku train` takes at the same steps (padded to 512, to which lengths do not matter, fewer of them); a first step of "
-        "every contender is not timed. Memory is the process's own peak above its imports, the loading of the model included.", "",
-        "| against the published loop | goal | " + " | ".join(results["architectures"]) + " |", "|---|---|" + "---|" * len(results["architectures"]),
+        "# Training",
+        "",
+        f"{machine['cpu']}, {machine['date']}, {', '.join(f'{name} {version}' for name, version in kept.items())}; "
+        f"medians of {results['rounds']} interleaved round(s), each contender in a process of its own. `sku bench train`.",
+        "",
+        "The published loop takes the very rows that `sku train` takes at the same steps (padded to 512, to which lengths do not matter, "
+        "fewer of them); a first step of every contender is not timed. Memory is the process's own peak above its imports, "
+        "the loading of the model included.",
+        "",
+        "| against the published loop | goal | " + " | ".join(results["architectures"]) + " |",
+        "|---|---|" + "---|" * len(results["architectures"]),
     ]
     goals = [
-        ("examples/s, tokenizer pads to 512", "≥ 8", "examples_ratio_512"), ("examples/s, batches padded to their longest", "≥ 2.5", "examples_ratio_longest"),
-        ("peak memory above imports, pads to 512", "≤ 0.4", "memory_ratio_512"), ("peak memory above imports, longest", "≤ 0.4", "memory_ratio_longest"),
+        ("examples/s, tokenizer pads to 512", "≥ 8", "examples_ratio_512"),
+        ("examples/s, batches padded to their longest", "≥ 2.5", "examples_ratio_longest"),
+        ("peak memory above imports, pads to 512", "≤ 0.4", "memory_ratio_512"),
+        ("peak memory above imports, longest", "≤ 0.4", "memory_ratio_longest"),
         ("seconds per forward token against plain PEFT LoRA", "≤ 1.15", "token_cost_ratio"),
     ]
     for text, goal, key in goals:
         lines.append(f"| {text} | {goal} | " + " | ".join(f"{arch[key]:.2f}" for arch in results["architectures"].values()) + " |")
-    lines += ["| OPT-2.7B, LLaMA2-7B, LLaMA2-13B on an H100: peak memory, share of the matrix-product rate | ≤ 24, 24, 40 GB; ≥ 40 % | " + "not measured | " * len(results["architectures"])]
+    on_gpu = "| OPT-2.7B, LLaMA2-7B, LLaMA2-13B on an H100: peak memory, share of the matrix-product rate | ≤ 24, 24, 40 GB; ≥ 40 % | "
+    lines.append(on_gpu + "not measured | " * len(results["architectures"]))
     for name, arch in results["architectures"].items():
         lines += ["", f"## {name}", "", "| contender | examples/s | peak MiB above imports | ms per forward token |", "|---|---|---|---|"]
         for contender, values in arch["medians"].items():
             token = "" if contender.startswith("published") else f"{values['seconds_per_token'] * 1000:.2f}"
-            lines.append(f"| {CONTENDERS[contender][1]} | {values['examples_per_second']:.2f} | {values['peak_bytes'] / 2**20:.0f} | {token} |")
+            speed, peak = f"{values['examples_per_second']:.2f}", f"{values['peak_bytes'] / 2**20:.0f}"
+            lines.append(f"| {CONTENDERS[contender][1]} | {speed} | {peak} | {token} |")
     return "\n".join(lines) + "\n"

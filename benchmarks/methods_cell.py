@@ -91,7 +91,14 @@ def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samp
     chosen = best or curve[0]
     base, test = base_rates(lab, model, "test", samples), measured(chosen["scale"], SETS, "test", samples)
     seconds = {"training": trained - begun, "measuring": time.process_time() - trained}
-    return cell | {"scale": chosen["scale"], "qualifies": best is not None, "curve": curve, "base": base, "test": test, "cpu_seconds": seconds}
+    return cell | {
+        "scale": chosen["scale"],
+        "qualifies": best is not None,
+        "curve": curve,
+        "base": base,
+        "test": test,
+        "cpu_seconds": seconds,
+    }
 
 
 def measurer(lab: Path, model: str, adapter: Path | None, seed: int) -> Measure:

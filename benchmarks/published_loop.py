@@ -23,7 +23,9 @@ class PublishedLoop:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.base = copy.deepcopy(model).eval()
-        self.model = get_peft_model(model, LoraConfig(r=32, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
+        self.model = get_peft_model(
+            model, LoraConfig(r=32, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        ).train()
         self.tokenizer = tokenizer
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=2e-4)
 

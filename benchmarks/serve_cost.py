@@ -13,9 +13,9 @@ from typing import Any
 
 def middleware_cost(base: Path, work: Path) -> dict[str, float]:
     """Milliseconds the middleware adds to a 2 KB chat request, in process: with and without it, request by request."""
+    from sku_vllm.serving.begin import prepare_state
     from sku_vllm.serving.config import ServeConfig
     from sku_vllm.serving.middleware import SkuMiddleware
-    from sku_vllm.serving.begin import prepare_state
     from sku_vllm.serving.runtime import Runtime
 
     config = ServeConfig(str(base), ["original=base", "other=base"], run=str(work / "run"), expose_arms=True)

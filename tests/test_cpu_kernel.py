@@ -117,7 +117,7 @@ def test_what_it_cannot_promise_it_leaves_to_the_reference():
 
 
 def test_an_engine_can_start_where_weights_were_merged() -> None:
-    """vLLM 0.32 reads the `__dict__` of every module's values when it starts on a CPU; llvmlite's library object answered with a function."""
+    """vLLM 0.32 reads the `__dict__` of every module's values when it starts on a CPU; llvmlite's library answered with a function."""
     values = [value for module in list(sys.modules.values()) for value in list(getattr(module, "__dict__", None) or {}.values())]
     assert "llvmlite.binding.ffi" in sys.modules and len(values) > 1000
     assert not [value for value in values if hasattr(value, "__dict__") and not hasattr(vars(value), "get")]

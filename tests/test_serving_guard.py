@@ -82,7 +82,9 @@ page = experiment.report(["negated"], None, False)["arms"]["negated"]
 print(experiment.total("negated")["judged"], page["judged"], page["harmful"], page["latency_s"]["n"])
 """
     (tmp_path / "sku_experiment.1.2.json").write_text("{}")  # an earlier server's
-    processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)
+    ]
     deadline = time.monotonic() + 60
     while sum('"judged": 120' in path.read_text() for path in tmp_path.glob("sku_experiment.*.json")) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Two processes do the work of one (gloo, CPU), whether each has the whole model or half of it: `accelerate launch` with DDP and with FSDP2."""
+"""Two processes do the work of one (gloo, CPU), each with the whole model or half of it: `accelerate launch` with DDP and FSDP2."""
 
 import json
 import os
@@ -25,7 +25,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true
 
 def command(engine: tuple[str, ...], output: Path, trainable: Path, *more: object) -> list[str]:
     accelerate = [Path(sys.executable).with_name("accelerate"), "launch", *engine, "--num_processes", 2, "--main_process_port", 0]
-    train = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl", "--output", output]
+    train = [
+        "--model",
+        trainable / "llama",
+        "--forget",
+        trainable / "forget.jsonl",
+        "--retain",
+        trainable / "retain.jsonl",
+        "--output",
+        output,
+    ]
     return [str(part) for part in (*accelerate, "-m", "sku_vllm.cli", "train", *train, "--steps", 4, "--batch-size", 8, "--json", *more)]
 
 
@@ -71,7 +80,9 @@ def test_two_processes_equal_one(trainable: Path, tmp_path: Path, engine: tuple[
 def test_a_sharded_run_in_rounds_that_was_killed_is_resumed(trainable: Path, tmp_path: Path) -> None:
     """Passes so small that the processes need different numbers of them."""
     flags = ["--method", "sku-mirrored", "--rounds", 2, "--save-seconds", 0, "--tokens-per-pass", 60]
-    begun = subprocess.Popen(command(FSDP2, tmp_path / "two", trainable, *flags), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = subprocess.Popen(
+        command(FSDP2, tmp_path / "two", trainable, *flags), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     history, deadline = partial_path(tmp_path / "two") / "history.jsonl", time.monotonic() + 120
     step = random.Random(os.urandom(4)).randint(2, 6)
     while not history.is_file() or len(history.read_text().splitlines()) < step:
@@ -86,7 +97,9 @@ def test_a_sharded_run_in_rounds_that_was_killed_is_resumed(trainable: Path, tmp
     assert same(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize(("variable", "message"), [("ACCELERATE_USE_FSDP", "add --fsdp_version 2"), ("ACCELERATE_USE_DEEPSPEED", "use DDP")])
+@pytest.mark.parametrize(
+    ("variable", "message"), [("ACCELERATE_USE_FSDP", "add --fsdp_version 2"), ("ACCELERATE_USE_DEEPSPEED", "use DDP")]
+)
 def test_engines_that_cannot_be_saved_by_name_are_refused(
     trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, message: str
 ) -> None:

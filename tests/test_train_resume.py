@@ -16,8 +16,26 @@ from sku_vllm.output import partial_path
 
 
 def arguments(trainable: Path, output: Path, *more: object) -> list[str]:
-    given = ["train", "--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl", "--output", output,
-             "--method", "sku-mirrored", "--steps", 8, "--rounds", 2, "--save-seconds", 0, *more]
+    given = [
+        "train",
+        "--model",
+        trainable / "llama",
+        "--forget",
+        trainable / "forget.jsonl",
+        "--retain",
+        trainable / "retain.jsonl",
+        "--output",
+        output,
+        "--method",
+        "sku-mirrored",
+        "--steps",
+        8,
+        "--rounds",
+        2,
+        "--save-seconds",
+        0,
+        *more,
+    ]
     return [str(argument) for argument in given]
 
 
@@ -27,7 +45,9 @@ def history_length(partial: Path) -> int:
 
 
 def kill_at(command: list[str], partial: Path, step: int) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "sku_vllm.cli", *command], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sku_vllm.cli", *command], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 120
     while history_length(partial) < step:
         assert process.poll() is None and time.monotonic() < deadline
@@ -56,7 +76,10 @@ def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
     assert json.loads(resumed.stdout)["resumed_from"] >= 9
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    losses = [[json.loads(line)["losses"] for line in (place / "history.jsonl").read_text().splitlines()] for place in (output, tmp_path / "whole")]
+    losses = [
+        [json.loads(line)["losses"] for line in (place / "history.jsonl").read_text().splitlines()]
+        for place in (output, tmp_path / "whole")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 16
     assert not partial.exists() and not (output / "checkpoint").exists()
 
@@ -67,7 +90,9 @@ def test_killed_and_resumed_with_all_weights(trainable: Path, tmp_path: Path, ru
     flags = ["--method", "task-vector", "--full", "--rounds", 1]
     one_thread = {"OMP_NUM_THREADS": "1"}
     assert run_sku(*arguments(trainable, tmp_path / "whole", *flags), env=one_thread).returncode == 0
-    kill_at(arguments(trainable, tmp_path / "killed", *flags), partial_path(tmp_path / "killed"), random.Random(os.urandom(4)).randint(2, 6))
+    kill_at(
+        arguments(trainable, tmp_path / "killed", *flags), partial_path(tmp_path / "killed"), random.Random(os.urandom(4)).randint(2, 6)
+    )
     resumed = run_sku(*arguments(trainable, tmp_path / "killed", *flags, "--resume", "--json"), env=one_thread)
     assert resumed.returncode == 0 and json.loads(resumed.stdout)["resumed_from"] >= 1, resumed.stderr
     assert (tmp_path / "killed/task_vector.safetensors").read_bytes() == (tmp_path / "whole/task_vector.safetensors").read_bytes()
@@ -98,7 +123,11 @@ def test_a_dry_run_predicts_time_and_memory(trainable: Path, tmp_path: Path, run
         assert not (tmp_path / f"dry{attempt}").exists() and not partial_path(tmp_path / f"dry{attempt}").exists()
         measured = run_sku(*arguments(trainable, tmp_path / f"run{attempt}", *flags, "--json"))
         promise, truth = json.loads(promised.stdout), json.loads(measured.stdout)
-        assert promise["trainable"] == truth["trainable"] and promise["parameters"] == truth["parameters"] and promise["steps"] == truth["steps"]
+        assert (
+            promise["trainable"] == truth["trainable"]
+            and promise["parameters"] == truth["parameters"]
+            and promise["steps"] == truth["steps"]
+        )
         assert promise["tokens_per_step"] == pytest.approx(truth["tokens"] / truth["steps"], rel=0.1)
         errors.append(max(abs(promise[key] / truth[key] - 1) for key in ("seconds", "peak_memory_bytes")))
         if errors[-1] <= 0.2:

@@ -3,7 +3,15 @@
 from typing import TYPE_CHECKING
 
 from sku_vllm.methods import (
-    contrastive, finetune, ga_mismatch, gradient_ascent, npo, refusal_tune, sku, sku_mirrored, task_vector,
+    contrastive,
+    finetune,
+    ga_mismatch,
+    gradient_ascent,
+    npo,
+    refusal_tune,
+    sku,
+    sku_mirrored,
+    task_vector,
 )
 from sku_vllm.methods.config import TrainConfig
 

@@ -29,7 +29,9 @@ def load(
     """
     sides = {term.side for phase in phases for term in phase.terms}
     if len(sides) > 1 or len(phases) > 1:
-        raise ConfigError(f"--full: method {config.method} needs an adapter (it trains on both sides of the base, or in rounds); leave --full out")
+        raise ConfigError(
+            f"--full: method {config.method} needs an adapter (it trains on both sides of the base, or in rounds); leave --full out"
+        )
     dtype = "float32" if config.dtype == "auto" else config.dtype
     model = load_model(path, dtype=dtype, device=accelerator.device, **no_dropout(path))
     model.requires_grad_(True)
@@ -40,5 +42,7 @@ def load(
 def deltas(model: PreTrainedModel, path: Path, sign: int) -> dict[str, torch.Tensor]:
     """sign·(trained − base) for every weight that changed, fp32, under the names of the checkpoint's parameters."""
     base = dict(load_model(path, dtype="auto", device="cpu").named_parameters())
-    found = {name: sign * (whole(parameter.detach()).float().cpu() - base[name].detach().float()) for name, parameter in model.named_parameters()}
+    found = {
+        name: sign * (whole(parameter.detach()).float().cpu() - base[name].detach().float()) for name, parameter in model.named_parameters()
+    }
     return {name: delta for name, delta in found.items() if delta.any()}

@@ -34,13 +34,20 @@ class Estimate:
 
     def text(self) -> str:
         return (
-            f"{self.method}: {self.parameters:,} parameters, {self.trainable:,} trained; {self.steps} steps of about {self.tokens_per_step:.0f} forward "
-            f"tokens ({'packed' if self.packed else 'padded'}); about {self.peak_memory_bytes / 2**30:.2f} GiB at the peak and {self.seconds:.0f} s"
+            f"{self.method}: {self.parameters:,} parameters, {self.trainable:,} trained; {self.steps} steps of about "
+            f"{self.tokens_per_step:.0f} forward tokens ({'packed' if self.packed else 'padded'}); "
+            f"about {self.peak_memory_bytes / 2**30:.2f} GiB at the peak and {self.seconds:.0f} s"
         )
 
 
 def estimate_run(
-    model: str | Path, forget: ForgetSet, retain: RetainSet | None, config: TrainConfig, *, refusals: Sequence[Row] = (), revision: str | None = None
+    model: str | Path,
+    forget: ForgetSet,
+    retain: RetainSet | None,
+    config: TrainConfig,
+    *,
+    refusals: Sequence[Row] = (),
+    revision: str | None = None,
 ) -> Estimate:
     """Load the model, take a few real steps of every phase, the largest among them, and extrapolate; writes nothing.
 

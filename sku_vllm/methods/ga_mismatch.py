@@ -1,4 +1,4 @@
-"""`ga-mismatch`: gradient ascent, random answers instead, and KL to the base on retain data (Yao et al. 2023, arXiv 2310.10683, equation 2)."""
+"""`ga-mismatch`: gradient ascent, random answers instead, and KL to the base on retain data (Yao et al. 2023, arXiv 2310.10683, eq. 2)."""
 
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.gradient_ascent import terms as ascent

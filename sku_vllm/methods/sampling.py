@@ -50,7 +50,9 @@ def _draw_batch(
         for which, side in enumerate((0, 1)):
             with passes.reference_adapter(side == 1):
                 passes.set_side(side)
-                result = passes.core(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=caches[which], use_cache=True)
+                result = passes.core(
+                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=caches[which], use_cache=True
+                )
             caches[which] = result.past_key_values
             logits.append(result.logits[:, -1].float().cpu())
         chosen = torch.multinomial(contrast(*logits, config.beta, config.floor).exp(), 1, generator=generator)

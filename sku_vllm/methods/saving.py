@@ -39,7 +39,9 @@ def write_adapter(
     """PEFT LoRA files into `directory` (made private), with run record and card."""
     directory.mkdir(parents=True, exist_ok=True)
     os.chmod(directory, PRIVATE)
-    save_file({key: value.contiguous() for key, value in factors.items()}, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in factors.items()}, directory / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     saved = copy.copy(config)
     saved.target_modules = sorted(config.target_modules)  # PEFT keeps a set, whose order differs from process to process
     saved.save_pretrained(str(directory))

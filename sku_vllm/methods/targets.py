@@ -26,5 +26,7 @@ def resolve_targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str
         return sorted(names - set(ROUTERS))
     unknown = [name for name in wanted if name not in names]
     if unknown:
-        raise ConfigError(f"--target-modules {unknown[0]}: this model has no such linear layer; choose from {', '.join(sorted(names))} or {ALL}")
+        raise ConfigError(
+            f"--target-modules {unknown[0]}: this model has no such linear layer; choose from {', '.join(sorted(names))} or {ALL}"
+        )
     return list(wanted)

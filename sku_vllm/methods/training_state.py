@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from sku_vllm.errors import RunError
 from sku_vllm.methods.sharding import sharded_like, whole
 from sku_vllm.output import sync_tree, write_json
+
 FOLDER = "checkpoint"
 
 
@@ -67,7 +68,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: Mapping[torch.nn.Parameter, str]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: Mapping[torch.nn.Parameter, str]
+) -> None:
     """The inverse of `optimizer_tensors`."""
     for parameter, name in names.items():
         for key in ("step", "exp_avg", "exp_avg_sq"):

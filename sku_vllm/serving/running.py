@@ -1,5 +1,6 @@
 """A server that runs: its metrics, its control API, and the end of it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -89,12 +90,8 @@ class Server:
     def _stop(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
