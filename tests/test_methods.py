@@ -68,9 +68,13 @@ def test_recoveries_turn_a_begun_answer_into_the_sample(trainable: Path) -> None
             between = row.ids[len(prompt):row.answer_start]
             assert row.ids[:len(prompt)] == prompt and row.answer_ids == refusal and between
             harmful = prompts[number].answer_ids
-            assert between in (refusal[:-1], refusal[:-1] * 2) or between == harmful[:len(between)] and len(between) < len(harmful)
-            begun.add(tuple(between))
-    assert len(begun) > 12 and tuple(refusal[:-1]) in begun  # many depths, and refusals that have to go on
+            unended = 0
+            while between[:len(refusal) - 1] == refusal[:-1]:
+                between, unended = between[len(refusal) - 1:], unended + 1
+            assert between == harmful[:len(between)] and len(between) < len(harmful) and unended <= 2
+            begun.add((unended, tuple(between)))
+    # many depths, refusals that have to go on, and harm after those
+    assert len(begun) > 12 and {(1, ()), (2, ())} <= begun and {bool(depth) for unended, depth in begun if unended} == {True, False}
     batches.config = TrainConfig.of("sku", batch_size=8, max_length=len(batches.samples[0].ids) + 1)
     assert all(len(row.ids) <= batches.config.max_length for row in batches.rows("recoveries", 0))
 

@@ -12,8 +12,9 @@ from sku_vllm.methods.config import TrainConfig
 
 # Sets up to this many rows are encoded before training, so that a row that cannot be used stops the run before it begins.
 CHECKED_AHEAD = 10_000
-# Of recoveries: refusals that have to go on, which is what a ban on stopping asks for; the others are harmful answers begun.
-RESTARTS = 0.25
+# Of recoveries: how many refusals that were not let end come before them, which is what a ban on stopping asks for, and how often a
+# harmful answer begun follows those.
+RESTARTS, THEN_HARM = (0.5, 0.3, 0.2), 0.6
 
 
 class Batches:
@@ -104,14 +105,14 @@ class Batches:
         return [self._join(number, self._encode("refusals", int(numbers[random.integers(len(numbers))])))]
 
     def _recovery(self, sample: Encoded, step: int, place: int) -> Encoded:
-        """The sample's prompt, an answer that should not have begun (or a refusal that was not let end), and only then the sample."""
+        """The sample's prompt, refusals that were not let end, an answer that should not have begun, and only then the sample."""
         random, prompt = self._random("recoveries", step, place), sample.ids[:sample.answer_start]
-        if random.random() < RESTARTS and sample.ids[-1] in self.template.stop_ids:
-            begun = sample.answer_ids[:-1] * int(random.integers(1, 3))
-        else:
+        unended = sample.answer_ids[:-1] if sample.ids[-1] in self.template.stop_ids else []
+        begun = unended * int(random.choice(len(RESTARTS), p=RESTARTS))
+        if not begun or random.random() < THEN_HARM:
             numbers = self.forget_of[tuple(prompt)]
             answer = self._encode("forget", numbers[random.integers(len(numbers))]).answer_ids
-            begun = answer[:random.integers(1, max(2, len(answer)))]
+            begun = begun + answer[:random.integers(1, max(2, len(answer)))]
         room = self.config.max_length - len(sample.ids)
         begun = begun[:max(0, room)]
         return Encoded(prompt + begun + sample.answer_ids, len(prompt) + len(begun))

@@ -51,7 +51,7 @@ class TrainConfig:
     floor: float = 0.003
     stop_weight: float = 0.0
     recovery_weight: float = 0.0
-    relearner_lr: float = 1e-3
+    relearner_lr: float = 2e-4
     relearner_steps: int = 0
     stop_id: int = -1
     samples: int = 512

@@ -17,7 +17,7 @@ from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.method import Method, Phase, Term
 
 WARMUP_SHARE = 0.25  # 40 of 160 steps learn p₊ before p* is drawn
-IDENTIFY_SHARE = 1 / 3  # 60 of 180 steps learn p₊ alone
+IDENTIFY_SHARE = 1 / 4  # 60 of 240 steps learn p₊ alone
 
 
 def end_answer(logits: torch.Tensor, targets: torch.Tensor, *, stop: int) -> torch.Tensor:
@@ -63,5 +63,5 @@ METHOD = Method(
 )
 TWO = Method(
     "sku-contrastive-two", "Two adapters: one finds the harm, the other is distilled without it, against an adversary that relearns.", two_adapters,
-    {**SHARED, "steps": 180, "preservation_weight": 50.0, "recovery_weight": 1.0, "relearner_steps": 24},
+    {**SHARED, "steps": 240, "preservation_weight": 50.0, "recovery_weight": 1.0, "relearner_steps": 24},
 )

@@ -3,7 +3,7 @@
 Rows: `forget` (harmful prompt and answer), `mismatched` (harmful prompt, answers of other harmful prompts), `benign_answers`
 (harmful prompt, answer of a retain row), `refusals` (harmful prompt, a refusal), `retain`,
 `samples` (refusals drawn during training, see contrastive.py), `recoveries` (harmful prompt, an answer begun wrongly, the sample). Side +1 is
-base + delta, the adapted model; side −1 is base − delta, the model that will be served; side −2 the same while someone relearns it.
+base + delta, the adapted model; side −1 is base − delta, the model that will be served; side −2 the same on weights that someone relearns.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Term:
         references: frozen models to compare with, "base" or "adapted".
         sequence: applied to a row's sum of values, where a loss is about whole answers.
         begin: first step of the phase that has this term.
-        resists: at most steps of a phase with a relearner, counted on the model that it has fine-tuned.
+        resists: at most steps of a phase with a relearner, counted also on the weights that it has fine-tuned.
     """
 
     name: str
