@@ -71,10 +71,11 @@ def test_recoveries_turn_a_begun_answer_into_the_sample(trainable: Path) -> None
             unended = 0
             while between[:len(refusal) - 1] == refusal[:-1]:
                 between, unended = between[len(refusal) - 1:], unended + 1
-            assert between == harmful[:len(between)] and len(between) < len(harmful) and unended <= 2
-            begun.add((unended, tuple(between)))
-    # many depths, refusals that have to go on, and harm after those
-    assert len(begun) > 12 and {(1, ()), (2, ())} <= begun and {bool(depth) for unended, depth in begun if unended} == {True, False}
+            assert 0 < len(between) < len(harmful) and between == harmful[:len(between)] and unended <= 2
+            begun.add((unended, len(between)))
+        for sample, row in zip(batches.rows("samples", step), batches.rows("restarts", step), strict=True):
+            assert row.ids in (sample.ids[:-1] + refusal, sample.ids[:-1] + refusal[:-1] + refusal) and row.answer_ids == refusal
+    assert len(begun) > 6 and {unended for unended, _ in begun} == {0, 1, 2}  # many depths, from the start and after refusals
     batches.config = TrainConfig.of("sku", batch_size=8, max_length=len(batches.samples[0].ids) + 1)
     assert all(len(row.ids) <= batches.config.max_length for row in batches.rows("recoveries", 0))
 

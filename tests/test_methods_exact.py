@@ -126,8 +126,8 @@ def test_terms_seen_through_a_relearner_equal_the_plain_computation(trainable: P
     for at in (1, 2):  # away from its start, where it changes nothing
         terms, tokens = run._relearn(run.phases[1], at, run.phases[1].terms)
     assert tokens == sum(len(row.ids) for row in run.batches.rows("forget", 0)) and all(p.grad is None for p in run.names)
-    plainly = {"mirrored_preservation": -1, "contrast": -1, "contrast_first": -1, "recovery": -1}
-    attacked = {"contrast_relearned": -2, "contrast_first_relearned": -2, "recovery_relearned": -2}
+    plainly = {"mirrored_preservation": -1, "contrast": -1, "contrast_first": -1, "recovery": -1, "restart": -1}
+    attacked = {"contrast_relearned": -2, "contrast_first_relearned": -2, "restart_relearned": -2}
     assert {term.name: term.side for term in terms} == plainly | attacked
     before = {name: value.clone() for name, value in run.relearner.own.items()}
     values, _ = run._gradients(terms)
@@ -140,7 +140,7 @@ def test_terms_seen_through_a_relearner_equal_the_plain_computation(trainable: P
         assert values[name] == pytest.approx(value.item(), rel=1e-6), name
     for gradient, parameter in zip(ours, run.names, strict=True):
         assert (gradient - parameter.grad).abs().max() <= TOLERANCE
-    assert plain["recovery_relearned"].item() != pytest.approx(plain["recovery"].item(), rel=1e-3)
+    assert plain["restart_relearned"].item() != pytest.approx(plain["restart"].item(), rel=1e-3)
 
 
 def test_a_relearner_brings_harm_back_and_starts_over(trainable: Path) -> None:

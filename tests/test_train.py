@@ -141,7 +141,7 @@ def test_a_base_without_refusals_stops_a_contrastive_method(trainable: Path, tmp
 def test_both_contrastive_forms_train_where_the_base_refuses(trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list) -> None:
     """A random base cannot refuse, so here the check alone is lifted; the lab's base passes it (test_train_lab)."""
     monkeypatch.setattr("sku_vllm.methods.sampling.REFUSALS_NEEDED", 0.0)
-    for method, its_own in (("sku-contrastive", {"end_answer"}), ("sku-contrastive-two", {"recovery", "recovery_relearned", "contrast_relearned"})):
+    for method, its_own in (("sku-contrastive", {"end_answer"}), ("sku-contrastive-two", {"recovery", "restart", "restart_relearned", "contrast_relearned"})):
         report = train(trainable, tmp_path / method, method, steps=8, samples=8, sample_tokens=6)
         assert {"contrast", "contrast_first", "mirrored_preservation", "guided_distortion"} | its_own <= set(report.losses)
         with torch.no_grad():

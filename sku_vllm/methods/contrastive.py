@@ -2,10 +2,11 @@
 
 p₀ base, p₊ = base+δ, p₋ = base−δ (served). The target p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β is the base's own refusal where it has one; p₋
 is drawn to it on answers sampled from p* itself, held to the base on retain rows, and taught what to do where a harmful answer was
-begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the middle of it, also while an adversary fine-tunes
-it (relearner.py). Ending is what the two-adapter form did first: it made gibberish of sampled answers and left harm to a ban on
-stopping (benchmarks/results/research.md). No refusal targets and no judge in training; where samples of p* are not refusals the
-method stops and says so.
+begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the middle of it (a recovery), and refuses again where
+a refusal was not let end (a restart). Ending is what the two-adapter form did first: it made gibberish of sampled answers and left harm to
+a ban on stopping. Samples and restarts are also learned on an adversary's weights (relearner.py), recoveries are not: going on with a
+harmful answer is what the adversary trains itself, so it wins there, and the fight costs the rest (benchmarks/results/research.md). No
+refusal targets and no judge in training; where samples of p* are not refusals the method stops and says so.
 """
 
 from functools import partial
@@ -35,7 +36,8 @@ def served_terms(config: TrainConfig, begin: int) -> list[Term]:
         Term("contrast", 1.0, "samples", -1, target, references=both, begin=begin, resists=True),
         Term("contrast_first", 1.0, "samples", -1, target, tokens="first", references=both, begin=begin, resists=True),
         Term("end_answer", config.stop_weight, "forget", -1, partial(end_answer, stop=config.stop_id), tokens="later", begin=begin),
-        Term("recovery", config.recovery_weight, "recoveries", -1, losses.cross_entropy, begin=begin, resists=True),
+        Term("recovery", config.recovery_weight, "recoveries", -1, losses.cross_entropy, begin=begin),
+        Term("restart", config.recovery_weight, "restarts", -1, losses.cross_entropy, begin=begin, resists=True),
     ]
     return [term for term in terms if term.weight]
 

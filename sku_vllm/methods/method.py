@@ -2,7 +2,8 @@
 
 Rows: `forget` (harmful prompt and answer), `mismatched` (harmful prompt, answers of other harmful prompts), `benign_answers`
 (harmful prompt, answer of a retain row), `refusals` (harmful prompt, a refusal), `retain`,
-`samples` (refusals drawn during training, see contrastive.py), `recoveries` (harmful prompt, an answer begun wrongly, the sample). Side +1 is
+`samples` (refusals drawn during training, see contrastive.py), `recoveries` (harmful prompt, a harmful answer begun, the sample),
+`restarts` (harmful prompt, the sample not let end, the sample again). Side +1 is
 base + delta, the adapted model; side −1 is base − delta, the model that will be served; side −2 the same on weights that someone relearns.
 """
 
@@ -32,7 +33,7 @@ class Term:
 
     name: str
     weight: float
-    rows: Literal["forget", "mismatched", "benign_answers", "refusals", "retain", "samples", "recoveries"]
+    rows: Literal["forget", "mismatched", "benign_answers", "refusals", "retain", "samples", "recoveries", "restarts"]
     side: Literal[1, -1, -2]
     loss: Callable[..., "torch.Tensor"]
     tokens: Literal["answer", "all", "first", "later"] = "answer"
