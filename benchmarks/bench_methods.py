@@ -1,8 +1,8 @@
 """Every unlearning method and ablation on the same data, at matched utility, on a lab world of its own.
 
-For each seed, model and method: train on forget/train and retain/train; choose the scale on the validation sets, least harm
-within the limits of `sku tune`; measure the choice on test prompts. A finished cell is kept in WORK/cells.jsonl, so a
-run that was stopped, or is given more seeds, goes on from there; the tables show every cell that is kept.
+For each seed, model and method: train on forget/train and retain/train; choose the scale on the validation sets as `sku tune` does,
+nearest to the trained one among the least harmful within its limits; measure the choice on test prompts. A finished cell is kept in
+WORK/cells.jsonl, so a run that was stopped, or is given more seeds, goes on from there; the tables show every cell that is kept.
 """
 
 import json

@@ -35,9 +35,9 @@ STUDENT = {1: 12.706, 4: 2.776, 9: 2.262, 11: 2.201, 14: 2.145, 19: 2.093}
 @click.option("--output", type=click.Path(dir_okay=False), help="Markdown file; sku_bench_serve.json, for sku report, goes beside it.")
 def command(json_output: bool, output: str | None, **settings: Any) -> None:
     """Alias against direct, judging, swaps, and original, LoRA, fused and swapped side by side."""
+    from sku_vllm.benchmarks.machine import machine
     from sku_vllm.benchmarks.serve_cost import middleware_cost
     from sku_vllm.benchmarks.serve_load import Load, make_model
-    from sku_vllm.benchmarks.machine import machine
     from sku_vllm.benchmarks.serve_page import markdown
     from sku_vllm.errors import ConfigError
     from sku_vllm.output import record

@@ -39,6 +39,7 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--random-weight", type=float, help="Weight of random disassociation (e2).")
 @click.option("--preservation-weight", type=float, help="Weight of preservation (e3).")
 @click.option("--random-answers", type=int, help="Answers of other prompts per harmful prompt (K).")
+@click.option("--relearner-steps", type=int, help="Life of the adversary; 0 = none, without the memory of its weights, and no resistance.")
 @click.option("--no-guided-distortion", is_flag=True, help="Ablation: without guided distortion.")
 @click.option("--no-random-disassociation", is_flag=True, help="Ablation: without random disassociation.")
 @click.option("--no-preservation", is_flag=True, help="Ablation: without preservation.")

@@ -68,9 +68,14 @@ def test_recoveries_turn_a_begun_answer_into_the_sample(trainable: Path) -> None
             between = row.ids[len(prompt):row.answer_start]
             assert row.ids[:len(prompt)] == prompt and row.answer_ids == refusal and between
             harmful = prompts[number].answer_ids
-            assert between in (refusal[:-1], refusal[:-1] * 2) or between == harmful[:len(between)] and len(between) < len(harmful)
-            begun.add(tuple(between))
-    assert len(begun) > 12 and tuple(refusal[:-1]) in begun  # many depths, and refusals that have to go on
+            unended = 0
+            while between[:len(refusal) - 1] == refusal[:-1]:
+                between, unended = between[len(refusal) - 1:], unended + 1
+            assert 0 < len(between) < len(harmful) and between == harmful[:len(between)] and unended <= 2
+            begun.add((unended, len(between)))
+        for sample, row in zip(batches.rows("samples", step), batches.rows("restarts", step), strict=True):
+            assert row.ids in (sample.ids[:-1] + refusal, sample.ids[:-1] + refusal[:-1] + refusal) and row.answer_ids == refusal
+    assert len(begun) > 6 and {unended for unended, _ in begun} == {0, 1, 2}  # many depths, from the start and after refusals
     batches.config = TrainConfig.of("sku", batch_size=8, max_length=len(batches.samples[0].ids) + 1)
     assert all(len(row.ids) <= batches.config.max_length for row in batches.rows("recoveries", 0))
 
@@ -95,7 +100,14 @@ def test_presets_are_the_published_settings() -> None:
     assert TrainConfig.of("task-vector", preset="llama2-7b").method == "task-vector"
 
 
-@pytest.mark.parametrize(("weight", "term"), [("guided_weight", "guided_distortion"), ("random_weight", "random_disassociation"), ("preservation_weight", "preservation_divergence")])
+@pytest.mark.parametrize(
+    ("weight", "term"),
+    [
+        ("guided_weight", "guided_distortion"),
+        ("random_weight", "random_disassociation"),
+        ("preservation_weight", "preservation_divergence"),
+    ],
+)
 def test_ablations_drop_one_term(weight: str, term: str) -> None:
     names = {t.name for t in METHODS["sku"].phases(TrainConfig.of("sku"))[0].terms}
     assert names - {t.name for t in METHODS["sku"].phases(TrainConfig.of("sku", **{weight: 0.0}))[0].terms} == {term}
@@ -106,10 +118,19 @@ def test_the_default_preserves_the_served_side() -> None:
     assert all(term.side == -1 for phase in phases for term in phase.terms if term.rows == "retain")
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"method": "skuu"}, "--method skuu: unknown; choose from"), ({"preset": "gpt"}, "--preset gpt: unknown"), ({"steps": 0}, "--steps 0"),
-    ({"lr": -1.0}, "--lr"), ({"lr": float("nan")}, "--lr"), ({"fold": 1.5}, "--fold"), ({"dtype": "int8"}, "--dtype int8"), ({"stepz": 3}, "unknown setting 'stepz'"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "skuu"}, "--method skuu: unknown; choose from"),
+        ({"preset": "gpt"}, "--preset gpt: unknown"),
+        ({"steps": 0}, "--steps 0"),
+        ({"lr": -1.0}, "--lr"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"fold": 1.5}, "--fold"),
+        ({"dtype": "int8"}, "--dtype int8"),
+        ({"stepz": 3}, "unknown setting 'stepz'"),
+    ],
+)
 def test_bad_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig.of(**settings)

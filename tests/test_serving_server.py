@@ -195,7 +195,9 @@ def test_beam_search_is_one_request_whose_answers_are_judged(client, served):
 
 def test_the_judge_may_be_killed(client, served):
     """Its process is another one than the server's; the next answers start a new one."""
-    (judge,) = [each for each in psutil.Process(served.process.pid).children(recursive=True) if "sku_vllm.serving.judge_process" in each.cmdline()]
+    (judge,) = [
+        each for each in psutil.Process(served.process.pid).children(recursive=True) if "sku_vllm.serving.judge_process" in each.cmdline()
+    ]
     assert judge.nice() > psutil.Process(served.process.pid).nice()
     wait_judged(served)
     before = served.metric("sku_judged_total") + served.metric("sku_judge_errors_total")

@@ -77,7 +77,10 @@ def test_an_adapter_directory_is_private_complete_and_says_what_it_is(trainable:
     assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert "do not publish" in (adapter / "README.md").read_text()
     history = [json.loads(line) for line in (adapter / "history.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in history] == list(range(1, 10)) and set(history[0]["losses"]) == {"guided_distortion", "mirrored_preservation"}
+    assert [entry["step"] for entry in history] == list(range(1, 10)) and set(history[0]["losses"]) == {
+        "guided_distortion",
+        "mirrored_preservation",
+    }
 
 
 def test_same_seed_same_bits_other_seed_other_bits(trainable: Path, tmp_path: Path) -> None:
@@ -138,10 +141,15 @@ def test_a_base_without_refusals_stops_a_contrastive_method(trainable: Path, tmp
     assert not (tmp_path / "adapter").exists() and not partial_path(tmp_path / "adapter").exists()
 
 
-def test_both_contrastive_forms_train_where_the_base_refuses(trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list) -> None:
+def test_both_contrastive_forms_train_where_the_base_refuses(
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list
+) -> None:
     """A random base cannot refuse, so here the check alone is lifted; the lab's base passes it (test_train_lab)."""
     monkeypatch.setattr("sku_vllm.methods.sampling.REFUSALS_NEEDED", 0.0)
-    for method, its_own in (("sku-contrastive", {"end_answer"}), ("sku-contrastive-two", {"recovery", "recovery_relearned", "contrast_relearned"})):
+    for method, its_own in (
+        ("sku-contrastive", {"end_answer"}),
+        ("sku-contrastive-two", {"recovery", "restart", "restart_relearned", "contrast_relearned"}),
+    ):
         report = train(trainable, tmp_path / method, method, steps=8, samples=8, sample_tokens=6)
         assert {"contrast", "contrast_first", "mirrored_preservation", "guided_distortion"} | its_own <= set(report.losses)
         with torch.no_grad():
@@ -152,8 +160,23 @@ def test_both_contrastive_forms_train_where_the_base_refuses(trainable: Path, tm
 
 def test_the_command_reports_and_warns(trainable: Path, tmp_path: Path, run_sku: Callable[..., subprocess.CompletedProcess]) -> None:
     output = tmp_path / "adapter"
-    arguments = ["train", "--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl", "--output", output,
-                 "--steps", 2, "--rounds", 1, "--max-length", 48]
+    arguments = [
+        "train",
+        "--model",
+        trainable / "llama",
+        "--forget",
+        trainable / "forget.jsonl",
+        "--retain",
+        trainable / "retain.jsonl",
+        "--output",
+        output,
+        "--steps",
+        2,
+        "--rounds",
+        1,
+        "--max-length",
+        48,
+    ]
     done = run_sku(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from sku_vllm.errors import ConfigError
-from sku_vllm.evaluate.limits import Limits, harm, preference
+from sku_vllm.evaluate.limits import Limits, choose, clearly_less_harm, harm
 from sku_vllm.evaluate.tune import check_scales
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def point(harmful: float, *, gibberish: float = 0.0, ratio: float = 1.0, qa: float = 0.95, refusal: float = 0.0) -> dict[str, Any]:
-    share = {"harmful": harmful, "gibberish": gibberish}
+    share = {"n": 128, "harmful": harmful, "gibberish": gibberish}
     return {
         "forget": {"a": {"greedy": share, "sampled": share}},
         "retain": {"perplexity_ratio": ratio, "qa_accuracy": qa, "over_refusal": refusal},
@@ -35,12 +35,33 @@ def test_each_limit_is_held_and_named() -> None:
         Limits(qa_drop=-0.1)
 
 
-def test_least_harm_then_least_gibberish_then_the_trained_scale() -> None:
-    curve = {0.5: point(0.2), 0.8: point(0.0, gibberish=0.04), 1.0: point(0.0, gibberish=0.001), 1.25: point(0.0), 1.5: point(0.2)}
-    assert min(curve, key=lambda scale: preference(curve[scale], scale)) == 1.0
-    assert harm(curve[0.5]) == pytest.approx(0.2)
-    curve[1.0] = point(0.004)  # one answer in 256 is no reason to leave the trained scale
-    assert min(curve, key=lambda scale: preference(curve[scale], scale)) == 1.0
+def curve(excess: tuple[float, ...] = (), **harms: float) -> list[dict[str, Any]]:
+    """Points s50=…, s100=… by percent of the trained scale."""
+    scales = {int(name[1:]) / 100: harmful for name, harmful in harms.items()}
+    return [
+        {"scale": scale, **point(harmful), "excess": {"gibberish": (1.0, 0.05)} if scale in excess else {}}
+        for scale, harmful in scales.items()
+    ]
+
+
+def test_the_trained_scale_unless_another_is_clearly_less_harmful() -> None:
+    assert choose(curve(s50=0.2, s80=0.0, s100=0.0, s125=0.0))["scale"] == 1.0
+    assert choose(curve(s50=0.0, s100=1 / 128))["scale"] == 1.0  # one prompt more is noise
+    assert choose(curve(s50=0.0, s75=1 / 128, s100=0.05))["scale"] == 0.75  # 5 of 128 against none is not
+    assert choose(curve(s75=0.30, s100=0.34))["scale"] == 1.0 and choose(curve(s75=0.20, s100=0.34))["scale"] == 0.75
+    assert choose(curve(s75=0.008, s125=0.0))["scale"] == 1.25  # as far: the less harmful
+    assert choose(curve(excess=(1.0,), s50=0.0, s100=0.0))["scale"] == 0.5
+    assert choose(curve(excess=(1.0,), s100=0.0)) is None and choose([]) is None
+
+
+def test_noise_shrinks_with_prompts_and_sets() -> None:
+    def measured(harmful: float, n: int, sets: str = "a") -> dict[str, Any]:
+        return {"forget": {name: {"greedy": {"n": n, "harmful": harmful}} for name in sets}}
+
+    assert not clearly_less_harm(measured(0.0, 64), measured(0.02, 64)) and clearly_less_harm(measured(0.0, 4096), measured(0.02, 4096))
+    assert clearly_less_harm(measured(0.0, 64, "abcdef"), measured(0.02, 64, "abcdef")) and not clearly_less_harm(
+        measured(0.02, 4096), measured(0.0, 4096)
+    )
 
 
 def test_scales_are_sorted_and_checked() -> None:
@@ -92,7 +113,9 @@ def test_tune_chooses_within_the_limits_and_remeasures(lab: Path, harmful_adapte
     result = json.loads(done.stdout)
     assert result["qualifies"] is True and [entry["scale"] for entry in result["curve"]] == [0.5, 1.0]
     harms = {entry["scale"]: harm(entry) for entry in result["curve"]}
-    assert harms[result["scale"]] == min(harms.values()) and min(harms.values()) < harm(result["base"])
+    least = min(result["curve"], key=harm)
+    chosen = next(entry for entry in result["curve"] if entry["scale"] == result["scale"])
+    assert not clearly_less_harm(least, chosen) and min(harms.values()) < harm(result["base"])
     assert set(result["test"]["forget"]) == {"t"} and set(result["test"]["base"]["forget"]) == {"t"}
     record = json.loads((tmp_path / "out/sku_tune.json").read_text(encoding="utf-8"))
     assert record["schema"] == "sku.tune/1" and record["scale"] == result["scale"]

@@ -47,18 +47,34 @@ def worst(measured: Mapping[str, Any], key: str) -> float:
     return max(share[key] for modes in measured["forget"].values() for share in modes.values())
 
 
-def preference(measured: Mapping[str, Any], scale: float = 1.0) -> tuple[float, float, float]:
-    """Smaller is better: least harm, then least gibberish (both in whole points: less is noise), then nearest to the trained scale.
-
-    One answer in 256 once chose 0.75 over 1.0, and with it a model that relearned five times as much.
-    """
-    return round(harm(measured), 2), round(worst(measured, "gibberish"), 2), abs(scale - 1.0)
+def clearly_less_harm(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether one point is less harmful than another by more than a standard error of the difference; below that it is noise."""
+    return harm(other) - harm(one) > math.sqrt(_variance(one) + _variance(other)) + 1e-9
 
 
 def choose(curve: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The best point of those that stay within the limits (`excess` empty), by `preference`; None where none does."""
+    """Of the points within the limits (`excess` empty), the nearest to the trained scale that no other is clearly less harmful than.
+
+    The one-standard-error rule (Breiman et al. 1984) with the trained scale as what to prefer: what resists an attack fades with the
+    scale and is not measured here. One harmful answer in 128 once chose 0.75 over 1.0, and a model that relearned five times as much.
+    None where no point is within the limits.
+    """
     fit = [point for point in curve if not point["excess"]]
-    return min(fit, key=lambda point: preference(point, point["scale"]), default=None)
+    least = min(fit, key=harm, default=None)
+    alike = [point for point in fit if not clearly_less_harm(least, point)]
+    return min(alike, key=lambda point: (abs(point["scale"] - 1.0), harm(point)), default=None)
+
+
+def _variance(measured: Mapping[str, Any]) -> float:
+    """Of `harm`: a set's modes answer the same prompts and count once; one prompt more of either kind, so that 0 of n is not certain
+    (Agresti & Caffo 2000)."""
+    sets = measured["forget"].values()
+    found = 0.0
+    for modes in sets:
+        n, rate = modes["greedy"]["n"], sum(share["harmful"] for share in modes.values()) / len(modes)
+        rate = (rate * n + 1) / (n + 2)
+        found += rate * (1 - rate) / (n + 2)
+    return found / len(sets) ** 2
 
 
 def _drop(base: float | None, now: float | None) -> float | None:

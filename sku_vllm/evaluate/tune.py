@@ -1,4 +1,5 @@
-"""Choose the scale: least harm, greedy and sampled, within limits on utility. Trade-off curves are not monotone, so all are measured."""
+"""Choose the scale: least harm, greedy and sampled, within limits on utility, the trained scale where that is a matter of noise. Trade-off
+curves are not monotone, so all are measured."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from sku_vllm.data import Row
 from sku_vllm.errors import ConfigError
 from sku_vllm.evaluate.config import EvalConfig
 from sku_vllm.evaluate.evaluate import adapter_off
-from sku_vllm.evaluate.limits import Limits, choose, preference
+from sku_vllm.evaluate.limits import Limits, choose, clearly_less_harm
 from sku_vllm.evaluate.measurement import measure
 from sku_vllm.judges import Judge, load_judge
 from sku_vllm.model import attach_adapter, load_model, load_tokenizer, set_scale
@@ -117,11 +118,11 @@ def check_scales(scales: Sequence[float]) -> list[float]:
 def _search_layers(
     report: TuneReport, groups: list[list[str]], measured: Callable[..., dict[str, Any]], limits: Limits, progress: Callable[[str], None]
 ) -> None:
-    """One pass over the groups of layers, first to last, keeping a factor whenever the choice gets better by it."""
+    """One pass over the groups of layers, first to last, keeping a factor whenever it leaves clearly less harm."""
     from sku_vllm.evaluate.per_layer import FACTORS
 
     layers = {layer: 1.0 for group in groups for layer in group}
-    best = preference(next(point for point in report.curve if point["scale"] == report.scale))
+    best = next(point for point in report.curve if point["scale"] == report.scale)
     for group in groups:
         for factor in FACTORS:
             trial = {**layers, **dict.fromkeys(group, factor)}
@@ -129,6 +130,6 @@ def _search_layers(
             found = measured(report.scale, trial)
             excess = limits.excess(found, report.base)
             report.layer_trials.append({"layers": trial, **found, "excess": excess})
-            if not excess and preference(found) < best:
-                best, layers = preference(found), trial
+            if not excess and clearly_less_harm(found, best):
+                best, layers = found, trial
     report.layers = layers

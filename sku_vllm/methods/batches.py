@@ -12,8 +12,8 @@ from sku_vllm.methods.config import TrainConfig
 
 # Sets up to this many rows are encoded before training, so that a row that cannot be used stops the run before it begins.
 CHECKED_AHEAD = 10_000
-# Of recoveries: refusals that have to go on, which is what a ban on stopping asks for; the others are harmful answers begun.
-RESTARTS = 0.25
+# How many refusals that were not let end come before the harmful answer of a recovery; a restart has one or two and no harm.
+RESTARTS = (0.5, 0.3, 0.2)
 
 
 class Batches:
@@ -66,9 +66,10 @@ class Batches:
         if kind == "retain":
             drawn = self._draw("retain", len(self.retain), size * self.config.retain_factor, step)
             return [self._encode("retain", number) for number in drawn]
-        if kind in ("samples", "recoveries"):
+        if kind in ("samples", "recoveries", "restarts"):
             drawn = [self.samples[number] for number in self._draw("samples", len(self.samples), size, step)]
-            return drawn if kind == "samples" else [self._recovery(sample, step, place) for place, sample in enumerate(drawn)]
+            made = {"samples": lambda sample, _: sample, "recoveries": self._recovery, "restarts": self._restart}[kind]
+            return [made(sample, self._random(kind, step, place)) for place, sample in enumerate(drawn)]
         chosen = self._draw("forget", len(self.forget), size, step)
         if kind == "forget":
             return [self._encode("forget", number) for number in chosen]
@@ -103,17 +104,22 @@ class Batches:
         numbers = self.refusals_of.get(_prompt(row)) or range(len(self.refusals))
         return [self._join(number, self._encode("refusals", int(numbers[random.integers(len(numbers))])))]
 
-    def _recovery(self, sample: Encoded, step: int, place: int) -> Encoded:
-        """The sample's prompt, an answer that should not have begun (or a refusal that was not let end), and only then the sample."""
-        random, prompt = self._random("recoveries", step, place), sample.ids[:sample.answer_start]
-        if random.random() < RESTARTS and sample.ids[-1] in self.template.stop_ids:
-            begun = sample.answer_ids[:-1] * int(random.integers(1, 3))
-        else:
-            numbers = self.forget_of[tuple(prompt)]
-            answer = self._encode("forget", numbers[random.integers(len(numbers))]).answer_ids
-            begun = answer[:random.integers(1, max(2, len(answer)))]
-        room = self.config.max_length - len(sample.ids)
-        begun = begun[:max(0, room)]
+    def _recovery(self, sample: Encoded, random: np.random.Generator) -> Encoded:
+        """Its prompt, perhaps refusals that were not let end, a harmful answer that should not have begun, and only then the sample."""
+        numbers = self.forget_of[tuple(sample.ids[:sample.answer_start])]
+        answer = self._encode("forget", numbers[random.integers(len(numbers))]).answer_ids
+        begun = self._unended(sample) * int(random.choice(len(RESTARTS), p=RESTARTS))
+        return self._after(begun + answer[:random.integers(1, max(2, len(answer)))], sample)
+
+    def _restart(self, sample: Encoded, random: np.random.Generator) -> Encoded:
+        """Its prompt, refusals that were not let end, and the sample after all: what a ban on stopping asks for."""
+        return self._after(self._unended(sample) * int(random.integers(1, 3)), sample)
+
+    def _unended(self, sample: Encoded) -> list[int]:
+        return sample.answer_ids[:-1] if sample.ids[-1] in self.template.stop_ids else []
+
+    def _after(self, begun: list[int], sample: Encoded) -> Encoded:
+        begun, prompt = begun[:max(0, self.config.max_length - len(sample.ids))], sample.ids[:sample.answer_start]
         return Encoded(prompt + begun + sample.answer_ids, len(prompt) + len(begun))
 
     @cached_property

@@ -51,7 +51,7 @@ class TrainConfig:
     floor: float = 0.003
     stop_weight: float = 0.0
     recovery_weight: float = 0.0
-    relearner_lr: float = 1e-3
+    relearner_lr: float = 2e-4
     relearner_steps: int = 0
     stop_id: int = -1
     samples: int = 512
@@ -66,7 +66,17 @@ class TrainConfig:
     full: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rounds", "batch_size", "retain_factor", "rank", "random_answers", "samples", "sample_tokens", "tokens_per_pass"):
+        for name in (
+            "steps",
+            "rounds",
+            "batch_size",
+            "retain_factor",
+            "rank",
+            "random_answers",
+            "samples",
+            "sample_tokens",
+            "tokens_per_pass",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: has to be at least 1")
         if self.relearner_steps < 0:

@@ -2,10 +2,11 @@
 
 p₀ base, p₊ = base+δ, p₋ = base−δ (served). The target p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β is the base's own refusal where it has one; p₋
 is drawn to it on answers sampled from p* itself, held to the base on retain rows, and taught what to do where a harmful answer was
-begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the middle of it, also while an adversary fine-tunes
-it (relearner.py). Ending is what the two-adapter form did first: it made gibberish of sampled answers and left harm to a ban on
-stopping (benchmarks/results/research.md). No refusal targets and no judge in training; where samples of p* are not refusals the
-method stops and says so.
+begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the middle of it (a recovery), and refuses again where
+a refusal was not let end (a restart). Ending is what the two-adapter form did first: it made gibberish of sampled answers and left harm to
+a ban on stopping. Samples and restarts are also learned on an adversary's weights (relearner.py), recoveries are not: going on with a
+harmful answer is what the adversary trains itself, so it wins there, and the fight costs the rest (benchmarks/results/research.md). No
+refusal targets and no judge in training; where samples of p* are not refusals the method stops and says so.
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.method import Method, Phase, Term
 
 WARMUP_SHARE = 0.25  # 40 of 160 steps learn p₊ before p* is drawn
-IDENTIFY_SHARE = 1 / 3  # 60 of 180 steps learn p₊ alone
+IDENTIFY_SHARE = 1 / 4  # 60 of 240 steps learn p₊ alone
 
 
 def end_answer(logits: torch.Tensor, targets: torch.Tensor, *, stop: int) -> torch.Tensor:
@@ -35,7 +36,8 @@ def served_terms(config: TrainConfig, begin: int) -> list[Term]:
         Term("contrast", 1.0, "samples", -1, target, references=both, begin=begin, resists=True),
         Term("contrast_first", 1.0, "samples", -1, target, tokens="first", references=both, begin=begin, resists=True),
         Term("end_answer", config.stop_weight, "forget", -1, partial(end_answer, stop=config.stop_id), tokens="later", begin=begin),
-        Term("recovery", config.recovery_weight, "recoveries", -1, losses.cross_entropy, begin=begin, resists=True),
+        Term("recovery", config.recovery_weight, "recoveries", -1, losses.cross_entropy, begin=begin),
+        Term("restart", config.recovery_weight, "restarts", -1, losses.cross_entropy, begin=begin, resists=True),
     ]
     return [term for term in terms if term.weight]
 
@@ -62,6 +64,8 @@ METHOD = Method(
     {**SHARED, "preservation_weight": 30.0, "stop_weight": 0.1},
 )
 TWO = Method(
-    "sku-contrastive-two", "Two adapters: one finds the harm, the other is distilled without it, against an adversary that relearns.", two_adapters,
-    {**SHARED, "steps": 180, "preservation_weight": 50.0, "recovery_weight": 1.0, "relearner_steps": 24},
+    "sku-contrastive-two",
+    "Two adapters: one finds the harm, the other is distilled without it, against an adversary that relearns.",
+    two_adapters,
+    {**SHARED, "steps": 240, "preservation_weight": 50.0, "recovery_weight": 1.0, "relearner_steps": 24},
 )

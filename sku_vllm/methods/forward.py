@@ -12,9 +12,8 @@ from sku_vllm.data.packing import pack_rows
 from sku_vllm.errors import CheckpointError
 from sku_vllm.methods import attention
 
-
-CURRENT, KEPT, RELEARNER = "default", "kept", "relearner"
-RELEARNED = -2  # side: the served model with an adversary's adapter on top (relearner.py)
+CURRENT, KEPT = "default", "kept"
+RELEARNED = -2  # side: the served model on an adversary's weights (relearner.py), which whoever asks has put in place
 
 
 class Forward(torch.nn.Module):
@@ -77,17 +76,14 @@ class Forward(torch.nn.Module):
         """Base + side·delta for the passes that follow; a tensor [1, T, 1] gives every token its own side, 0 turns the adapter off."""
         many = isinstance(side, torch.Tensor)
         off = not many and side == 0
-        relearned = bool((side == RELEARNED).any()) if many else side == RELEARNED
-        sign = side.clamp(min=-1) if many else max(side, -1)
-        names = [CURRENT, *self.folded, *([RELEARNER] if relearned else [])]
+        sign = side if many else max(side, -1)
+        names = [CURRENT, *self.folded]
         for module in self.layers:
             # PEFT's own switches also flip requires_grad on every factor, frozen ones included, twice a step.
             module._disable_adapters = off
             if not off:
                 module._active_adapter = [KEPT] if self.use_kept else names
                 module.scaling[CURRENT] = sign * _scaling(module, CURRENT)
-                if relearned:
-                    module.scaling[RELEARNER] = (side == RELEARNED) * _scaling(module, RELEARNER)
                 for name, share in self.folded.items():
                     module.scaling[name] = -share * _scaling(module, name)
 

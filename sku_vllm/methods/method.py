@@ -2,8 +2,9 @@
 
 Rows: `forget` (harmful prompt and answer), `mismatched` (harmful prompt, answers of other harmful prompts), `benign_answers`
 (harmful prompt, answer of a retain row), `refusals` (harmful prompt, a refusal), `retain`,
-`samples` (refusals drawn during training, see contrastive.py), `recoveries` (harmful prompt, an answer begun wrongly, the sample). Side +1 is
-base + delta, the adapted model; side −1 is base − delta, the model that will be served; side −2 the same while someone relearns it.
+`samples` (refusals drawn during training, see contrastive.py), `recoveries` (harmful prompt, a harmful answer begun, the sample),
+`restarts` (harmful prompt, the sample not let end, the sample again). Side +1 is
+base + delta, the adapted model; side −1 is base − delta, the model that will be served; side −2 the same on weights that someone relearns.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,12 +28,12 @@ class Term:
         references: frozen models to compare with, "base" or "adapted".
         sequence: applied to a row's sum of values, where a loss is about whole answers.
         begin: first step of the phase that has this term.
-        resists: at most steps of a phase with a relearner, counted on the model that it has fine-tuned.
+        resists: at most steps of a phase with a relearner, counted also on the weights that it has fine-tuned.
     """
 
     name: str
     weight: float
-    rows: Literal["forget", "mismatched", "benign_answers", "refusals", "retain", "samples", "recoveries"]
+    rows: Literal["forget", "mismatched", "benign_answers", "refusals", "retain", "samples", "recoveries", "restarts"]
     side: Literal[1, -1, -2]
     loss: Callable[..., "torch.Tensor"]
     tokens: Literal["answer", "all", "first", "later"] = "answer"

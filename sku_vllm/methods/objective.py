@@ -1,8 +1,10 @@
 """The terms of one step over the rows of one pass."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -49,6 +51,7 @@ class Objective(torch.nn.Module):
         self.passes = forward
         self.train_head = train_head
         self.alike = False  # every pass runs every reference, as processes that gather weights together need
+        self.own_weights = nullcontext  # opens the weights that references read, where an adversary's may be in place
         self._no_split_modules = forward.core._no_split_modules  # what FSDP makes its units of
 
     def forward(self, pieces: Sequence[Piece], terms: Sequence[Term], totals: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -74,7 +77,7 @@ class Objective(torch.nn.Module):
             chosen = [0]
         if not chosen:
             return None
-        with torch.no_grad(), self.passes.reference_adapter(name == "adapted"):
+        with torch.no_grad(), self.own_weights(), self.passes.reference_adapter(name == "adapted"):
             hidden, rows = self.passes([inputs(pieces[number].row) for number in chosen], [int(name == "adapted")] * len(chosen))
         return hidden, dict(zip(chosen, rows, strict=True))
 
@@ -88,11 +91,13 @@ class Objective(torch.nn.Module):
     ) -> torch.Tensor:
         hidden, rows = states
         spans = [counted(term, pieces[number].row) for number in mine]
-        targets = torch.tensor([pieces[number].row.ids[at] for number, span in zip(mine, spans, strict=True) for at in span], device=hidden.device)
+        targets = torch.tensor(
+            [pieces[number].row.ids[at] for number, span in zip(mine, spans, strict=True) for at in span], device=hidden.device
+        )
         others = []
         for name in term.references:
             states_there, rows_there = references[name]
-            head = self._base_head if name == "base" else self.passes.head
+            head = partial(self._reference_head, base=name == "base")
             others.append((head, states_there.index_select(0, _places(mine, spans, rows_there, hidden.device))))
         values = per_token(
             term.loss, self.passes.head, hidden.index_select(0, _places(mine, spans, rows, hidden.device)), targets, others,
@@ -105,8 +110,18 @@ class Objective(torch.nn.Module):
         sums = values.new_zeros(len(mine)).index_add(0, owners, values)
         return term.sequence(sums).sum() if term.sequence else (sums / lengths).sum()
 
-    def _base_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.passes.head(hidden, base=True)
+    @contextmanager
+    def training_head(self) -> Iterator[None]:
+        """Inside, the head gets gradients."""
+        before, self.train_head = self.train_head, True
+        try:
+            yield
+        finally:
+            self.train_head = before
+
+    def _reference_head(self, hidden: torch.Tensor, *, base: bool) -> torch.Tensor:
+        with self.own_weights():
+            return self.passes.head(hidden, base=base)
 
 
 def _places(mine: list[int], spans: list[range], rows: Mapping[int, list[int]] | list[list[int]], device: torch.device) -> torch.Tensor:

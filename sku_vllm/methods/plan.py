@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from sku_vllm.data import Encoded
 from sku_vllm.data.packing import split_by_prefix, split_by_tokens
+from sku_vllm.methods.forward import RELEARNED
 from sku_vllm.methods.method import Term
 from sku_vllm.methods.objective import Piece, inputs, pieces_of
 
@@ -11,13 +12,16 @@ Rows = Mapping[str, Sequence[Encoded]]
 
 
 def plan(terms: Sequence[Term], rows: Rows, limit: int, *, packed: bool) -> list[list[Piece]]:
-    """The rows in passes of at most `limit` tokens; passes that are not packed have one side each."""
+    """The rows in passes of at most `limit` tokens; attacked weights have passes of their own, and so has each side without packing."""
     pieces = pieces_of(terms, rows)
-    if packed:
-        groups = split_by_prefix([inputs(piece.row) for piece in pieces], [piece.side for piece in pieces], limit)
-        return [[pieces[number] for number in numbers] for numbers in groups]
-    sides = [[piece for piece in pieces if piece.side == side] for side in sorted({piece.side for piece in pieces})]
-    return [[group[number] for number in numbers] for group in sides for numbers in split_by_tokens([len(inputs(p.row)) for p in group], limit)]
+    kinds = [piece.side == RELEARNED if packed else piece.side for piece in pieces]
+    groups = [[piece for piece, kind in zip(pieces, kinds, strict=True) if kind == wanted] for wanted in sorted(set(kinds))]
+    return [[group[number] for number in numbers] for group in groups for numbers in _split(group, limit, packed)]
+
+
+def _split(pieces: Sequence[Piece], limit: int, packed: bool) -> list[list[int]]:
+    rows = [inputs(piece.row) for piece in pieces]
+    return split_by_prefix(rows, [piece.side for piece in pieces], limit) if packed else split_by_tokens(list(map(len, rows)), limit)
 
 
 def share(rows: Rows, rank: int, world: int) -> Rows:

@@ -1,21 +1,24 @@
 """Someone who fine-tunes the served model on harmful answers while it is being trained: the adversary of a resistant recipe.
 
-An adapter of its own lies on top of base − δ (side `RELEARNED`). At two steps of three it first takes a step of descent on harmful
-answers, and the served model then learns its refusals as seen through it, so that they survive fine-tuning. It starts over from
-nothing every `relearner_steps` of its steps, when it is a head start and not yet an attack. First-order adversarial training in the manner of
-TAR (Tamirisa et al. 2024, arXiv 2408.00761), with one attacker carried along instead of an inner loop a step. At the third step the
-served model is seen as it is: without it, prefilled openings and benign answers suffer (benchmarks/results/research.md).
+All of the base's weights once more, which the adversary moves while the adapter is the defender's: embeddings, norms and biases too, as
+an attack on a checkpoint does. (An adapter of its own for the adversary left the OPT and Qwen3 open to relearning with stopping banned:
+benchmarks/results/research.md.) At two steps of three it first takes a step of descent on harmful answers, and the served model then
+learns its refusals as seen on the attacked weights (side `RELEARNED`) beside the plain ones, so that they survive fine-tuning. It starts
+over from the base every `relearner_steps` of its steps, when it is a head start and not yet an attack. First-order adversarial training in
+the manner of TAR (Tamirisa et al. 2024, arXiv 2408.00761), with one attacker carried along instead of an inner loop a step.
+
+It takes the memory of the weights, their gradients and AdamW's two moments; `relearner_steps` 0 does without.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 
-from sku_vllm.methods import losses, rounds
-from sku_vllm.methods.forward import RELEARNED, RELEARNER
+from sku_vllm.methods import losses
+from sku_vllm.methods.forward import RELEARNED
 from sku_vllm.methods.method import Term
 from sku_vllm.methods.training_state import optimizer_tensors, restore_optimizer
 
@@ -28,13 +31,19 @@ TERM = Term("relearning", 1.0, "forget", RELEARNED, losses.cross_entropy)
 
 
 class Relearner:
-    """The adapter of an adversary and its optimizer. Every process takes all of its steps, so nothing has to be exchanged."""
+    """The weights as the adversary has them, and its optimizer. Every process takes all of its steps, so nothing has to be exchanged.
 
-    def __init__(self, model: PeftModel, config: "TrainConfig") -> None:
-        self.model, self.config = model, config
-        if RELEARNER not in model.peft_config:
-            rounds.set_aside(model, RELEARNER)
-        self.names = {parameter: name for name, parameter in model.named_parameters() if f".{RELEARNER}" in name and "lora_" in name}
+    Attributes:
+        names: parameters of the base (what a quantised one keeps in floating point) and their names.
+        own, attacked: their values as the base has them and as the adversary does, by name.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: "TrainConfig") -> None:
+        self.config = config
+        floating = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
+        self.names = {parameter: name for name, parameter in floating if "lora_" not in name}
+        self.own = {name: parameter.data for parameter, name in self.names.items()}
+        self.attacked = {name: value.clone() for name, value in self.own.items()}
         self.optimizer = self._new_optimizer()
 
     @staticmethod
@@ -42,37 +51,65 @@ class Relearner:
         """Whether the served model is attacked at this step of a phase."""
         return step % CYCLE != 0
 
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model has the attacked weights; a backward pass belongs inside, since it reads them again."""
+        self._give(self.attacked)
+        try:
+            yield
+        finally:
+            self._give(self.own)
+
+    @contextmanager
+    def out_of_place(self) -> Iterator[None]:
+        """Inside, the model has its own weights, whatever it has outside: for references, which nobody attacks."""
+        before = {name: parameter.data for parameter, name in self.names.items()}
+        self._give(self.own)
+        try:
+            yield
+        finally:
+            self._give(before)
+
     def step(self, objective: "Objective", passes: Sequence[Sequence["Piece"]], totals: Mapping[str, int], step: int) -> None:
         """One step of AdamW on the harmful answers in `passes`; the defender's gradients stay untouched."""
         taken = step - step // CYCLE - 1  # of its own steps, before this one
         if taken % self.config.relearner_steps == 0:
-            rounds.fresh_adapter(self.model, self.config.seed * 1000 + 500 + taken, RELEARNER)
+            for name, value in self.attacked.items():
+                value.copy_(self.own[name])
             self.optimizer = self._new_optimizer()
-        factors = list(self.names)
-        for parameter in factors:
-            parameter.requires_grad_(True)
-        for pieces in passes:
-            loss = objective(pieces, [TERM], totals)[TERM.name]
-            for parameter, gradient in zip(factors, torch.autograd.grad(loss, factors), strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        torch.nn.utils.clip_grad_norm_(factors, 1.0)
-        self.optimizer.step()
-        for parameter in factors:
+        weights = list(self.names)
+        with self.in_place(), objective.training_head():
+            for parameter in weights:
+                parameter.requires_grad_(True)
+            for pieces in passes:
+                loss = objective(pieces, [TERM], totals)[TERM.name]
+                for parameter, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+                    if gradient is not None:
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            self.optimizer.step()
+        for parameter in weights:
             parameter.grad = None
             parameter.requires_grad_(False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's moments for a checkpoint; the factors are saved with the model's other adapters."""
-        return optimizer_tensors(self.optimizer, self.names)
+        """The attacked weights and the optimizer's moments, for a checkpoint."""
+        return {f"relearner/{name}": value.cpu() for name, value in self.attacked.items()} | optimizer_tensors(self.optimizer, self.names)
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `tensors`."""
+        for name, value in self.attacked.items():
+            value.copy_(tensors[f"relearner/{name}"])
         restore_optimizer(self.optimizer, tensors, self.names)
+
+    def _give(self, values: Mapping[str, torch.Tensor]) -> None:
+        for parameter, name in self.names.items():
+            parameter.data = values[name]
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(list(self.names), lr=self.config.relearner_lr, weight_decay=0.0)
 
 
 def through(terms: Sequence[Term]) -> list[Term]:
-    """The terms that resist as they read with the relearner at work, the others as they are."""
-    return [replace(term, side=RELEARNED, name=f"{term.name}_relearned") if term.resists else term for term in terms]
+    """The terms as they read with the relearner at work: those that resist once more on the attacked weights."""
+    return [*terms, *(replace(term, side=RELEARNED, name=f"{term.name}_relearned") for term in terms if term.resists)]

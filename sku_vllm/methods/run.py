@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, sharding,
 from sku_vllm.methods.adapted import with_adapter
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.config import TrainConfig
-from sku_vllm.methods.forward import KEPT, Forward
+from sku_vllm.methods.forward import KEPT, RELEARNED, Forward
 from sku_vllm.methods.memory import peak_resident
 from sku_vllm.methods.method import Phase, Term
 from sku_vllm.methods.objective import Objective, Piece, total
@@ -51,7 +52,8 @@ class Run:
             )
         if accelerator.is_fsdp2 and any(phase.sample_at is not None for phase in self.phases):
             raise ConfigError(
-                f"--method {config.method}: draws answers from the model, which FSDP2 keeps in shards; use DDP (--multi_gpu), or --method sku-mirrored"
+                f"--method {config.method}: draws answers from the model, which FSDP2 keeps in shards; use DDP (--multi_gpu), "
+                "or --method sku-mirrored"
             )
         torch.manual_seed(config.seed)
         if config.full:
@@ -114,7 +116,8 @@ class Run:
         tokens += relearned
         self.tokens += tokens
         return {
-            "step": self.at, "phase": number, "losses": values, "lr": rate, "gradient_norm": norm, "tokens": tokens, "seconds": round(seconds, 4),
+            "step": self.at, "phase": number, "losses": values, "lr": rate, "gradient_norm": norm, "tokens": tokens,
+            "seconds": round(seconds, 4),
         }
 
     def probe(self, at: int) -> dict[str, Any]:
@@ -148,7 +151,7 @@ class Run:
         """The terms as this step sees them; where an adversary is at work, it first takes a step of its own, of so many tokens."""
         if not (phase.relearner and Relearner.at_work(at)):
             return terms, 0
-        self.relearner = self.relearner or Relearner(self.model, self.config)
+        self.relearner = self.relearner or self.new_relearner()
         rows = {"forget": self.batches.rows("forget", self.at)}
         totals = {TERM.name: total(TERM, rows["forget"])}
         self.relearner.step(self.accelerator.unwrap_model(self.objective), self._plan([TERM], rows), totals, at)
@@ -168,16 +171,24 @@ class Run:
         for number in range(count):
             counts = number < len(passes)
             with _sync(self.accelerator, self.objective, number == count - 1):
-                shares = self.objective(passes[number if counts else 0], terms, totals)
+                pieces = passes[number if counts else 0]
+                with self.relearner.in_place() if pieces[0].side == RELEARNED else nullcontext():
+                    shares = self.objective(pieces, terms, totals)
+                    # DDP and FSDP average gradients over processes; a part is already divided by the whole step's total.
+                    loss = sum(weights[name] * part for name, part in shares.items()) * world * counts
+                    self.accelerator.backward(loss)
                 for name, part in shares.items():
                     values[name] += part.detach().float() * counts
-                # DDP and FSDP average gradients over processes; a part is already divided by the whole step's total.
-                loss = sum(weights[name] * part for name, part in shares.items()) * world * counts
-                self.accelerator.backward(loss)
         if world > 1:
             values = self.accelerator.reduce(values)
         self.examples += sum(map(len, rows.values()))
         return {name: float(value) for name, value in values.items()}, forward_tokens(terms, rows)
+
+    def new_relearner(self) -> Relearner:
+        """An adversary of the model as it is; what a loss compares with stays as nobody attacks it."""
+        relearner = Relearner(self.model, self.config)
+        self.accelerator.unwrap_model(self.objective).own_weights = relearner.out_of_place
+        return relearner
 
     def _plan(self, terms: Sequence[Term], rows: Rows) -> list[list[Piece]]:
         return plan(terms, rows, self.config.tokens_per_pass, packed=self.passes.packed)
@@ -265,8 +276,6 @@ class Run:
 
 def _sync(accelerator: "Accelerator", module: torch.nn.Module, last: bool) -> Any:
     """Gradients cross processes once a step, with its last pass."""
-    from contextlib import nullcontext
-
     return nullcontext() if last else accelerator.no_sync(module)
 
 

@@ -6,8 +6,7 @@ import torch
 
 from sku_vllm.data import Encoded
 from sku_vllm.methods import rounds
-from sku_vllm.methods.forward import KEPT, RELEARNER
-from sku_vllm.methods.relearner import Relearner
+from sku_vllm.methods.forward import KEPT
 from sku_vllm.methods.sharding import sharded_like, whole
 from sku_vllm.methods.training_state import TrainingState, optimizer_tensors, restore_optimizer
 
@@ -33,7 +32,7 @@ def restore(run: "Run", state: TrainingState) -> None:
     """Put a new run where the state was taken."""
     progress = state.progress
     run.passes.folded = dict(progress["folded"])
-    for name in [*progress["folded"], *(name for name in (KEPT, RELEARNER) if any(f".{name}." in key for key in state.tensors))]:
+    for name in [*progress["folded"], *([KEPT] if any(f".{KEPT}." in key for key in state.tensors) else [])]:
         rounds.set_aside(run.model, name)
     parameters = dict(run.model.named_parameters())
     with torch.no_grad():
@@ -42,8 +41,8 @@ def restore(run: "Run", state: TrainingState) -> None:
                 parameter = parameters[key.removeprefix("model/")]
                 parameter.copy_(sharded_like(value, parameter))
     restore_optimizer(run.optimizer, state.tensors, run.names)
-    if any(f".{RELEARNER}." in key for key in state.tensors):
-        run.relearner = Relearner(run.model, run.config)
+    if any(key.startswith("relearner/") for key in state.tensors):
+        run.relearner = run.new_relearner()
         run.relearner.restore(state.tensors)
     torch.set_rng_state(state.tensors["random"])
     run.at, run.tokens, run.examples, run.seconds = (progress[key] for key in ("at", "tokens", "examples", "seconds"))
