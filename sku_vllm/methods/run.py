@@ -145,7 +145,9 @@ class Run:
         phase, _, within = self.place(at)
         terms = [term for term in phase.terms if within >= term.begin]
         rows = {kind: self.batches.rows(kind, at) for kind in {"forget", *(term.rows for term in terms)}}
-        return forward_tokens(terms, rows) + (forward_tokens([TERM], rows) if phase.relearner and Relearner.at_work(within) else 0)
+        if not (phase.relearner and Relearner.at_work(within)):
+            return forward_tokens(terms, rows)
+        return forward_tokens(through(terms), rows) + forward_tokens([TERM], rows)
 
     def _relearn(self, phase: Phase, at: int, terms: Sequence[Term]) -> tuple[Sequence[Term], int]:
         """The terms as this step sees them; where an adversary is at work, it first takes a step of its own, of so many tokens."""
