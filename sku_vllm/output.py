@@ -3,6 +3,7 @@
 Unfinished work lives in `OUTPUT.partial/`; `OUTPUT` appears by one rename, after everything in it has been synced.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -96,6 +97,11 @@ def sync_tree(directory: str | Path) -> None:
 
 def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
     """Write a file through a temporary sibling: synced, then renamed."""
+    os.replace(stage_text(path, text, mode=mode), path)
+
+
+def stage_text(path: str | Path, text: str, *, mode: int = 0o644) -> Path:
+    """The temporary sibling alone, written and synced: renaming it to `path` is all that is left to do."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -104,19 +110,24 @@ def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return temporary
 
 
 def write_json(path: str | Path, value: Any, *, mode: int = 0o644) -> None:
     """`write_text` of indented JSON; NaN and infinity are refused, since JSON has neither."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
+    write_text(path, json_text(value), mode=mode)
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that shape results, without importing them."""
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """Versions of this package, Python and the libraries that shape results, without importing them; 25 ms the first time."""
     from sku_vllm import __version__
 
     found = {"sku_vllm": __version__, "python": platform.python_version()}

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sku_vllm.checkpoint import CheckpointReader
     from sku_vllm.placement import Placed
     from sku_vllm.serving.resident import Resident
 
+# Bytes of weights that are merged together and held beside the engine's own while it reloads.
+AT_ONCE = 2**26
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 
@@ -138,11 +141,24 @@ def weights(model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, An
         return
     reader = CheckpointReader(Path(model))
     placed = edits(model, source)
+    for names in batches(reader):
+        tensors = {name: reader.tensor(name) for name in names}
+        subtract({name: tensor for name, tensor in tensors.items() if name in placed}, placed)
+        yield from tensors.items()
+
+
+def batches(reader: "CheckpointReader") -> Iterator[list[str]]:
+    """Names in file order, together until they reach `AT_ONCE` bytes: a merge of one tensor at a time is mostly threads starting."""
+    names: list[str] = []
+    size = 0
     for name in reader.names:
-        tensor = reader.tensor(name)
-        if name in placed:
-            tensor = subtract(tensor, placed[name])
-        yield name, tensor
+        names.append(name)
+        size += reader.info(name).nbytes
+        if size >= AT_ONCE:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names
 
 
 def edits(model: str, source: dict[str, Any]) -> "dict[str, list[Placed]]":
@@ -154,12 +170,13 @@ def edits(model: str, source: dict[str, Any]) -> "dict[str, list[Placed]]":
     return place(CheckpointReader(Path(model)), [(load_adapter(source["adapter"]), float(source["scale"]))])
 
 
-def subtract(tensor: Any, placed: "list[Placed]") -> Any:
-    """round(tensor − Σ scale·delta), by the merge that a fuse on this machine's CPU uses."""
+def subtract(tensors: dict[str, Any], placed: "dict[str, list[Placed]]") -> None:
+    """Each tensor becomes round(tensor − Σ scale·delta), by the merge that a fuse on this machine's CPU uses."""
     from sku_vllm.kernels.delta_merge import Merge, delta_merge
     from sku_vllm.placement import matrix_shape
     from sku_vllm.writer import terms_of
 
-    matrix = tensor.reshape(matrix_shape(tensor.shape)).clone()
-    delta_merge([Merge(matrix, [term for edit in placed for term in terms_of(edit, 0, len(matrix))])])
-    return matrix.reshape(tensor.shape)
+    matrices = {name: tensor.view(matrix_shape(tensor.shape)) for name, tensor in tensors.items()}
+    delta_merge(
+        [Merge(each, [term for edit in placed[name] for term in terms_of(edit, 0, len(each))]) for name, each in matrices.items()]
+    )
