@@ -91,8 +91,9 @@ def measure(parts: Any, settings: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"ratios": {}}
         if "middleware" in parts:
             found["middleware"] = middleware_cost(base, work)
-        if set(parts) & {*RATIOS, "arms"}:
-            found["requests"] = load.calibrate(servers.quick, settings["seconds"])
+        loaded = set(parts) & {*RATIOS, "arms"}
+        if loaded:
+            found["requests"] = load.calibrate(servers.stuck if loaded == {"stalled"} else servers.quick, settings["seconds"])
         for part in RATIOS:
             if part in parts:
                 one = compare(RATIOS[part], *contenders(part, servers, load), settings["pairs"])

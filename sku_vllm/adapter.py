@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.delta import Dense, LowRank
 from sku_vllm.errors import AdapterError, CheckpointError, ConfigError
-from sku_vllm.output import output_directory, record, write_json, write_text
+from sku_vllm.output import json_text, output_directory, record, write_text
 from sku_vllm.peft_format import FACTOR, WEIGHTS, check_config, read_factors
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def negate(path: str | Path, scale: float, output: str | Path, *, as_is: bool = 
 
 
 def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
-    """The files that PEFT and vLLM read of a negated adapter, into a directory that exists; how many tensors they hold."""
+    """The files that PEFT and vLLM read of a negated adapter, into an `output_directory` (which syncs them); how many tensors they hold."""
     from safetensors.torch import save_file
 
     file = DENSE if adapter.dense else WEIGHTS
@@ -169,8 +169,8 @@ def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
     run.setdefault("adapter_kind", "dense" if adapter.dense else "lora")
     save_file(tensors, directory / file, metadata={"format": "pt"})
     if not adapter.dense:
-        write_json(directory / "adapter_config.json", {**adapter.config, "inference_mode": True})
-    write_json(directory / RUN, run)
+        (directory / "adapter_config.json").write_text(json_text({**adapter.config, "inference_mode": True}), encoding="utf-8")
+    (directory / RUN).write_text(json_text(run), encoding="utf-8")
     return len(tensors)
 
 
