@@ -30,7 +30,7 @@ SOAK = 10_000
 @sku_command("serve")
 @click.option("--model", help="Model directory; a small random Llama otherwise.")
 @click.option("--adapter", help="Its raw adapter; made here when --model is not given.")
-@click.option("--only", multiple=True, type=click.Choice(PARTS), help="Measure this part alone. Repeatable; --output keeps the others it has.")
+@click.option("--only", multiple=True, type=click.Choice(PARTS), help="This part alone. Repeatable; --output keeps the others it has.")
 @click.option("--pairs", type=click.IntRange(min=6), default=20, help="Interleaved pairs of each comparison; below 6 there is no interval.")
 @click.option("--seconds", default=3.0, help="Length of one run.")
 @click.option("--concurrency", default=12, help="Requests in flight.")
@@ -71,7 +71,7 @@ def earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     known = json.loads(file.read_text(encoding="utf-8"))
     for key in SHARED:
         if known.get(key) != settings[key]:
-            raise ConfigError(f"{file}: was measured with --{key} {known.get(key)}, not {settings[key]}; choose an --output in another folder")
+            raise ConfigError(f"{file}: was measured with --{key} {known.get(key)}, not {settings[key]}; give another folder's --output")
     return {key: value for key, value in known.items() if key not in ("schema", "versions", "config")}
 
 

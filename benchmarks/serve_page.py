@@ -51,7 +51,8 @@ def _arms(arms: dict[str, Any]) -> Iterator[str]:
 def _facts(result: dict[str, Any]) -> Iterator[str]:
     if cost := result.get("middleware"):
         yield (
-            f"- middleware, {cost['bytes']} bytes, in process: p50 +{cost['p50_ms']:.3f} ms (goal 0.3), p99 +{cost['p99_ms']:.3f} ms (goal 1)"
+            f"- middleware, {cost['bytes']} bytes, in process: p50 +{cost['p50_ms']:.3f} ms (goal 0.3), "
+            f"p99 +{cost['p99_ms']:.3f} ms (goal 1)"
         )
     if adapter := result.get("adapter_swap"):
         yield (
@@ -61,8 +62,8 @@ def _facts(result: dict[str, Any]) -> Iterator[str]:
         )
     if model := result.get("model_swap"):
         yield (
-            f"- whole-model swap: median {model['median_s']:.3f} s of {model['swaps']} (slowest {model['max_s']:.3f} s), of which requests wait "
-            f"{model['median_stalled_s'] * 1000:.0f} ms; server start {model['start_s']:.1f} s, {model['ratio']:.0f}x (goal 100x), "
+            f"- whole-model swap: median {model['median_s']:.3f} s of {model['swaps']} (slowest {model['max_s']:.3f} s), of which requests "
+            f"wait {model['median_stalled_s'] * 1000:.0f} ms; server start {model['start_s']:.1f} s, {model['ratio']:.0f}x (goal 100x), "
             f"{model['ratio_stalled']:.0f}x by the wait; restore {model['median_restore_s']:.3f} s, exact in {model['exact_restores']} of "
             f"{model['swaps']}"
         )

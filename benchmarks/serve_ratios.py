@@ -44,7 +44,8 @@ def compare(name: str, left: Run, right: Run, pairs: int) -> dict[str, Any]:
             log(f"{name}, pair {pair}/{pairs}: {math.exp(found['throughput'][-1]):.3f}, per CPU second {math.exp(found['cpu'][-1]):.3f}")
     ratio, low, high = interval(found["throughput"])
     return {
-        "ratio": ratio, "low": low, "high": high, "pairs": pairs, "goal": 0.98, "met": low >= 0.98, "per_cpu_second": interval(found["cpu"]),
+        "ratio": ratio, "low": low, "high": high, "pairs": pairs, "goal": 0.98, "met": low >= 0.98,
+        "per_cpu_second": interval(found["cpu"]),
         "each": [round(math.exp(value), 4) for value in found["throughput"]],
     }
 

@@ -162,7 +162,9 @@ def judge_faults(server, judge, base):
 
 
 def several_api_servers(tiny, state, port, log, base, negated, half, scratch):
-    """Restarted with two API servers: the state's weights and the arms that were added are back, both processes route alike, metrics add up, SIGTERM ends all."""
+    """Restarted with two API servers: the state's weights and the arms that were added are back, both processes route alike, metrics add
+    up, SIGTERM ends all.
+    """
     command = sku_serve(
         tiny,
         "--port",

@@ -27,8 +27,8 @@ def answers(server, arm):
 def test_two_engines_behind_one_api_server(tiny, tmp_path):
     port = free_port("127.0.0.1")
     command = sku_serve(
-        tiny, "--port", port, "--expose-arms", "--judge", f"lexicon:{tiny}/lexicon.json", "--data-parallel-size", 2, "--api-server-count", 1,
-        *FLAGS,
+        tiny, "--port", port, "--expose-arms", "--judge", f"lexicon:{tiny}/lexicon.json",
+        "--data-parallel-size", 2, "--api-server-count", 1, *FLAGS,
     )
     with serve(*command, port=port, log=tmp_path / "server.log", env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, ready=400) as server:
         base, negated = answers(server, "original"), answers(server, "negated")

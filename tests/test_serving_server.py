@@ -424,6 +424,26 @@ def test_a_state_that_cannot_be_written_changes_nothing(served, client, tiny):
     served.control("PUT", "arms/negated", {"spec": f"lora:{tiny}/adapter@0.45"})  # the slot of the one that failed is free again
 
 
+def test_a_restore_that_cannot_be_written_down_leaves_nothing_that_answers_with_the_original(served, client, tiny):
+    original = by_arm(client, "original", PROMPTS[0])
+    served.control("POST", "swap", {"adapter": str(tiny / "adapter"), "scale": 1.0})
+    swapped = by_arm(client, "swapped", PROMPTS[0])
+    obstacle = served.place / f"state/.sku_state.json.{served.process.pid}.tmp"
+    obstacle.mkdir()
+    try:
+        with pytest.raises(RunError, match="500.*Is a directory"):
+            served.control("POST", "restore")
+        assert httpx.get(f"{served.url}/sku/ready").status_code == 503
+        with pytest.raises(openai.InternalServerError):
+            say(client, PROMPTS[0])
+        with pytest.raises(RunError, match="400.*unknown state"):
+            served.control("POST", "swap", {"adapter": str(tiny / "adapter"), "scale": 1.0})
+    finally:
+        obstacle.rmdir()
+    assert served.control("POST", "restore")["probe"]["from_base"] == 0.0
+    assert by_arm(client, "original", PROMPTS[0]) == original != swapped
+
+
 def test_an_upstream_arm_answers_and_its_failure_is_503(served, client, tiny):
     text = by_arm(client, "loop", PROMPTS[2])
     assert text in (by_arm(client, "original", PROMPTS[2]), by_arm(client, "negated", PROMPTS[2]))

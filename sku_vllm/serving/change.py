@@ -167,7 +167,8 @@ class Staged:
         try:
             self.runtime.state.put(await self.written)
         except OSError as error:
-            raise RunError(f"{self.runtime.state.path}: {error.strerror}; nothing was changed, make room there and try again") from error
+            file = self.runtime.state.path
+            raise RunError(f"{file}: {error.strerror}, so the change is not in force; make room there and try again") from error
         return self.runtime.table
 
     async def __aexit__(self, *exception: object) -> None:

@@ -48,7 +48,7 @@ class ModelSwap:
                     except Exception as error:
                         await self._back_to_base(error)
                         if table.swap:  # an earlier swap is undone with it
-                            self.runtime.change(table.changed(swap=None))
+                            self._forget_swap(table)
                         raise RunError(f"the swap failed, and the base serves again: {error}") from error
                     seconds = time.perf_counter() - start
                     self.runtime.metrics.swap_seconds.observe(seconds)
@@ -67,9 +67,13 @@ class ModelSwap:
                     if error:
                         self.runtime.broken = error
                         raise RunError(f"the base could not be restored: {error}; restart this server")
-                    self.runtime.broken = None
                     off = distance(self.base_probe, await Probe.take(self.runtime)) if self.base_probe else None
-                    await staged.commit()
+                    try:
+                        await staged.commit()
+                    except RunError as failure:  # the table still names the swap, whose arm must not answer with the original
+                        self.runtime.broken = str(failure)
+                        raise
+                    self.runtime.broken = None
         return {"swap": None, "seconds": time.perf_counter() - start, "probe": {"from_base": off}}
 
     def _swap_allowed(self) -> None:
@@ -137,6 +141,13 @@ class ModelSwap:
             raise RunError(
                 f"the swap failed ({cause}) and so did the way back ({error}); every arm of this engine answers 503 until a restart"
             ) from cause
+
+    def _forget_swap(self, table: Table) -> None:
+        """The table without its swap; where that cannot be written, nothing may answer in its name."""
+        try:
+            self.runtime.change(table.changed(swap=None))
+        except OSError as error:
+            self.runtime.broken = f"{self.runtime.state.path}: {error.strerror}"
 
     async def _restored(self) -> str | None:
         """Load the base and its arms again and compare the probe; what went wrong, or None."""
