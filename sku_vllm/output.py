@@ -45,12 +45,12 @@ def check_output(output: str | Path) -> Path:
 
 
 @contextmanager
-def output_directory(output: str | Path, *, resume: bool = False, mode: int = 0o755) -> Iterator[Path]:
+def output_directory(output: str | Path, *, resume: bool = False, mode: int = 0o755, sync: bool = True) -> Iterator[Path]:
     """Yield `OUTPUT.partial/` to write into; on success sync it and rename it to `OUTPUT`.
 
     On an error of ours or an interrupt the partial directory is removed, unless `resume` is set: a command that can
     continue (train, eval) keeps it, and a later call with `resume=True` finds what is there. A stale partial directory
-    of a killed run is replaced.
+    of a killed run is replaced. Without `sync` the caller syncs it, before anything that outlives a power cut refers to it.
     """
     output = check_output(output)
     partial = partial_path(output)
@@ -60,11 +60,13 @@ def output_directory(output: str | Path, *, resume: bool = False, mode: int = 0o
         partial.mkdir(parents=True, exist_ok=True)
         os.chmod(partial, mode)
         yield partial
-        sync_tree(partial)
+        if sync:
+            sync_tree(partial)
         if output.is_dir():
             output.rmdir()
         os.rename(partial, output)
-        sync_path(output.parent)
+        if sync:
+            sync_path(output.parent)
     except OSError as error:
         _discard(partial, resume)
         raise SkuError(f"{output}: {error.strerror or error}; nothing was written there") from error

@@ -25,7 +25,7 @@ class Negation:
 
 
 def materialise(arm: Arm, model: str, directory: Path, *, revision: str | None = None, any_base: bool = False) -> Negation:
-    """Write base − scale·delta of a `lora:` arm as an adapter to be added, unless it is there already.
+    """Write base − scale·delta of a `lora:` arm as an adapter to be added, unless it is there already. `StateFile.stage` syncs it.
 
     Raises:
         AdapterError: not a LoRA adapter, made for another base, already negated, or of shapes this base does not have.
@@ -45,7 +45,7 @@ def materialise(arm: Arm, model: str, directory: Path, *, revision: str | None =
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / f"{adapter.digest[:16]}@{arm.scale:.2f}"
     if not (path / "sku_run.json").is_file():
-        with output_directory(path, mode=0o700) as partial:
+        with output_directory(path, mode=0o700, sync=False) as partial:
             write_negation(adapter, arm.scale, partial)
     return Negation(path, adapter_rank(adapter))
 

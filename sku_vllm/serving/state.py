@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.errors import ConfigError, SkuError
-from sku_vllm.output import json_text, stage_text
+from sku_vllm.output import json_text, stage_text, sync_path, sync_tree
 from sku_vllm.serving.arms import Arm
 
 FILE = "sku_state.json"
@@ -95,7 +95,13 @@ class StateFile:
         self.put(self.stage(table))
 
     def stage(self, table: Table) -> Path:
-        """The file to be, complete and synced beside the one in force, which `put` replaces by it."""
+        """The file to be, complete and synced beside the one in force, which `put` replaces by it; every adapter it newly names is synced
+        before, so that no table on disk names one that a power cut could lose.
+        """
+        known = set(self._table.arms.values()) if self._table else set()
+        for path in {served.path for served in table.arms.values() if served.path and served not in known}:
+            sync_tree(path)
+            sync_path(Path(path).parent)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return stage_text(self.path, json_text(table.to_json()), mode=0o600)
 
