@@ -99,7 +99,12 @@ def sync_tree(directory: str | Path) -> None:
 
 def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
     """Write a file through a temporary sibling: synced, then renamed."""
-    os.replace(stage_text(path, text, mode=mode), path)
+    staged = stage_text(path, text, mode=mode)
+    try:
+        os.replace(staged, path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def stage_text(path: str | Path, text: str, *, mode: int = 0o644) -> Path:
