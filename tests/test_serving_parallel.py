@@ -1,4 +1,6 @@
-"""Two engines behind one API server (data parallel): both serve every arm, an adapter changes in both, a whole-model swap is refused."""
+"""Two engines behind one API server (data parallel): both serve every arm, an adapter changes in both, a whole-model swap is refused, and
+the death of a worker ends the server as a failure.
+"""
 
 import concurrent.futures
 import sys
@@ -10,7 +12,7 @@ from sku_vllm.errors import RunError
 from sku_vllm.serving.server import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
-from serving_tools import FLAGS, PROMPTS, complete, eventually, serve, sku_serve, text  # noqa: E402
+from serving_tools import FLAGS, PROMPTS, all_gone, complete, eventually, family, serve, sku_serve, text  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -43,3 +45,12 @@ def test_two_engines_behind_one_api_server(tiny, tmp_path):
         assert answers(server, "negated") == negated
         with pytest.raises(RunError, match="400.*one engine"):
             server.control("POST", "swap", {"adapter": str(tiny / "adapter"), "scale": 1.0})
+        a_worker_is_killed(server)
+
+
+def a_worker_is_killed(server):
+    """Nothing is left half alive, and a supervisor sees a failure: vLLM itself ends with 0."""
+    processes = family(server.process)
+    next(each for each in processes if each.cmdline()[0].startswith("VLLM::Worker")).kill()
+    assert server.process.wait(120) == 3
+    assert all_gone(processes)

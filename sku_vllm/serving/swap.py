@@ -33,7 +33,7 @@ class SkuWorkerExtension:
             why = self._sku_prepare(model, source)
             return {"ok": True, "tensors": tensors, "in_place": why is None, "why": why}
         except Exception as error:
-            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            return {"ok": False, "error": said(error)}
 
     def sku_swap(self, model: str, source: dict[str, Any] | None, in_place: bool = False) -> dict[str, Any]:
         """Load the weights `source` describes; None restores the base from its files, which is exact.
@@ -50,7 +50,7 @@ class SkuWorkerExtension:
                 self._sku_reload(model, source)
             return {"ok": True, "seconds": time.perf_counter() - start}
         except Exception as error:
-            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            return {"ok": False, "error": said(error)}
 
     def sku_weights(self, model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, Any]]:
         return weights(model, source)
@@ -86,6 +86,13 @@ class SkuWorkerExtension:
 
     def _sku_on_cpu(self) -> bool:
         return getattr(getattr(self, "device", None), "type", "cpu") == "cpu"
+
+
+def said(error: Exception) -> str:
+    """Ours say enough by themselves; of others the kind matters too."""
+    from sku_vllm.errors import SkuError
+
+    return str(error) if isinstance(error, SkuError) else f"{type(error).__name__}: {error}"
 
 
 def check_source(model: str, source: dict[str, Any], *, on_cpu: bool) -> int:
