@@ -215,6 +215,11 @@ def test_the_responses_and_messages_apis_are_routed_too(client, served):
     )
     assert reply.headers["x-sku-arm"] == "negated"
     assert reply.parse().output_text == by_arm(client, "negated", "w1 w2 w3", tokens=6)
+    events = client.responses.create(
+        model="sku", input="w1 w2 w3", max_output_tokens=6, temperature=0, stream=True, extra_headers={**TOKEN, "X-SKU-Arm": "negated"}
+    )
+    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert said == by_arm(client, "negated", "w1 w2 w3", tokens=6)
     reply = httpx.post(f"{served.url}/messages", headers={**TOKEN, "X-SKU-Arm": "negated"},
                        json={"model": "sku", "max_tokens": 6, "temperature": 0, "messages": [{"role": "user", "content": "w1 w2 w3"}]})
     assert reply.status_code == 200 and reply.headers["x-sku-arm"] == "negated"
