@@ -156,7 +156,8 @@ def describe(action: str, answer: Any) -> str:
         return json.dumps(answer, indent=2)
     lines = [f"{name:16} {arm['weight']:6.1%}  {arm['spec']}" for name, arm in answer["arms"].items()]
     if answer.get("swap"):
-        lines.append(f"whole-model swap in force: {source_of(answer['swap'])} has all of this engine's traffic; undo it with sku ctl restore")
+        what = source_of(answer["swap"])
+        lines.append(f"whole-model swap in force: {what} has all of this engine's traffic; undo it with sku ctl restore")
     if action == "status":
         lines += status_lines(answer)
     if "seconds" in answer:

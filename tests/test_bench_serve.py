@@ -22,7 +22,8 @@ def test_pieces_gather_and_another_load_is_refused(tmp_path):
 
 
 def test_the_page_shows_what_was_measured_and_nothing_else():
-    ratio = {"ratio": 1.0, "low": 0.97, "high": 1.03, "pairs": 20, "requests": 96, "goal": 0.98, "met": False, "per_cpu_second": [1, 0.9, 1.1]}
+    ratio = {"ratio": 1.0, "low": 0.97, "high": 1.03, "pairs": 20, "requests": 96, "goal": 0.98, "met": False}
+    ratio["per_cpu_second"] = [1, 0.9, 1.1]
     page = markdown({**LOAD, "machine": MACHINE, "ratios": {RATIOS["alias"]: ratio}})
     assert "| alias / naming the arm | 1.000 | 0.970 – 1.030 (20 pairs of runs of 96 requests) | ≥ 0.98: not met |" in page
     assert "swap" not in page and "soak" not in page and "middleware" not in page
