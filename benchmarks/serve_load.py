@@ -4,9 +4,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import io
-import statistics
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,11 @@ class Load:
         self.requests = 2 * concurrency
         self.seed = 0
 
-    def calibrate(self, server: Any, seconds: float) -> None:
+    def calibrate(self, server: Any, seconds: float) -> int:
         """As many requests as take about `seconds`, in whole rounds of the concurrency."""
         rounds = self(server, "sku")["throughput"] * seconds / (self.tokens * self.concurrency)
         self.requests = self.concurrency * max(2, round(rounds))
+        return self.requests
 
     def __call__(self, server: Any, model: str) -> dict[str, Any]:
         """Tokens/s, latencies and the server's CPU seconds per token; a new seed each time, so nothing is served from a cache."""
@@ -71,15 +71,6 @@ def cpu_seconds(server: Any) -> float:
             times = process.cpu_times()
             total += times.user + times.system
     return total
-
-
-def side_by_side(contenders: dict[str, Callable[[], dict[str, Any]]], runs: int) -> dict[str, dict[str, float]]:
-    """Each contender's medians over interleaved runs."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    for _ in range(runs):
-        for name, run in contenders.items():
-            found[name].append(run())
-    return {name: {key: statistics.median(each[key] for each in values) for key in values[0]} for name, values in found.items()}
 
 
 @contextlib.contextmanager

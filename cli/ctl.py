@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -163,11 +164,50 @@ def describe(action: str, answer: Any) -> str:
         return "ready: every arm is served"
     if action == "experiment":
         return "\n".join(experiment_lines(answer))
-    if "arms" in answer:
-        lines = [f"{name:16} {arm['weight']:6.1%}  {arm['spec']}" for name, arm in answer["arms"].items()]
-        swap = answer.get("swap")
-        return "\n".join([*lines, *([f"whole-model swap in force: {swap}"] if swap else []), *answer.get("notes", [])])
-    return json.dumps(answer, indent=2)
+    if action in ("swap", "restore"):
+        return swap_line(answer)
+    if "arms" not in answer:
+        return json.dumps(answer, indent=2)
+    lines = [f"{name:16} {arm['weight']:6.1%}  {arm['spec']}" for name, arm in answer["arms"].items()]
+    if answer.get("swap"):
+        what = source_of(answer["swap"])
+        lines.append(f"whole-model swap in force: {what} has all of this engine's traffic; undo it with sku ctl restore")
+    if action == "status":
+        lines += status_lines(answer)
+    if "seconds" in answer:
+        lines.append(f"the new version answers, {answer['seconds']:.3f} s after it was on disk")
+    return "\n".join([*lines, *answer.get("notes", [])])
+
+
+def status_lines(answer: Any) -> Iterator[str]:
+    """What beside the arms an operator wants to know."""
+    yield "ready" if answer["ready"] else f"NOT READY: {answer['broken'] or 'arms are still loading'}"
+    yield from (f"arm {name} answers 503: {why}" for name, why in answer["failures"].items())
+    yield f"{answer['in_flight']} requests in flight"
+    if answer["judge"]:
+        yield f"judge {answer['judge']} on {answer['judge_sample']:.0%} of answers, {answer['judge_waiting']} waiting for it"
+    else:
+        yield "no judge: rates are not measured (start with --judge)"
+    yield f"state in {answer['state']}" if answer["state"] else "no --state: a restart forgets weights and arms that were changed"
+    shown = "clients may choose an arm" if answer["expose_arms"] else "only X-SKU-Token may choose an arm"
+    yield f"sku {answer['version']}; {shown}{'; responses do not name it' if answer['blind'] else ''}"
+
+
+def swap_line(answer: Any) -> str:
+    """How a whole-model swap or its undoing went."""
+    off, source = answer["probe"], answer["swap"]
+    if source is None:
+        exact = "" if off["from_base"] is None else f"; its probe is {off['from_base']:.2g} nats from the one before any swap"
+        return f"the base serves again after {answer['seconds']:.3f} s{exact}"
+    near = "" if off["from_expected"] is None else f" and {off['from_expected']:.2g} from the same edit as an adapter"
+    return (
+        f"{source_of(source)} serves after {answer['seconds']:.3f} s, of which requests waited {answer['stalled_seconds']:.3f} s "
+        f"({'edited in place' if answer['in_place'] else 'reloaded'}); its probe is {off['from_base']:.2g} nats from the base{near}"
+    )
+
+
+def source_of(swap: Any) -> str:
+    return f"{swap['adapter']}@{swap['scale']:g}" if "adapter" in swap else str(swap["checkpoint"])
 
 
 def experiment_lines(answer: Any) -> list[str]:

@@ -63,9 +63,10 @@ def command(json_output: bool, host: str, port: int, vllm_flags: tuple[str, ...]
         log(f"serving {server.url} as model \"sku\": {split}")
         if json_output:
             print_json({"url": server.url, "pid": server.process.pid, "arms": config.arms, "split": config.parsed_split()})
-        code = server.process.wait()
-        if code:
-            raise RunError(f"the server ended by itself with code {code}")
+        code = server.process.wait()  # vLLM ends with 0 also when its engine has died; being asked to stop never gets here
+        raise RunError(
+            f"the server ended by itself (code {code}): its log says why; with --state a restart serves the same arms and weights"
+        )
 
 
 # Unknown flags are vLLM's; its parser has the last word on them.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.delta import Dense, LowRank
 from sku_vllm.errors import AdapterError, CheckpointError, ConfigError
-from sku_vllm.output import output_directory, record, write_json, write_text
+from sku_vllm.output import json_text, output_directory, record, write_text
 from sku_vllm.peft_format import FACTOR, WEIGHTS, check_config, read_factors
 
 if TYPE_CHECKING:
@@ -143,31 +143,37 @@ def negate(path: str | Path, scale: float, output: str | Path, *, as_is: bool = 
     """
     import math
 
-    from safetensors.torch import save_file
-
     if not math.isfinite(scale) or scale < 0:
         raise ConfigError(f"--scale {scale}: must be a number ≥ 0; 1 subtracts exactly what was trained")
     adapter = load_adapter(path, as_is=as_is)
+    with output_directory(output, mode=0o700) as partial:
+        tensors = write_negation(adapter, scale, partial)
+        write_text(partial / "README.md", _card(adapter, scale))
+        result = {"adapter": str(path), "scale": scale, "source_digest": adapter.digest, "tensors": tensors, "output": str(output)}
+        record(partial, "negate", result, {"adapter": str(path), "scale": scale, "as_is": as_is, "output": str(output)})
+    return result
+
+
+def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
+    """The files that PEFT and vLLM read of a negated adapter, into an `output_directory` (which syncs them); how many tensors they hold."""
+    from safetensors.torch import save_file
+
     file = DENSE if adapter.dense else WEIGHTS
     reader = CheckpointReader(adapter.path / file)
     tensors = {}
     for key in reader.names:
         factor = FACTOR.match(key)
         if adapter.dense or (factor and factor["side"] == "B"):
-            tensors[key] = _times(reader.tensor(key), -scale)
+            tensors[key] = _times(reader.mapped(key), -scale)
         elif factor:
-            tensors[key] = reader.tensor(key)
+            tensors[key] = reader.mapped(key)
     run = {**adapter.run, "schema": "sku.run/1", "negated": {"scale": scale, "source_digest": adapter.digest}}
     run.setdefault("adapter_kind", "dense" if adapter.dense else "lora")
-    with output_directory(output, mode=0o700) as partial:
-        save_file(tensors, partial / file, metadata={"format": "pt"})
-        if not adapter.dense:
-            write_json(partial / "adapter_config.json", {**adapter.config, "inference_mode": True})
-        write_json(partial / RUN, run)
-        write_text(partial / "README.md", _card(adapter, scale))
-        result = {"adapter": str(path), "scale": scale, "source_digest": adapter.digest, "tensors": len(tensors), "output": str(output)}
-        record(partial, "negate", result, {"adapter": str(path), "scale": scale, "as_is": as_is, "output": str(output)})
-    return result
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+    if not adapter.dense:
+        (directory / "adapter_config.json").write_text(json_text({**adapter.config, "inference_mode": True}), encoding="utf-8")
+    (directory / RUN).write_text(json_text(run), encoding="utf-8")
+    return len(tensors)
 
 
 def _times(tensor: "torch.Tensor", factor: float) -> "torch.Tensor":

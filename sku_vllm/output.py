@@ -5,6 +5,7 @@ Unfinished work lives in `OUTPUT.partial/`; `OUTPUT` appears by one rename, afte
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -46,12 +47,15 @@ def check_output(output: str | Path) -> Path:
 
 
 @contextmanager
-def output_directory(output: str | Path, *, resume: bool = False, keep: bool = False, mode: int = 0o755) -> Iterator[Path]:
+def output_directory(
+    output: str | Path, *, resume: bool = False, keep: bool = False, mode: int = 0o755, sync: bool = True
+) -> Iterator[Path]:
     """Yield `OUTPUT.partial/` to write into; on success sync it and rename it to `OUTPUT`.
 
     On an error of ours or an interrupt the partial directory is removed, unless `keep` is set: a command that can
     continue (train, eval) keeps what is in it, and a later call with `resume` finds it. Without `resume` a stale partial
-    directory of a killed run is emptied; one that another process is writing to is refused.
+    directory of a killed run is emptied; one that another process is writing to is refused. Without `sync` the caller
+    syncs it, before anything that outlives a power cut refers to it.
     """
     output = check_output(output)
     partial = partial_path(output)
@@ -63,11 +67,13 @@ def output_directory(output: str | Path, *, resume: bool = False, keep: bool = F
                     clear(partial)
                 os.chmod(partial, mode)
                 yield partial
-                sync_tree(partial)
+                if sync:
+                    sync_tree(partial)
                 if output.is_dir():
                     output.rmdir()
                 os.rename(partial, output)
-                sync_path(output.parent)
+                if sync:
+                    sync_path(output.parent)
             except BaseException:
                 if keep:
                     with contextlib.suppress(OSError):
@@ -129,6 +135,16 @@ def sync_tree(directory: str | Path) -> None:
 
 def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
     """Write a file through a temporary sibling: synced, then renamed."""
+    staged = stage_text(path, text, mode=mode)
+    try:
+        os.replace(staged, path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def stage_text(path: str | Path, text: str, *, mode: int = 0o644) -> Path:
+    """The temporary sibling alone, written and synced: renaming it to `path` is all that is left to do."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -137,23 +153,28 @@ def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return temporary
 
 
 def write_json(path: str | Path, value: Any, *, mode: int = 0o644) -> None:
     """`write_text` of indented JSON; NaN and infinity are refused, since JSON has neither. Raises SkuError."""
     try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json_text(value)
     except ValueError as error:
         raise SkuError(f"{path}: cannot be written, it would hold NaN or infinity; look for one in the input") from error
-    write_text(path, text + "\n", mode=mode)
+    write_text(path, text, mode=mode)
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that shape results, without importing them."""
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """Versions of this package, Python and the libraries that shape results, without importing them; 25 ms the first time."""
     from sku_vllm import __version__
 
     found = {"sku_vllm": __version__, "python": platform.python_version()}

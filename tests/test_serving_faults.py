@@ -18,7 +18,7 @@ from sku_vllm.serving.server import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
 from serving_prometheus import check_prometheus  # noqa: E402
-from serving_tools import FLAGS, PROMPTS, JudgeServer, all_gone, complete, eventually, family, serve, sku_serve, text  # noqa: E402
+from serving_tools import FLAGS, PROMPTS, TOKEN, JudgeServer, all_gone, complete, eventually, family, serve, sku_serve, text  # noqa: E402
 
 pytestmark = pytest.mark.slow
 FAILING_WORKER = '''
@@ -91,6 +91,9 @@ def test_a_server_with_everything_going_wrong_then_killed_then_restarted(tiny, t
         guard(server, base)
         judge_faults(server, judge, base)
         server.control("PUT", "weights", {"weights": {"original": 0.25, "negated": 0.75}})
+        server.control("POST", "arms", {"name": "half", "spec": f"lora:{tiny}/adapter@0.5"})
+        server.control("POST", "arms", {"name": "far", "spec": "upstream:http://127.0.0.1:9/v1#m"})
+        half = {prompt: text(complete(server, "half", prompt)) for prompt in PROMPTS}
         processes = family(server.process)
         assert len(processes) >= 3
         server.process.kill()  # the hardest end: sku serve cannot clean up itself
@@ -100,7 +103,7 @@ def test_a_server_with_everything_going_wrong_then_killed_then_restarted(tiny, t
     assert list(left.glob("adapters/*")) == [] and (left / "serve.yaml").stat().st_mode & 0o777 == 0o600
     done = run_sku(*sku_serve(tiny, "--port", port, "--split", "original=0.9,negated=0.1", "--state", state)[3:])
     assert done.returncode == 2 and "--reset-state" in done.stderr
-    several_api_servers(tiny, state, port, log, base, negated, scratch)
+    several_api_servers(tiny, state, port, log, base, negated, half, scratch)
     assert list(scratch.glob("sku-serve-*")) == [], "the killed server's directory was not reclaimed, or the next one left its own"
 
 
@@ -158,8 +161,10 @@ def judge_faults(server, judge, base):
     assert eventually(lambda: server.metric("sku_judge_errors_total") > errors, 60)
 
 
-def several_api_servers(tiny, state, port, log, base, negated, scratch):
-    """Restarted with two API servers: the state's weights are back, both processes route alike, metrics add up, SIGTERM ends all."""
+def several_api_servers(tiny, state, port, log, base, negated, half, scratch):
+    """Restarted with two API servers: the state's weights and the arms that were added are back, both processes route alike, metrics add
+    up, SIGTERM ends all.
+    """
     command = sku_serve(
         tiny,
         "--port",
@@ -176,7 +181,7 @@ def several_api_servers(tiny, state, port, log, base, negated, scratch):
         *FLAGS,
     )
     with serve(*command, port=port, log=log, env={"TMPDIR": str(scratch)}) as server:
-        assert server.control("GET", "arms")["traffic"] == {"original": 0.25, "negated": 0.75}
+        assert server.control("GET", "arms")["traffic"] == {"original": 0.25, "negated": 0.75, "half": 0.0, "far": 0.0}
         from sku_vllm.serving.routing import choose_arm
 
         def ask(number):
@@ -198,6 +203,10 @@ def several_api_servers(tiny, state, port, log, base, negated, scratch):
             assert eventually(lambda: sum(row["judged"] for row in server.control("GET", "experiment")["arms"].values()) == 96)
         assert page["arms"]["negated"]["latency_s"]["n"] > 48
         assert server.metric("sku_request_latency_seconds_count") == 96 and server.metric("sku_arm_weight", arm="negated") == 0.75
+        chosen = {"X-SKU-Token": TOKEN, "X-SKU-Arm": "half"}
+        for prompt in PROMPTS:
+            body = {"model": "sku", "prompt": prompt, "max_tokens": 6, "temperature": 0}
+            assert text(httpx.post(f"{server.url}/completions", headers=chosen, json=body, timeout=60)) == half[prompt]
         server.control("PUT", "weights", {"weights": {"negated": 1.0}})
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda number: text(complete(server, "sku", PROMPTS[number % 16])), range(48)))

@@ -56,6 +56,18 @@ def test_several_api_servers_need_something_to_share(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--distributed-executor-backend", "--data-parallel-backend"])
+def test_ray_is_refused_where_vllm_cannot_run_on_it(tiny, run_sku, flag):
+    from vllm.platforms import current_platform
+
+    if current_platform.ray_device_key:
+        pytest.skip("vLLM runs on Ray here")
+    done = run_sku("serve", "--model", tiny / "base", "--arm", "original=base", "--port", 0, flag, "ray")
+    assert done.returncode == 2, done.stderr
+    assert f"{flag} ray: vLLM does not run on Ray on this platform" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_adapters_on_a_mixture_of_experts_are_refused_on_a_cpu(tiny, tmp_path, run_sku):
     """A real one, with an adapter that fits it: exit 2, one line, before an engine starts."""
     import shutil

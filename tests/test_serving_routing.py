@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sku_vllm.errors import ConfigError
+from sku_vllm.errors import AdapterError, ConfigError
 from sku_vllm.serving.arms import parse_arms, parse_split
 from sku_vllm.serving.config import ServeConfig, read_config
 from sku_vllm.serving.guard import parse_rule, without
@@ -125,6 +125,33 @@ def test_a_rule_reads_as_written_and_the_weight_goes_to_the_others():
     assert without({"a": 0.6, "b": 0.2, "c": 0.2}, "c") == {"a": pytest.approx(0.75), "b": pytest.approx(0.25), "c": 0.0}
     assert without({"a": 0.0, "c": 1.0}, "c") == {"a": 1.0, "c": 0.0}
     assert without({"c": 1.0}, "c") == {"c": 1.0}
+
+
+def test_a_state_that_was_moved_or_emptied_finds_its_adapters_again(tiny, tmp_path):
+    import shutil
+    from pathlib import Path
+
+    from sku_vllm.serving.begin import prepare_state
+    from sku_vllm.serving.state import StateFile
+
+    adapter = shutil.copytree(tiny / "adapter", tmp_path / "adapter")
+
+    def begin(place):
+        arms = ["original=base", f"negated=lora:{adapter}@0.7"]
+        return prepare_state(ServeConfig(str(tiny / "base"), arms, state=str(place)), StateFile(place)).arms["negated"]
+
+    first = begin(tmp_path / "here")
+    assert begin(tmp_path / "here") == first
+    (tmp_path / "here").rename(tmp_path / "there")
+    adapter.rename(tmp_path / "away")  # a moved state needs the raw adapter no more
+    moved = begin(tmp_path / "there")
+    assert Path(moved.path).is_dir() and Path(moved.path).is_relative_to(tmp_path / "there") and moved.lora_id == first.lora_id
+    shutil.rmtree(tmp_path / "there/adapters")
+    with pytest.raises(AdapterError, match="--arm negated|no such adapter"):
+        begin(tmp_path / "there")
+    (tmp_path / "away").rename(adapter)
+    again = begin(tmp_path / "there")
+    assert again == moved and (Path(again.path) / "adapter_model.safetensors").is_file()
 
 
 def test_a_port_that_is_taken_is_said_before_the_engine_starts(tiny, run_sku):

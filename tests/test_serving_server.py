@@ -114,7 +114,7 @@ def test_endpoints_that_are_not_routed_do_not_reach_the_model(served):
     """Every POST route of this vLLM, with a body that would make it generate: none answers with the original's text."""
     paths = [
         path
-        for path, methods in httpx.get(f"{served.root}/openapi.json").json()["paths"].items()
+        for path, methods in httpx.get(f"{served.root}/openapi.json", timeout=60).json()["paths"].items()
         if "post" in methods and "/sku/" not in path
     ]
     assert "/v1/chat/completions" in paths
@@ -217,6 +217,11 @@ def test_the_responses_and_messages_apis_are_routed_too(client, served):
     )
     assert reply.headers["x-sku-arm"] == "negated"
     assert reply.parse().output_text == by_arm(client, "negated", "w1 w2 w3", tokens=6)
+    events = client.responses.create(
+        model="sku", input="w1 w2 w3", max_output_tokens=6, temperature=0, stream=True, extra_headers={**TOKEN, "X-SKU-Arm": "negated"}
+    )
+    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert said == by_arm(client, "negated", "w1 w2 w3", tokens=6)
     reply = httpx.post(f"{served.url}/messages", headers={**TOKEN, "X-SKU-Arm": "negated"},
                        json={"model": "sku", "max_tokens": 6, "temperature": 0, "messages": [{"role": "user", "content": "w1 w2 w3"}]})
     assert reply.status_code == 200 and reply.headers["x-sku-arm"] == "negated"
@@ -384,7 +389,8 @@ def test_a_hot_swap_of_an_adapter_fails_nothing_and_mixes_nothing(served, client
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         workers = [pool.submit(load, worker) for worker in range(6)]
         time.sleep(2)
-        served.control("PUT", "arms/negated", {"spec": f"lora:{tiny}/adapter@0.4"})
+        done = served.control("PUT", "arms/negated", {"spec": f"lora:{tiny}/adapter@0.4"})
+        assert 0 < done["seconds"] < 60
         flipped = time.monotonic()
         for each in workers:
             each.result()
@@ -402,6 +408,47 @@ def test_an_adapter_directory_may_vanish_while_it_serves(served, client, tiny, t
     shutil.rmtree(tmp_path / "adapter")
     assert by_arm(client, "negated", PROMPTS[1]) == before
     served.control("PUT", "arms/negated", {"spec": f"lora:{tiny}/adapter@1"})
+
+
+def test_a_state_that_cannot_be_written_changes_nothing(served, client, tiny):
+    """As on a full disk: whatever is asked for fails in one line, and every arm answers as before, also after a swap that had worked."""
+    answers = {arm: by_arm(client, arm, PROMPTS[0]) for arm in ("original", "negated")}
+    before = served.control("GET", "arms")
+    obstacle = served.place / f"state/.sku_state.json.{served.process.pid}.tmp"
+    obstacle.mkdir()
+    try:
+        for method, path, body in (
+            ("PUT", "weights", {"weights": {"negated": 1.0}}),
+            ("PUT", "arms/negated", {"spec": f"lora:{tiny}/adapter@0.45"}),
+            ("POST", "swap", {"adapter": str(tiny / "adapter"), "scale": 1.0}),
+        ):
+            with pytest.raises(RunError, match="500.*Is a directory"):
+                served.control(method, path, body)
+    finally:
+        obstacle.rmdir()
+    assert served.control("GET", "arms") == before
+    assert {arm: by_arm(client, arm, PROMPTS[0]) for arm in answers} == answers
+    served.control("PUT", "arms/negated", {"spec": f"lora:{tiny}/adapter@0.45"})  # the slot of the one that failed is free again
+
+
+def test_a_restore_that_cannot_be_written_down_leaves_nothing_that_answers_with_the_original(served, client, tiny):
+    original = by_arm(client, "original", PROMPTS[0])
+    served.control("POST", "swap", {"adapter": str(tiny / "adapter"), "scale": 1.0})
+    swapped = by_arm(client, "swapped", PROMPTS[0])
+    obstacle = served.place / f"state/.sku_state.json.{served.process.pid}.tmp"
+    obstacle.mkdir()
+    try:
+        with pytest.raises(RunError, match="500.*Is a directory"):
+            served.control("POST", "restore")
+        assert httpx.get(f"{served.url}/sku/ready").status_code == 503
+        with pytest.raises(openai.InternalServerError):
+            say(client, PROMPTS[0])
+        with pytest.raises(RunError, match="400.*unknown state"):
+            served.control("POST", "swap", {"adapter": str(tiny / "adapter"), "scale": 1.0})
+    finally:
+        obstacle.rmdir()
+    assert served.control("POST", "restore")["probe"]["from_base"] == 0.0
+    assert by_arm(client, "original", PROMPTS[0]) == original != swapped
 
 
 def test_an_upstream_arm_answers_and_its_failure_is_503(served, client, tiny):
@@ -526,3 +573,17 @@ def test_the_experiment_page(served, client, run_sku):
     assert done.returncode == 0 and re.search(r"negated against original: ", done.stdout)
     done = run_sku("ctl", "status", "--server", served.root, "--token", "not this one")
     assert done.returncode == 2 and "SKU_TOKEN" in done.stderr
+
+
+def test_ctl_tells_a_newcomer_what_the_server_does(served, tiny, run_sku):
+    def ctl(*arguments):
+        done = run_sku("ctl", *arguments, "--server", served.root, "--token", "open sesame")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    status = ctl("status")
+    assert "\nready\n" in status and "judge lexicon:" in status and f"state in {served.place}" in status
+    assert re.search(r"the new version answers, 0\.\d+ s", ctl("replace", f"negated=lora:{tiny}/adapter@0.9"))
+    assert re.search(r"@1 serves after \d+\.\d+ s, of which requests waited .* nats from the base and", ctl("swap", f"{tiny}/adapter@1.0"))
+    assert "undo it with sku ctl restore" in ctl("arms")
+    assert re.search(r"the base serves again after .* 0 nats", ctl("restore"))

@@ -12,7 +12,10 @@ from sku_vllm.serving.materialise import materialise, served_rank
 from sku_vllm.serving.swap import check_source, weights
 
 
-def test_a_swap_yields_what_fuse_writes_bit_for_bit(tiny, tmp_path):
+@pytest.mark.parametrize("at_once", [1, 2**16, 2**26])
+def test_a_swap_yields_what_fuse_writes_bit_for_bit(tiny, tmp_path, monkeypatch, at_once):
+    """Tensor by tensor, several together, and all at once."""
+    monkeypatch.setattr("sku_vllm.serving.swap.AT_ONCE", at_once)
     from sku_vllm.fuse import fuse_checkpoint
 
     fuse_checkpoint(tiny / "base", [(tiny / "adapter", 0.7)], tmp_path / "fused")

@@ -1,8 +1,10 @@
 """The table a server starts with: what its state remembers, or what its flags say."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
+from sku_vllm.adapter import RUN
 from sku_vllm.errors import ConfigError
 from sku_vllm.serving.config import ServeConfig
 from sku_vllm.serving.materialise import materialise
@@ -37,19 +39,26 @@ def _begin(config: ServeConfig, state: StateFile) -> Table:
                 f"--state {config.state}: was begun with other arms or another split than these flags; leave them as they were "
                 "(the state's weights win), or add --reset-state to start from the flags"
             )
-        if table.swap is None:
+        arms = {name: _present(served, config, state) for name, served in table.arms.items()}
+        if table.swap is None and arms == table.arms:
             return table
-        state.write(table.changed(swap=None))  # the engine starts with the base's weights again
+        state.write(table.changed(arms=arms, swap=None))  # the engine starts with the base's weights again
         return state.read()
-    arms: dict[str, Served] = {}
+    arms = {}
     next_id = FIRST_LORA_ID
     for name, arm in config.parsed_arms().items():
-        path = ""
-        if arm.kind == "lora":
-            path = str(
-                materialise(arm, config.model, state.path.parent / "adapters", revision=config.revision, any_base=config.any_base).path
-            )
-        arms[name] = Served(arm, path, next_id if path else 0)
-        next_id += bool(path)
+        arms[name] = _present(Served(arm, "", next_id if arm.kind == "lora" else 0), config, state)
+        next_id += arm.kind == "lora"
     state.write(Table(arms, config.parsed_split(), started_with, next_id))
     return state.read()
+
+
+def _present(served: Served, config: ServeConfig, state: StateFile) -> Served:
+    """The arm with its negation on disk: written now where it is missing, as after the state's directory was moved or emptied."""
+    if not served.lora_id:
+        return served
+    place = state.path.parent / "adapters"
+    path = place / Path(served.path).name
+    if not served.path or not (path / RUN).is_file():
+        path = materialise(served.arm, config.model, place, revision=config.revision, any_base=config.any_base).path
+    return dataclasses.replace(served, path=str(path))

@@ -1,10 +1,12 @@
 """Changes of a running server: each under the writers' lock, each either whole or undone."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
-from sku_vllm.errors import ConfigError, InputError
+from sku_vllm.errors import ConfigError, InputError, RunError
 from sku_vllm.serving.arms import MAX_ARMS, check_split, parse_arm
 from sku_vllm.serving.materialise import materialise, served_rank
 from sku_vllm.serving.runtime import Runtime
@@ -23,10 +25,11 @@ class Changes:
 
     # ---- weights ------------------------------------------------------------------------------------------------
 
-    def set_weights(self, weights: Mapping[str, float]) -> Table:
+    async def set_weights(self, weights: Mapping[str, float]) -> Table:
         """Replace the split; in force for the next request of every process, and after a restart."""
         with self.runtime.state.locked() as table:
-            return self.runtime.change(table.changed(split=check_split(weights, list(table.arms), "weights")))
+            async with Staged(self.runtime, table.changed(split=check_split(weights, list(table.arms), "weights"))) as staged:
+                return await staged.commit()
 
     # ---- arms ---------------------------------------------------------------------------------------------------
 
@@ -38,21 +41,23 @@ class Changes:
             if len(table.arms) >= MAX_ARMS:
                 raise ConfigError(f"there are {MAX_ARMS} arms already; remove one first")
             served, next_id = await self.prepare(table, name, spec)
-            await self.load(served)
-            return self.runtime.change(table.changed(arms={**table.arms, name: served}, split={**table.split, name: 0.0}, next_id=next_id))
+            changed = table.changed(arms={**table.arms, name: served}, split={**table.split, name: 0.0}, next_id=next_id)
+            return await self._take_in(served, changed)
 
-    async def replace(self, name: str, spec: str) -> Table:
-        """New version under a new name and path, flip, retire: requests in flight finish on the old one."""
+    async def replace(self, name: str, spec: str) -> tuple[Table, float]:
+        """New version under a new name and path, flip, retire: requests in flight finish on the old one. Also the seconds from the version
+        on disk to answers from it.
+        """
         with self.runtime.state.locked() as table, Counted(self.runtime):
             old = _arm(table, name)
             served, next_id = await self.prepare(table, name, spec)
             start = time.perf_counter()
-            await self.load(served)
-            changed = self.runtime.change(table.changed(arms={**table.arms, name: served}, next_id=next_id))
-            self.runtime.metrics.swap_seconds.observe(time.perf_counter() - start)
+            changed = await self._take_in(served, table.changed(arms={**table.arms, name: served}, next_id=next_id))
+            seconds = time.perf_counter() - start
+            self.runtime.metrics.swap_seconds.observe(seconds)
             self.runtime.experiment.forget(name)
             self._retire(old)
-            return changed
+            return changed, seconds
 
     async def remove(self, name: str) -> Table:
         """Take an arm away; its weight must be 0 first, so that nobody is moved without being asked."""
@@ -63,7 +68,8 @@ class Changes:
             if len(table.arms) == 1:
                 raise ConfigError(f"{name!r} is the only arm; add another one first")
             keep = {each: served for each, served in table.arms.items() if each != name}
-            changed = self.runtime.change(table.changed(arms=keep, split={each: table.split[each] for each in keep}))
+            async with Staged(self.runtime, table.changed(arms=keep, split={each: table.split[each] for each in keep})) as staged:
+                changed = await staged.commit()
             self.runtime.experiment.forget(name)
             self._retire(old)
             return changed
@@ -86,6 +92,17 @@ class Changes:
                 f"restart it with --max-lora-rank {served_rank([negation.rank])}"
             )
         return Served(arm, str(negation.path), table.next_id), table.next_id + 1
+
+    async def _take_in(self, served: Served, changed: Table) -> Table:
+        """Load a prepared arm and put the table that names it in force: both, or neither."""
+        async with Staged(self.runtime, changed) as staged:
+            await self.load(served)
+            try:
+                return await staged.commit()
+            except RunError:
+                if served.lora_id:
+                    await self.runtime.engine.remove_lora(served.lora_id)
+                raise
 
     async def load(self, served: Served) -> None:
         """Put a prepared arm's adapter into the engine. Raises ConfigError with vLLM's reason when it cannot."""
@@ -132,6 +149,31 @@ class Changes:
             await asyncio.sleep(0.05)
         await self.runtime.engine.remove_lora(old.lora_id)
         del self.runtime.in_flight[old.lora_id]
+
+
+class Staged:
+    """A table that is written and synced off the event loop, while the block does what it stands for; `commit` renames it into force.
+    Left without, nothing has changed.
+    """
+
+    def __init__(self, runtime: Runtime, table: Table) -> None:
+        self.runtime, self.table = runtime, table
+
+    async def __aenter__(self) -> "Staged":
+        self.written: asyncio.Future[Path] = asyncio.ensure_future(asyncio.to_thread(self.runtime.state.stage, self.table))
+        return self
+
+    async def commit(self) -> Table:
+        try:
+            self.runtime.state.put(await self.written)
+        except OSError as error:
+            file = self.runtime.state.path
+            raise RunError(f"{file}: {error.strerror}, so the change is not in force; make room there and try again") from error
+        return self.runtime.table
+
+    async def __aexit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            (await self.written).unlink(missing_ok=True)
 
 
 class Counted:

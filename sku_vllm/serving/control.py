@@ -82,7 +82,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.put("/weights", summary="Change the split; atomic, persisted, in force for the next request of every process")
     async def weights(body: Weights, x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, lambda: listing(changes.set_weights(body.weights)))
+        return await answer(x_sku_token, lambda: then_list(changes.set_weights(body.weights)))
 
     @routes.post("/arms", summary="Add an arm with weight 0")
     async def add(body: NewArm, x_sku_token: str | None = Header(None)) -> Any:
@@ -90,7 +90,11 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.put("/arms/{name}", summary="Replace an arm: new version, flip, retire; nothing fails and nothing mixes")
     async def replace(name: str, body: ArmSpec, x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, lambda: then_list(changes.replace(name, body.spec)))
+        async def act() -> Any:
+            table, seconds = await changes.replace(name, body.spec)
+            return {**listing(table), "seconds": seconds}
+
+        return await answer(x_sku_token, act)
 
     @routes.delete("/arms/{name}", summary="Remove an arm of weight 0")
     async def remove(name: str, x_sku_token: str | None = Header(None)) -> Any:

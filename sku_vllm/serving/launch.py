@@ -56,6 +56,7 @@ def parse_flags(arguments: list[str]) -> tuple[Namespace, Any]:
         args = serve_flags().make_arg_parser(Parser(prog="sku serve")).parse_args(arguments)
         args.subparser = "serve"
         serve_flags().validate_parsed_serve_args(args)
+        check_ray(args)
         engine = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except ValidationError as error:
         raise ConfigError("vLLM refuses these flags: " + "; ".join(each["msg"] for each in error.errors())) from error
@@ -128,6 +129,18 @@ def on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+def check_ray(args: Namespace) -> None:
+    """Raises ConfigError where vLLM would end with an engine half started: its CPU platform names no Ray resource."""
+    from vllm.platforms import current_platform
+
+    for flag in ("distributed_executor_backend", "data_parallel_backend"):
+        if getattr(args, flag, None) == "ray" and not current_platform.ray_device_key:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} ray: vLLM does not run on Ray on this platform ({current_platform.device_name}); "
+                "leave it out, and vLLM starts its workers on this machine itself"
+            )
 
 
 def die_with_parent() -> None:

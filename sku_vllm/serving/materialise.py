@@ -1,12 +1,14 @@
 """The negation LoRA of an arm: checked against the base, written once into a private directory, found again by its digest."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sku_vllm.adapter import LoraAdapter, load_adapter, negate
+from sku_vllm.adapter import LoraAdapter, load_adapter, write_negation
 from sku_vllm.checkpoint import CheckpointReader, checkpoint_directory
 from sku_vllm.errors import AdapterError
+from sku_vllm.output import output_directory
 from sku_vllm.placement import place
 from sku_vllm.serving.arms import Arm
 
@@ -23,7 +25,7 @@ class Negation:
 
 
 def materialise(arm: Arm, model: str, directory: Path, *, revision: str | None = None, any_base: bool = False) -> Negation:
-    """Write base − scale·delta of a `lora:` arm as an adapter to be added, unless it is there already.
+    """Write base − scale·delta of a `lora:` arm as an adapter to be added, unless it is there already. `StateFile.stage` syncs it.
 
     Raises:
         AdapterError: not a LoRA adapter, made for another base, already negated, or of shapes this base does not have.
@@ -37,14 +39,21 @@ def materialise(arm: Arm, model: str, directory: Path, *, revision: str | None =
             f"--arm {arm.name}: {arm.source} is a dense task vector, which vLLM cannot add per request; "
             "fuse it and serve the result, or swap to it"
         )
-    reader = CheckpointReader(checkpoint_directory(model, revision))
+    reader = base_reader(model, revision)
     adapter.check_base(reader, any_base=any_base)
     check_fit(adapter, reader, arm)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / f"{adapter.digest[:16]}@{arm.scale:.2f}"
     if not (path / "sku_run.json").is_file():
-        negate(arm.source, arm.scale, path)
+        with output_directory(path, mode=0o700, sync=False) as partial:
+            write_negation(adapter, arm.scale, partial)
     return Negation(path, adapter_rank(adapter))
+
+
+@functools.lru_cache(1)
+def base_reader(model: str, revision: str | None) -> CheckpointReader:
+    """The served base, whose headers and identity are read once: every new adapter is held against them."""
+    return CheckpointReader(checkpoint_directory(model, revision))
 
 
 def adapter_rank(adapter: LoraAdapter) -> int:

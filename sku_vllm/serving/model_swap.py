@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from sku_vllm.errors import ConfigError, InputError, RunError
-from sku_vllm.serving.change import Changes, Counted
+from sku_vllm.serving.change import Changes, Counted, Staged
 from sku_vllm.serving.probe import Probe, distance
 from sku_vllm.serving.runtime import Runtime, lora_request
 from sku_vllm.serving.state import Table
@@ -35,7 +35,7 @@ class ModelSwap:
             with Counted(self.runtime):
                 in_place = await self._checked(source)
                 expected = await self._expected(source, table)
-                async with Drained(self.runtime):
+                async with Staged(self.runtime, table.changed(swap=source)) as staged, Drained(self.runtime):
                     base = self.base_probe or await Probe.take(self.runtime)
                     self.base_probe = base
                     begun = time.perf_counter()
@@ -43,13 +43,13 @@ class ModelSwap:
                         await self._load_weights(source, in_place)
                         after = await Probe.take(self.runtime)
                         verify_swap(base, after, expected)
+                        stalled = time.perf_counter() - begun
+                        await staged.commit()
                     except Exception as error:
                         await self._back_to_base(error)
                         if table.swap:  # an earlier swap is undone with it
-                            self.runtime.change(table.changed(swap=None))
+                            self._forget_swap(table)
                         raise RunError(f"the swap failed, and the base serves again: {error}") from error
-                    stalled = time.perf_counter() - begun
-                    self.runtime.change(table.changed(swap=source))
                     seconds = time.perf_counter() - start
                     self.runtime.metrics.swap_seconds.observe(seconds)
         return {"swap": source, "seconds": seconds, "stalled_seconds": stalled, "in_place": in_place,
@@ -62,14 +62,18 @@ class ModelSwap:
                 raise ConfigError("no whole-model swap is in force; there is nothing to restore")
             start = time.perf_counter()
             with Counted(self.runtime):
-                async with Drained(self.runtime):
+                async with Staged(self.runtime, table.changed(swap=None)) as staged, Drained(self.runtime):
                     error = await self._restored()
                     if error:
                         self.runtime.broken = error
                         raise RunError(f"the base could not be restored: {error}; restart this server")
-                    self.runtime.broken = None
                     off = distance(self.base_probe, await Probe.take(self.runtime)) if self.base_probe else None
-                    self.runtime.change(table.changed(swap=None))
+                    try:
+                        await staged.commit()
+                    except RunError as failure:  # the table still names the swap, whose arm must not answer with the original
+                        self.runtime.broken = str(failure)
+                        raise
+                    self.runtime.broken = None
         return {"swap": None, "seconds": time.perf_counter() - start, "probe": {"from_base": off}}
 
     def _swap_allowed(self) -> None:
@@ -137,6 +141,13 @@ class ModelSwap:
             raise RunError(
                 f"the swap failed ({cause}) and so did the way back ({error}); every arm of this engine answers 503 until a restart"
             ) from cause
+
+    def _forget_swap(self, table: Table) -> None:
+        """The table without its swap; where that cannot be written, nothing may answer in its name."""
+        try:
+            self.runtime.change(table.changed(swap=None))
+        except OSError as error:
+            self.runtime.broken = f"{self.runtime.state.path}: {error.strerror}"
 
     async def _restored(self) -> str | None:
         """Load the base and its arms again and compare the probe; what went wrong, or None."""

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sku_vllm.serving.runtime import Runtime
 
-PREFIXES = range(3, 25, 3)
-SCORED = 16
+PREFIXES = (8, 24)
+SCORED = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """log p(token | prefix), nats: 16 tokens after each of 8 prefixes of a fixed sequence."""
+    """log p(token | prefix), nats: 64 tokens after each of two prefixes of a fixed sequence.
+
+    The longer prefix passes every layer at 24 positions, so more prefixes of it would show nothing more; each costs a turn of the engine.
+    """
 
     values: tuple[float, ...]
 
@@ -47,7 +50,7 @@ class Probe:
 def probe_ids(vocabulary: int) -> list[int]:
     """Distinct token ids spread over the vocabulary by a fixed recurrence (Knuth's multiplicative hash)."""
     spread = dict.fromkeys((2654435761 * (step + 1) % 2**32) % vocabulary for step in range(256))
-    return list(spread)[: max(PREFIXES)]
+    return list(spread)[: max(*PREFIXES, SCORED)]
 
 
 def distance(left: Probe, right: Probe) -> float:

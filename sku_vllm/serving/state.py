@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.errors import ConfigError, SkuError
-from sku_vllm.output import write_json
+from sku_vllm.output import json_text, stage_text, sync_path, sync_tree
 from sku_vllm.serving.arms import Arm
 
 FILE = "sku_state.json"
@@ -92,8 +92,21 @@ class StateFile:
 
     def write(self, table: Table) -> None:
         """Replace the file in one rename; 0600, since arms name where harmful adapters lie."""
+        self.put(self.stage(table))
+
+    def stage(self, table: Table) -> Path:
+        """The file to be, complete and synced beside the one in force, which `put` replaces by it; every adapter it newly names is synced
+        before, so that no table on disk names one that a power cut could lose.
+        """
+        known = set(self._table.arms.values()) if self._table else set()
+        for path in {served.path for served in table.arms.values() if served.path and served not in known}:
+            sync_tree(path)
+            sync_path(Path(path).parent)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(self.path, table.to_json(), mode=0o600)
+        return stage_text(self.path, json_text(table.to_json()), mode=0o600)
+
+    def put(self, staged: Path) -> None:
+        os.replace(staged, self.path)
 
     @contextmanager
     def locked(self) -> Iterator[Table]:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sku_vllm.checkpoint import CheckpointReader
     from sku_vllm.placement import Placed
     from sku_vllm.serving.resident import Resident
 
+# Bytes of weights that are merged together and held beside the engine's own while it reloads.
+AT_ONCE = 2**26
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 
@@ -30,7 +33,7 @@ class SkuWorkerExtension:
             why = self._sku_prepare(model, source)
             return {"ok": True, "tensors": tensors, "in_place": why is None, "why": why}
         except Exception as error:
-            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            return {"ok": False, "error": said(error)}
 
     def sku_swap(self, model: str, source: dict[str, Any] | None, in_place: bool = False) -> dict[str, Any]:
         """Load the weights `source` describes; None restores the base from its files, which is exact.
@@ -47,7 +50,7 @@ class SkuWorkerExtension:
                 self._sku_reload(model, source)
             return {"ok": True, "seconds": time.perf_counter() - start}
         except Exception as error:
-            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            return {"ok": False, "error": said(error)}
 
     def sku_weights(self, model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, Any]]:
         return weights(model, source)
@@ -83,6 +86,13 @@ class SkuWorkerExtension:
 
     def _sku_on_cpu(self) -> bool:
         return getattr(getattr(self, "device", None), "type", "cpu") == "cpu"
+
+
+def said(error: Exception) -> str:
+    """Ours say enough by themselves; of others the kind matters too."""
+    from sku_vllm.errors import SkuError
+
+    return str(error) if isinstance(error, SkuError) else f"{type(error).__name__}: {error}"
 
 
 def check_source(model: str, source: dict[str, Any], *, on_cpu: bool) -> int:
@@ -138,11 +148,24 @@ def weights(model: str, source: dict[str, Any] | None) -> Iterator[tuple[str, An
         return
     reader = CheckpointReader(Path(model))
     placed = edits(model, source)
+    for names in batches(reader):
+        tensors = {name: reader.tensor(name) for name in names}
+        subtract({name: tensor for name, tensor in tensors.items() if name in placed}, placed)
+        yield from tensors.items()
+
+
+def batches(reader: "CheckpointReader") -> Iterator[list[str]]:
+    """Names in file order, together until they reach `AT_ONCE` bytes: a merge of one tensor at a time is mostly threads starting."""
+    names: list[str] = []
+    size = 0
     for name in reader.names:
-        tensor = reader.tensor(name)
-        if name in placed:
-            tensor = subtract(tensor, placed[name])
-        yield name, tensor
+        names.append(name)
+        size += reader.info(name).nbytes
+        if size >= AT_ONCE:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names
 
 
 def edits(model: str, source: dict[str, Any]) -> "dict[str, list[Placed]]":
@@ -154,12 +177,13 @@ def edits(model: str, source: dict[str, Any]) -> "dict[str, list[Placed]]":
     return place(CheckpointReader(Path(model)), [(load_adapter(source["adapter"]), float(source["scale"]))])
 
 
-def subtract(tensor: Any, placed: "list[Placed]") -> Any:
-    """round(tensor − Σ scale·delta), by the merge that a fuse on this machine's CPU uses."""
+def subtract(tensors: dict[str, Any], placed: "dict[str, list[Placed]]") -> None:
+    """Each tensor becomes round(tensor − Σ scale·delta), by the merge that a fuse on this machine's CPU uses."""
     from sku_vllm.kernels.delta_merge import Merge, delta_merge
     from sku_vllm.placement import matrix_shape
     from sku_vllm.writer import terms_of
 
-    matrix = tensor.reshape(matrix_shape(tensor.shape)).clone()
-    delta_merge([Merge(matrix, [term for edit in placed for term in terms_of(edit, 0, len(matrix))])])
-    return matrix.reshape(tensor.shape)
+    matrices = {name: tensor.view(matrix_shape(tensor.shape)) for name, tensor in tensors.items()}
+    delta_merge(
+        [Merge(each, [term for edit in placed[name] for term in terms_of(edit, 0, len(each))]) for name, each in matrices.items()]
+    )
