@@ -1,5 +1,6 @@
 """`sku tune`: choose the scale that does the least harm within limits on utility."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -50,8 +51,22 @@ def command(json_output: bool, **options: Any) -> None:
         print_curve(result["base"], result["curve"], result["scale"])
     if not result["qualifies"]:
         raise NegativeResult("no scale stays within the limits; " + _nearest_miss(result["curve"]))
+    if warning := fading(result["scale"], result["curve"]):
+        log(warning)
     if not json_output:
         log(f"scale {result['scale']:g}" + (f"; {options['output']}: sku_tune.json, curve.svg" if options["output"] else ""))
+
+
+def fading(scale: float, curve: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to know of a scale below the trained one: it was chosen without an attack, and resistance is lost before anything else is."""
+    if scale >= 1:
+        return None
+    trained = next((point["excess"] for point in curve if point["scale"] == 1), {})
+    why = f" (scale 1: {_broken(trained)})" if trained else ""
+    return (
+        f"warning: {scale:g} is below the trained scale{why}; prefilled openings and relearning bring more back there, which tune does not "
+        f"measure: look with sku attack prefill relearn --scale {scale:g}, or train with a larger --preservation-weight"
+    )
 
 
 def _numbers(values: tuple[str, ...]) -> list[float] | None:
@@ -64,5 +79,8 @@ def _numbers(values: tuple[str, ...]) -> list[float] | None:
 def _nearest_miss(curve: list[dict[str, Any]]) -> str:
     """The scale with the fewest limits broken, and which: what to loosen, or to retrain for."""
     best = min(curve, key=lambda point: len(point["excess"]))
-    broken = ", ".join(f"{name.replace('_', ' ')} {found:.4g} > {limit:g}" for name, (found, limit) in best["excess"].items())
-    return f"nearest is {best['scale']:g} ({broken}); loosen --max-… or train with more preservation"
+    return f"nearest is {best['scale']:g} ({_broken(best['excess'])}); loosen --max-… or train with more preservation"
+
+
+def _broken(excess: Mapping[str, Sequence[float]]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {found:.4g} > {limit:g}" for name, (found, limit) in excess.items())

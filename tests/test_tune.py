@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sku_vllm.cli.tune import fading
 from sku_vllm.errors import ConfigError
 from sku_vllm.evaluate.limits import Limits, choose, clearly_less_harm, harm
 from sku_vllm.evaluate.tune import check_scales
@@ -155,3 +156,10 @@ def test_tune_wants_a_judge_of_harm_and_both_kinds_of_test_data(lab: Path, harmf
     arguments[arguments.index("--judge") + 1] = "refusal"
     done = run_sku(*arguments)
     assert done.returncode == 2 and "no opinion on harm" in done.stderr
+
+
+def test_a_scale_below_the_trained_one_comes_with_a_warning_and_its_reason() -> None:
+    curve = [{"scale": 0.75, "excess": {}}, {"scale": 1.0, "excess": {"qa_drop": [0.0106, 0.01]}}]
+    assert fading(1.0, curve) is None and fading(1.25, curve) is None
+    assert "(scale 1: qa drop 0.0106 > 0.01)" in fading(0.75, curve) and "--scale 0.75" in fading(0.75, curve)
+    assert "scale 1:" not in fading(0.75, curve[:1])
