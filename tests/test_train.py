@@ -160,23 +160,8 @@ def test_both_contrastive_forms_train_where_the_base_refuses(
 
 def test_the_command_reports_and_warns(trainable: Path, tmp_path: Path, run_sku: Callable[..., subprocess.CompletedProcess]) -> None:
     output = tmp_path / "adapter"
-    arguments = [
-        "train",
-        "--model",
-        trainable / "llama",
-        "--forget",
-        trainable / "forget.jsonl",
-        "--retain",
-        trainable / "retain.jsonl",
-        "--output",
-        output,
-        "--steps",
-        2,
-        "--rounds",
-        1,
-        "--max-length",
-        48,
-    ]
+    data = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl"]
+    arguments = ["train", *data, "--output", output, "--steps", 2, "--rounds", 1, "--max-length", 48]
     done = run_sku(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -25,16 +25,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true
 
 def command(engine: tuple[str, ...], output: Path, trainable: Path, *more: object) -> list[str]:
     accelerate = [Path(sys.executable).with_name("accelerate"), "launch", *engine, "--num_processes", 2, "--main_process_port", 0]
-    train = [
-        "--model",
-        trainable / "llama",
-        "--forget",
-        trainable / "forget.jsonl",
-        "--retain",
-        trainable / "retain.jsonl",
-        "--output",
-        output,
-    ]
+    data = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl"]
+    train = [*data, "--output", output]
     return [str(part) for part in (*accelerate, "-m", "sku_vllm.cli", "train", *train, "--steps", 4, "--batch-size", 8, "--json", *more)]
 
 

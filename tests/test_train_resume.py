@@ -16,26 +16,8 @@ from sku_vllm.output import partial_path
 
 
 def arguments(trainable: Path, output: Path, *more: object) -> list[str]:
-    given = [
-        "train",
-        "--model",
-        trainable / "llama",
-        "--forget",
-        trainable / "forget.jsonl",
-        "--retain",
-        trainable / "retain.jsonl",
-        "--output",
-        output,
-        "--method",
-        "sku-mirrored",
-        "--steps",
-        8,
-        "--rounds",
-        2,
-        "--save-seconds",
-        0,
-        *more,
-    ]
+    data = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl"]
+    given = ["train", *data, "--output", output, "--method", "sku-mirrored", "--steps", 8, "--rounds", 2, "--save-seconds", 0, *more]
     return [str(argument) for argument in given]
 
 
