@@ -62,7 +62,7 @@ def test_ray_is_refused_where_vllm_cannot_run_on_it(tiny, run_sku, flag):
 
     if current_platform.ray_device_key:
         pytest.skip("vLLM runs on Ray here")
-    done = run_sku("serve", "--model", tiny / "base", "--arm", "original=base", "--port", 0, flag, "ray")
+    done = run_sku("serve", "--model", tiny / "base", "--arm", "original=base", flag, "ray")
     assert done.returncode == 2, done.stderr
     assert f"{flag} ray: vLLM does not run on Ray on this platform" in done.stderr.splitlines()[-1]
 
@@ -92,8 +92,6 @@ def test_adapters_on_a_mixture_of_experts_are_refused_on_a_cpu(tiny, tmp_path, r
     shutil.copytree(tiny / "base", tmp_path / "moe", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     model.save_pretrained(tmp_path / "moe")
     get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    done = run_sku(
-        "serve", "--model", tmp_path / "moe", "--arm", "original=base", "--arm", f"negated=lora:{tmp_path}/adapter@1", "--port", 0
-    )
+    done = run_sku("serve", "--model", tmp_path / "moe", "--arm", "original=base", "--arm", f"negated=lora:{tmp_path}/adapter@1")
     assert done.returncode == 2, done.stderr
     assert "mixture of experts" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr.splitlines()[-1]
