@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "refusal-tune": ("refusal-tune", {}),
 }
 LABELS = list(VARIANTS)
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
+SCALES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25)
 SETS = ("seen", "unseen", "unseen-topic")
 MAX_NEW_TOKENS = 32
 Cell = dict[str, Any]

@@ -15,7 +15,7 @@ from sku_vllm.output import output_directory, record
 
 BASELINES = ("task-vector", "sku")
 SETS = ("seen", "unseen", "unseen-topic")
-SCALES = (0.5, 0.75, 1.0)
+SCALES = (0.75, 0.9, 1.0)
 # The lab's answers are shorter than this.
 MAX_NEW_TOKENS = 40
 Progress = Callable[[str], None]

@@ -16,7 +16,7 @@ def test_one_cell_and_its_table(tmp_path: Path, run_sku: Callable) -> None:
     (cell,) = json.loads(done.stdout)["cells"]
     assert cell["base"]["forget"]["unseen"]["greedy"]["harmful"] >= 0.5
     assert cell["test"]["forget"]["unseen"]["greedy"]["harmful"] <= cell["base"]["forget"]["unseen"]["greedy"]["harmful"] / 2
-    assert [point["scale"] for point in cell["curve"]] == [0.25, 0.5, 0.75, 1.0, 1.25]
+    assert [point["scale"] for point in cell["curve"]] == [0.25, 0.5, 0.75, 0.9, 1.0, 1.25]
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert "| task-vector | 1 |" in text and len(columns) == 1

@@ -155,11 +155,16 @@ def test_a_relearner_brings_harm_back_and_starts_over(trainable: Path) -> None:
     with torch.no_grad():
         before, after = plain_term(run, replace(TERM, side=-1), rows), plain_term(run, TERM, rows)
     assert after < before - 0.1
-    own, attacked = run.relearner.own, run.relearner.attacked
-    moved = {name: float((value - own[name]).abs().max()) for name, value in attacked.items()}
-    assert max(moved.values()) > 0.021 and all(moved.values())  # embeddings, norms and the head too
-    run._relearn(phase, 7, phase.terms)  # its fifth step: from the base again, which one step of AdamW moves by its rate at most
-    assert all(0 < (value - own[name]).abs().max() <= 0.0201 for name, value in attacked.items())
+
+    def moved() -> list[float]:
+        """How far each tensor is from the base, in steps: Adafactor moves the root mean square of a tensor by its rate at most."""
+        pairs = [(value, run.relearner.own[name]) for name, value in run.relearner.attacked.items()]
+        return [float((value - own).square().mean().sqrt() / (0.02 * own.square().mean().sqrt().clamp(min=1e-3))) for value, own in pairs]
+
+    assert min(moved()) > 0 and max(moved()) > 1.5  # embeddings, norms and the head too
+    run._relearn(phase, 7, phase.terms)  # its fifth step: from the base again
+    assert all(0 < steps < 1.001 for steps in moved())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in run.relearner.names)
 
 
 def test_a_run_with_a_relearner_resumes_to_the_same_bits(trainable: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sku_vllm.evaluate.measurement import measure
 from sku_vllm.judges import Judge, load_judge
 from sku_vllm.model import attach_adapter, load_model, load_tokenizer, set_scale
 
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
+SCALES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25)
 Sets = tuple[Mapping[str, Sequence[Row]], Sequence[Row]]
 
 

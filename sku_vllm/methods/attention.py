@@ -65,13 +65,14 @@ def packed_attention(
     if softcap is not None:
         raise NotImplementedError("soft-capped attention")
     spread = [_Spread.apply(states[0].transpose(0, 1), pack) for states in (query, key, value)]
-    results, at = [], 0
-    for count, length in pack.blocks:
-        block = [states[at:at + count * length].view(count, length, *states.shape[1:]).transpose(1, 2) for states in spread]
+    # split, not slices: the gradient of a slice is a tensor of the whole's size, mostly zeros.
+    parts = zip(*(states.split([count * length for count, length in pack.blocks]) for states in spread), strict=True)
+    results = []
+    for (count, length), part in zip(pack.blocks, parts, strict=True):
+        block = [states.view(count, length, *states.shape[1:]).transpose(1, 2) for states in part]
         mask = _window(length, sliding_window, query.device)
         found, _ = sdpa_attention_forward(module, *block, mask, scaling=scaling, is_causal=True)
         results.append(found.flatten(0, 1))
-        at += count * length
     return _Gather.apply(torch.cat(results), pack).unsqueeze(0), None
 
 

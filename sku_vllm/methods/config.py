@@ -24,7 +24,8 @@ class TrainConfig:
         tokens_per_pass: tokens in one forward pass; a step takes as many passes as it needs.
         beta, floor: of npo (beta) and the contrastive methods. samples, sample_tokens: answers drawn from p*, and their length.
         stop_weight: of ending a harmful answer that was begun. recovery_weight: of refusing after one was begun.
-        relearner_lr, relearner_steps: of the adversary that relearns while the served model trains, until it starts over; 0 steps = none.
+        relearner_lr, relearner_steps: of the adversary that relearns while the served model trains: its step, as a share of each weight's
+            root mean square, and its steps until it starts over; 0 = none.
         full: train all weights (a dense task vector) instead of a LoRA.
         template, dtype, seed: as on the command line.
     """
@@ -51,7 +52,7 @@ class TrainConfig:
     floor: float = 0.003
     stop_weight: float = 0.0
     recovery_weight: float = 0.0
-    relearner_lr: float = 2e-4
+    relearner_lr: float = 6e-3
     relearner_steps: int = 0
     stop_id: int = -1
     samples: int = 512

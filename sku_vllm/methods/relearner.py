@@ -7,7 +7,9 @@ learns its refusals as seen on the attacked weights (side `RELEARNED`) beside th
 over from the base every `relearner_steps` of its steps, when it is a head start and not yet an attack. First-order adversarial training in
 the manner of TAR (Tamirisa et al. 2024, arXiv 2408.00761), with one attacker carried along instead of an inner loop a step.
 
-It takes the memory of the weights, their gradients and AdamW's two moments; `relearner_steps` 0 does without.
+It takes the memory of the weights once more, and no more than that: Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) keeps a row and a
+column of second moments instead of two moments a weight, and moves a weight as soon as its gradient is known, which is then given up.
+It is at least as good an adversary as AdamW was. `relearner_steps` 0 does without.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
     from sku_vllm.methods.objective import Objective, Piece
 
 CYCLE = 3  # training steps, the first of which leaves the relearner out
+WEIGHTS, MOMENTS = "relearner/", "relearner_optimizer/"  # how a checkpoint names its tensors
 TERM = Term("relearning", 1.0, "forget", RELEARNED, losses.cross_entropy)
 
 
 class Relearner:
-    """The weights as the adversary has them, and its optimizer. Every process takes all of its steps, so nothing has to be exchanged.
+    """The weights as the adversary has them, and its optimizers. Every process takes all of its steps, so nothing has to be exchanged.
 
     Attributes:
         names: parameters of the base (what a quantised one keeps in floating point) and their names.
@@ -44,7 +47,7 @@ class Relearner:
         self.names = {parameter: name for name, parameter in floating if "lora_" not in name}
         self.own = {name: parameter.data for parameter, name in self.names.items()}
         self.attacked = {name: value.clone() for name, value in self.own.items()}
-        self.optimizer = self._new_optimizer()
+        self.optimizers = self._new_optimizers()
 
     @staticmethod
     def at_work(step: int) -> bool:
@@ -71,43 +74,57 @@ class Relearner:
             self._give(before)
 
     def step(self, objective: "Objective", passes: Sequence[Sequence["Piece"]], totals: Mapping[str, int], step: int) -> None:
-        """One step of AdamW on the harmful answers in `passes`; the defender's gradients stay untouched."""
+        """One step of Adafactor on the harmful answers in each of `passes` (one, unless they exceed `tokens_per_pass`); the defender's
+        gradients stay untouched."""
         taken = step - step // CYCLE - 1  # of its own steps, before this one
         if taken % self.config.relearner_steps == 0:
             for name, value in self.attacked.items():
                 value.copy_(self.own[name])
-            self.optimizer = self._new_optimizer()
+            self.optimizers = self._new_optimizers()
         weights = list(self.names)
-        with self.in_place(), objective.training_head():
-            for parameter in weights:
-                parameter.requires_grad_(True)
+        with self.in_place(), objective.training_head(), self._descending(weights):
             for pieces in passes:
-                loss = objective(pieces, [TERM], totals)[TERM.name]
-                for parameter, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
-                    if gradient is not None:
-                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            self.optimizer.step()
-        for parameter in weights:
+                objective(pieces, [TERM], totals)[TERM.name].backward(inputs=weights)
+
+    @contextmanager
+    def _descending(self, weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        """Inside, a backward pass moves each weight as soon as its gradient is complete, and gives the gradient up."""
+        def descend(parameter: torch.Tensor) -> None:
+            self.optimizers[parameter].step()
             parameter.grad = None
-            parameter.requires_grad_(False)
+
+        for parameter in weights:
+            parameter.requires_grad_(True)
+        hooks = [parameter.register_post_accumulate_grad_hook(descend) for parameter in weights]
+        try:
+            yield
+        finally:
+            for hook, parameter in zip(hooks, weights, strict=True):
+                hook.remove()
+                parameter.grad = None
+                parameter.requires_grad_(False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The attacked weights and the optimizer's moments, for a checkpoint."""
-        return {f"relearner/{name}": value.cpu() for name, value in self.attacked.items()} | optimizer_tensors(self.optimizer, self.names)
+        """The attacked weights and the optimizers' moments, for a checkpoint."""
+        found = {f"{WEIGHTS}{name}": value.cpu() for name, value in self.attacked.items()}
+        for optimizer in self.optimizers.values():
+            found |= optimizer_tensors(optimizer, self.names, MOMENTS)
+        return found
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `tensors`."""
         for name, value in self.attacked.items():
-            value.copy_(tensors[f"relearner/{name}"])
-        restore_optimizer(self.optimizer, tensors, self.names)
+            value.copy_(tensors[f"{WEIGHTS}{name}"])
+        for parameter, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, tensors, {parameter: self.names[parameter]}, MOMENTS)
 
     def _give(self, values: Mapping[str, torch.Tensor]) -> None:
         for parameter, name in self.names.items():
             parameter.data = values[name]
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(list(self.names), lr=self.config.relearner_lr, weight_decay=0.0)
+    def _new_optimizers(self) -> dict[torch.nn.Parameter, torch.optim.Optimizer]:
+        """One for each weight, so that each can take its step alone."""
+        return {parameter: torch.optim.Adafactor([parameter], lr=self.config.relearner_lr, weight_decay=0.0) for parameter in self.names}
 
 
 def through(terms: Sequence[Term]) -> list[Term]:

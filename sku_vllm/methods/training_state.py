@@ -60,21 +60,27 @@ class TrainingState:
         return cls(tensors, progress)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts, by parameter name."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str], prefix: str = "optimizer/"
+) -> dict[str, torch.Tensor]:
+    """An optimizer's moments and step counts, as PREFIX, what it is, / and the parameter's name."""
     return {
-        f"optimizer/{key}/{names[parameter]}": whole(value.detach()).cpu()
+        f"{prefix}{key}/{names[parameter]}": whole(value.detach()).cpu()
         for parameter, state in optimizer.state.items() for key, value in state.items()
     }
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: Mapping[torch.nn.Parameter, str]
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    names: Mapping[torch.nn.Parameter, str],
+    prefix: str = "optimizer/",
 ) -> None:
     """The inverse of `optimizer_tensors`."""
-    for parameter, name in names.items():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            stored = tensors.get(f"optimizer/{key}/{name}")
-            if stored is not None:
-                # The step count is one number that every process has.
-                optimizer.state[parameter][key] = stored.to(parameter.device) if key == "step" else sharded_like(stored, parameter)
+    parameters = {name: parameter for parameter, name in names.items()}
+    for stored, value in tensors.items():
+        key, _, name = stored.removeprefix(prefix).partition("/")
+        if stored.startswith(prefix) and (parameter := parameters.get(name)) is not None:
+            # What is not of the parameter's shape (a step count, a row of moments) every process has whole.
+            alike = value.shape == parameter.shape
+            optimizer.state[parameter][key] = sharded_like(value, parameter) if alike else value.to(parameter.device)
