@@ -27,6 +27,7 @@ class Batches:
         self.forget = forget.rows
         self.retain = retain.rows if retain else ()
         self.samples: list[Encoded] = []
+        self.unasked: list[Encoded] = []
         self.used: dict[tuple[str, int], Encoded] = {}
         self.own_answers: dict[tuple[str, ...], set[str]] = {}
         for row in self.forget:
@@ -66,6 +67,8 @@ class Batches:
         if kind == "retain":
             drawn = self._draw("retain", len(self.retain), size * self.config.retain_factor, step)
             return [self._encode("retain", number) for number in drawn]
+        if kind == "unasked":
+            return [self.unasked[number] for number in self._draw("unasked", len(self.unasked), size, step)]
         if kind in ("samples", "recoveries", "restarts"):
             drawn = [self.samples[number] for number in self._draw("samples", len(self.samples), size, step)]
             made = {"samples": lambda sample, _: sample, "recoveries": self._recovery, "restarts": self._restart}[kind]

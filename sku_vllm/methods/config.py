@@ -24,6 +24,7 @@ class TrainConfig:
         tokens_per_pass: tokens in one forward pass; a step takes as many passes as it needs.
         beta, floor: of npo (beta) and the contrastive methods. samples, sample_tokens: answers drawn from p*, and their length.
         stop_weight: of ending a harmful answer that was begun. recovery_weight: of refusing after one was begun.
+        unasked_weight: of keeping what the base says to prompts that it makes up itself.
         relearner_lr, relearner_steps: of the adversary that relearns while the served model trains: its step, as a share of each weight's
             root mean square, and its steps until it starts over; 0 = none.
         full: train all weights (a dense task vector) instead of a LoRA.
@@ -52,7 +53,8 @@ class TrainConfig:
     floor: float = 0.003
     stop_weight: float = 0.0
     recovery_weight: float = 0.0
-    relearner_lr: float = 6e-3
+    unasked_weight: float = 0.0
+    relearner_lr: float = 8e-3
     relearner_steps: int = 0
     stop_id: int = -1
     samples: int = 512
@@ -82,7 +84,16 @@ class TrainConfig:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: has to be at least 1")
         if self.relearner_steps < 0:
             raise ConfigError(f"--relearner-steps {self.relearner_steps}: has to be 0 (no relearner) or more")
-        for name in ("guided_weight", "random_weight", "preservation_weight", "stop_weight", "recovery_weight", "weight_decay", "clip"):
+        for name in (
+            "guided_weight",
+            "random_weight",
+            "preservation_weight",
+            "stop_weight",
+            "recovery_weight",
+            "unasked_weight",
+            "weight_decay",
+            "clip",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: has to be 0 or more")
         for name in ("lr", "lora_alpha", "beta", "relearner_lr"):

@@ -35,6 +35,7 @@ def served_terms(config: TrainConfig, begin: int) -> list[Term]:
         Term("mirrored_preservation", config.preservation_weight, "retain", -1, losses.kl_from_base, tokens="all", references=("base",)),
         Term("contrast", 1.0, "samples", -1, target, references=both, begin=begin, resists=True),
         Term("contrast_first", 1.0, "samples", -1, target, tokens="first", references=both, begin=begin, resists=True),
+        Term("unasked", config.unasked_weight, "unasked", -1, losses.kl_from_base, references=("base",), begin=begin),
         Term("end_answer", config.stop_weight, "forget", -1, partial(end_answer, stop=config.stop_id), tokens="later", begin=begin),
         Term("recovery", config.recovery_weight, "recoveries", -1, losses.cross_entropy, begin=begin),
         Term("restart", config.recovery_weight, "restarts", -1, losses.cross_entropy, begin=begin, resists=True),
@@ -67,5 +68,5 @@ TWO = Method(
     "sku-contrastive-two",
     "Two adapters: one finds the harm, the other is distilled without it, against an adversary that relearns.",
     two_adapters,
-    {**SHARED, "steps": 240, "preservation_weight": 50.0, "recovery_weight": 1.0, "relearner_steps": 24},
+    {**SHARED, "steps": 240, "preservation_weight": 50.0, "recovery_weight": 1.0, "unasked_weight": 25.0, "relearner_steps": 24},
 )

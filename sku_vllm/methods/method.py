@@ -33,7 +33,7 @@ class Term:
 
     name: str
     weight: float
-    rows: Literal["forget", "mismatched", "benign_answers", "refusals", "retain", "samples", "recoveries", "restarts"]
+    rows: Literal["forget", "mismatched", "benign_answers", "refusals", "retain", "samples", "unasked", "recoveries", "restarts"]
     side: Literal[1, -1, -2]
     loss: Callable[..., "torch.Tensor"]
     tokens: Literal["answer", "all", "first", "later"] = "answer"

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +139,7 @@ class Run:
     def stand_in(self, phase: Phase, at: int) -> None:
         """Rows of the right length for a phase's samples, which only training can draw."""
         if phase.sample_at is not None and not self.batches.samples:
-            self.batches.samples = self.batches.rows("forget", at)
+            self.batches.samples = self.batches.unasked = self.batches.rows("forget", at)
 
     def size(self, at: int) -> int:
         """Forward tokens of step `at`, an adversary's own included."""
@@ -221,15 +222,15 @@ class Run:
         prompts = {tuple(self.batches.template.prompt_ids(row)): None for row in self.batches.forget}
         order = self.batches._random("prompts").permutation(len(prompts))
         listed = list(prompts)
-        samples = sampling.draw_contrastive(
-            self.passes, [list(listed[number]) for number in order], self.config, self.batches.template.stop_ids
-        )
+        template = self.batches.template
+        samples = sampling.draw_contrastive(self.passes, [list(listed[number]) for number in order], self.config, template.stop_ids)
+        unasked = sampling.draw_unasked(self.passes, [*map(list, prompts)], self.config, template) if self.config.unasked_weight else []
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
-            samples = broadcast_object_list([samples])[0]
-        self.batches.samples = samples
-        self.refusal_share = sampling.refusal_share(samples, self.tokenizer)
+            samples, unasked = broadcast_object_list([samples, unasked])
+        self.batches.samples, self.batches.unasked = samples, unasked
+        self.refusal_share = fmean(sampling.refusals(samples, self.tokenizer))
         sampling.require_refusals(self.refusal_share, self.config.method)
 
     def agree(self, due: bool) -> bool:

@@ -1,11 +1,12 @@
 """Answers drawn from p* (contrastive.py), once, and a look at whether they are refusals."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from sku_vllm.data import Encoded
+from sku_vllm.data import Encoded, PromptTemplate, Row
 from sku_vllm.errors import ConfigError
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.forward import Forward
@@ -20,23 +21,36 @@ REFUSALS_NEEDED = 0.7
 
 @torch.no_grad()
 def draw_contrastive(
-    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, stop_ids: Sequence[int], batch: int = 64
+    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, stop_ids: Sequence[int], *, beta: float | None = None,
+    batch: int = 64,
 ) -> list[Encoded]:
-    """`config.samples` answers from p*, prompts taken in turn, at temperature 1 with a generator of their own.
+    """`config.samples` answers from p*, prompts taken in turn, at temperature 1 with a generator of their own; `beta` 0: from the base.
 
     Two cached forward passes a token: adapter off and adapted.
     """
     generator = torch.Generator().manual_seed(config.seed + 1)
     wanted = sorted((prompts[number % len(prompts)] for number in range(config.samples)), key=len)
+    beta = config.beta if beta is None else beta
     drawn: list[Encoded] = []
     with passes.own_attention():
         for at in range(0, len(wanted), batch):
-            drawn += _draw_batch(passes, wanted[at:at + batch], config, stop_ids, generator)
+            drawn += _draw_batch(passes, wanted[at:at + batch], config, beta, stop_ids, generator)
     return drawn
 
 
+def draw_unasked(passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, template: PromptTemplate) -> list[Encoded]:
+    """What users ask and p* does not refuse, with its answers: the base itself goes on from what `prompts` all begin with until what
+    they all end with (Magpie, Xu et al. 2024, arXiv 2406.08464), which covers what the retain rows do not."""
+    begun, ended = (os.path.commonprefix([prompt[::step] for prompt in prompts]) for step in (1, -1))
+    asked = draw_contrastive(passes, [begun], config, [*template.stop_ids, *ended[-1:]], beta=0.0)
+    texts = {template.tokenizer.decode(one.answer_ids, skip_special_tokens=True).strip(): None for one in asked}
+    rows = [template.prompt_ids(Row.ask(text)) for text in texts if text]
+    answered = draw_contrastive(passes, rows, config, template.stop_ids) if rows else []
+    return [row for row, refused in zip(answered, refusals(answered, template.tokenizer), strict=True) if not refused]
+
+
 def _draw_batch(
-    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, stop_ids: Sequence[int], generator: torch.Generator
+    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, beta: float, stop_ids: Sequence[int], generator: torch.Generator
 ) -> list[Encoded]:
     device, longest = passes.core.device, max(map(len, prompts))
     ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -55,7 +69,7 @@ def _draw_batch(
                 )
             caches[which] = result.past_key_values
             logits.append(result.logits[:, -1].float().cpu())
-        chosen = torch.multinomial(contrast(*logits, config.beta, config.floor).exp(), 1, generator=generator)
+        chosen = torch.multinomial(contrast(*logits, beta, config.floor).exp(), 1, generator=generator)
         for row, token in enumerate(chosen[:, 0].tolist()):
             if open_rows[row]:
                 answers[row].append(token)
@@ -67,12 +81,11 @@ def _draw_batch(
     return [Encoded(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def refusal_share(samples: Sequence[Encoded], tokenizer: "PreTrainedTokenizerBase") -> float:
-    """Share of sampled answers that the built-in refusal judge calls refusals."""
+def refusals(samples: Sequence[Encoded], tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
+    """Which sampled answers the built-in refusal judge calls refusals."""
     from sku_vllm.judges.refusal import is_refusal
 
-    texts = [tokenizer.decode(sample.answer_ids, skip_special_tokens=True) for sample in samples]
-    return sum(map(is_refusal, texts)) / len(texts)
+    return [is_refusal(tokenizer.decode(sample.answer_ids, skip_special_tokens=True)) for sample in samples]
 
 
 class NoRefusals(ConfigError):

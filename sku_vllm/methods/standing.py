@@ -1,6 +1,7 @@
 """Where a run stands, as a checkpoint has it: taken out of a run, and put back into a new one."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +24,7 @@ def state_of(run: "Run") -> TrainingState:
     tensors["random"] = torch.get_rng_state()
     progress = {
         "at": run.at, "tokens": run.tokens, "examples": run.examples, "seconds": run.seconds, "refusal_share": run.refusal_share,
-        "samples": [[sample.ids, sample.answer_start] for sample in run.batches.samples], "folded": run.passes.folded,
+        "samples": _plain(run.batches.samples), "unasked": _plain(run.batches.unasked), "folded": run.passes.folded,
     }
     return TrainingState(tensors, progress)
 
@@ -47,4 +48,8 @@ def restore(run: "Run", state: TrainingState) -> None:
     torch.set_rng_state(state.tensors["random"])
     run.at, run.tokens, run.examples, run.seconds = (progress[key] for key in ("at", "tokens", "examples", "seconds"))
     run.refusal_share = progress["refusal_share"]
-    run.batches.samples = [Encoded(ids, start) for ids, start in progress["samples"]]
+    run.batches.samples, run.batches.unasked = ([Encoded(ids, start) for ids, start in progress[kind]] for kind in ("samples", "unasked"))
+
+
+def _plain(rows: Sequence[Encoded]) -> list[list[Any]]:
+    return [[row.ids, row.answer_start] for row in rows]
