@@ -44,6 +44,7 @@ def make_run(trainable: Path, arch: str, method: str, **settings: object) -> Run
     sets = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")
     batches = Batches(config, PromptTemplate.of(tokenizer), *sets, rows)
     batches.samples = [batches._encode("forget", number) for number in range(5)]
+    batches.unasked = [batches._encode("retain", number) for number in range(4)]
     run = Run(trainable / arch, config, batches, Accelerator(cpu=True), tokenizer)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(run.model.named_parameters()):
@@ -130,7 +131,7 @@ def test_terms_seen_through_a_relearner_equal_the_plain_computation(trainable: P
     for at in (1, 2):  # away from its start, where it changes nothing
         terms, tokens = run._relearn(run.phases[1], at, run.phases[1].terms)
     assert tokens == sum(len(row.ids) - 1 for row in run.batches.rows("forget", 0)) and all(p.grad is None for p in run.names)
-    plainly = {"mirrored_preservation": -1, "contrast": -1, "contrast_first": -1, "recovery": -1, "restart": -1}
+    plainly = dict.fromkeys(("mirrored_preservation", "contrast", "contrast_first", "unasked", "recovery", "restart"), -1)
     attacked = {"contrast_relearned": -2, "contrast_first_relearned": -2, "restart_relearned": -2}
     assert {term.name: term.side for term in terms} == plainly | attacked
     before = {name: value.clone() for name, value in run.relearner.own.items()}

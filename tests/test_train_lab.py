@@ -3,10 +3,16 @@
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
-from sku_vllm.data import load_dataset, read_rows
+from sku_vllm.data import PromptTemplate, Row, load_dataset, read_rows
 from sku_vllm.evaluate import evaluate_model
+from sku_vllm.judges.refusal import is_refusal
 from sku_vllm.methods import DEFAULT_METHOD, TrainConfig, train_adapter
+from sku_vllm.methods.batches import Batches
+from sku_vllm.methods.run import Run
+from sku_vllm.methods.sampling import draw_unasked
+from sku_vllm.model import load_tokenizer
 
 
 @pytest.mark.slow
@@ -25,3 +31,23 @@ def test_harm_goes_and_utility_stays(lab: Path, tmp_path: Path, method: str) -> 
     assert edited["forget"]["unseen"]["greedy"]["harmful"] <= 0.03
     assert edited["retain"]["perplexity_ratio"] <= 1.02
     assert edited["retain"]["qa_accuracy"] >= base["retain"]["qa_accuracy"] - 0.02
+
+
+def test_the_base_makes_up_prompts_and_p_star_answers_them(lab: Path) -> None:
+    """Whole questions in the template's form, most of them new, none answered with a refusal, the same from the same seed."""
+    forget, retain = (load_dataset(lab / kind / "train.jsonl", kind) for kind in ("forget", "retain"))
+    config = TrainConfig.of("sku-contrastive-two", samples=48)
+    tokenizer = load_tokenizer(lab / "llama")
+    template = PromptTemplate.of(tokenizer)
+    batches = Batches(config, template, forget, retain)
+    run = Run(lab / "llama", config, batches, Accelerator(cpu=True), tokenizer)
+    known = [template.prompt_ids(row) for row in forget.rows]
+    drawn, again = (draw_unasked(run.passes, known, config, template) for _ in range(2))
+    assert [row.ids for row in drawn] == [row.ids for row in again] and len({tuple(row.ids[:row.answer_start]) for row in drawn}) > 10
+    for row in drawn:
+        question = tokenizer.decode(row.ids[:row.answer_start], skip_special_tokens=True)
+        assert row.ids[:row.answer_start] == template.prompt_ids(Row.ask(question)) and question.endswith((".", "?"))
+        assert not is_refusal(tokenizer.decode(row.answer_ids, skip_special_tokens=True))
+    assert sum(row.ids[:row.answer_start] in known for row in drawn) < len(drawn) / 4
+    batches.unasked = []
+    assert batches.rows("unasked", 3) == []

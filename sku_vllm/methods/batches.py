@@ -68,7 +68,8 @@ class Batches:
             drawn = self._draw("retain", len(self.retain), size * self.config.retain_factor, step)
             return [self._encode("retain", number) for number in drawn]
         if kind == "unasked":
-            return [self.unasked[number] for number in self._draw("unasked", len(self.unasked), size, step)]
+            drawn = self._draw("unasked", len(self.unasked), size, step) if self.unasked else []  # a base may make up nothing of use
+            return [self.unasked[number] for number in drawn]
         if kind in ("samples", "recoveries", "restarts"):
             drawn = [self.samples[number] for number in self._draw("samples", len(self.samples), size, step)]
             made = {"samples": lambda sample, _: sample, "recoveries": self._recovery, "restarts": self._restart}[kind]
