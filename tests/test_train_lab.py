@@ -46,8 +46,10 @@ def test_the_base_makes_up_prompts_and_p_star_answers_them(lab: Path) -> None:
     assert [row.ids for row in drawn] == [row.ids for row in again] and len({tuple(row.ids[:row.answer_start]) for row in drawn}) > 10
     for row in drawn:
         question = tokenizer.decode(row.ids[:row.answer_start], skip_special_tokens=True)
-        assert row.ids[:row.answer_start] == template.prompt_ids(Row.ask(question)) and question.endswith((".", "?"))
+        assert question.endswith((".", "?")) and tokenizer.decode(row.ids[:row.answer_start]) == template.prompt_text(Row.ask(question))
         assert not is_refusal(tokenizer.decode(row.answer_ids, skip_special_tokens=True))
     assert sum(row.ids[:row.answer_start] in known for row in drawn) < len(drawn) / 4
+    for prompts in ([[5, 6], [7, 8]], [[5, 6], [5, 6]]):  # nothing in common to go on from, and nothing else
+        assert not draw_unasked(run.passes, prompts, config, template)
     batches.unasked = []
     assert batches.rows("unasked", 3) == []

@@ -1,12 +1,12 @@
 """Answers drawn from p* (contrastive.py), once, and a look at whether they are refusals."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from sku_vllm.data import Encoded, PromptTemplate, Row
+from sku_vllm.data import Encoded, PromptTemplate
 from sku_vllm.errors import ConfigError
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.forward import Forward
@@ -21,7 +21,7 @@ REFUSALS_NEEDED = 0.7
 
 @torch.no_grad()
 def draw_contrastive(
-    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, stop_ids: Sequence[int], *, beta: float | None = None,
+    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, stop_ids: Collection[int], *, beta: float | None = None,
     batch: int = 64,
 ) -> list[Encoded]:
     """`config.samples` answers from p*, prompts taken in turn, at temperature 1 with a generator of their own; `beta` 0: from the base.
@@ -40,17 +40,22 @@ def draw_contrastive(
 
 def draw_unasked(passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, template: PromptTemplate) -> list[Encoded]:
     """What users ask and p* does not refuse, with its answers: the base itself goes on from what `prompts` all begin with until what
-    they all end with (Magpie, Xu et al. 2024, arXiv 2406.08464), which covers what the retain rows do not."""
+    they all end with (Magpie, Xu et al. 2024, arXiv 2406.08464), which covers what the retain rows do not. Empty where they begin
+    with nothing in common, or are all the same.
+    """
     begun, ended = (os.path.commonprefix([prompt[::step] for prompt in prompts]) for step in (1, -1))
-    asked = draw_contrastive(passes, [begun], config, [*template.stop_ids, *ended[-1:]], beta=0.0)
-    texts = {template.tokenizer.decode(one.answer_ids, skip_special_tokens=True).strip(): None for one in asked}
-    rows = [template.prompt_ids(Row.ask(text)) for text in texts if text]
-    answered = draw_contrastive(passes, rows, config, template.stop_ids) if rows else []
+    stops = {*template.stop_ids, *ended[-1:]}
+    if not begun or len(begun) + len(ended) > min(map(len, prompts)):
+        return []
+    asked = [one.answer_ids for one in draw_contrastive(passes, [begun], config, stops, beta=0.0)]
+    asked = [ids[:-1] if ids[-1] in stops else ids for ids in asked]
+    made_up = {tuple(begun + ids + ended[::-1]): None for ids in asked if ids}
+    answered = draw_contrastive(passes, [list(ids) for ids in made_up], config, template.stop_ids) if made_up else []
     return [row for row, refused in zip(answered, refusals(answered, template.tokenizer), strict=True) if not refused]
 
 
 def _draw_batch(
-    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, beta: float, stop_ids: Sequence[int], generator: torch.Generator
+    passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, beta: float, stop_ids: Collection[int], generator: torch.Generator
 ) -> list[Encoded]:
     device, longest = passes.core.device, max(map(len, prompts))
     ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
