@@ -26,7 +26,7 @@ def draw_contrastive(
 ) -> list[Encoded]:
     """`config.samples` answers from p*, prompts taken in turn, at temperature 1 with a generator of their own; `beta` 0: from the base.
 
-    Two cached forward passes a token: adapter off and adapted.
+    Two cached forward passes a token, adapter off and adapted; one from the base.
     """
     generator = torch.Generator().manual_seed(config.seed + 1)
     wanted = sorted((prompts[number % len(prompts)] for number in range(config.samples)), key=len)
@@ -66,7 +66,7 @@ def _draw_batch(
     for _ in range(config.sample_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         logits = []
-        for which, side in enumerate((0, 1)):
+        for which, side in enumerate((0, 1) if beta else (0,)):
             with passes.reference_adapter(side == 1):
                 passes.set_side(side)
                 result = passes.core(
@@ -74,7 +74,7 @@ def _draw_batch(
                 )
             caches[which] = result.past_key_values
             logits.append(result.logits[:, -1].float().cpu())
-        chosen = torch.multinomial(contrast(*logits, beta, config.floor).exp(), 1, generator=generator)
+        chosen = torch.multinomial(contrast(logits[0], logits[-1], beta, config.floor).exp(), 1, generator=generator)
         for row, token in enumerate(chosen[:, 0].tolist()):
             if open_rows[row]:
                 answers[row].append(token)
