@@ -33,7 +33,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "refusal-tune": ("refusal-tune", {}),
 }
 LABELS = list(VARIANTS)
-SCALES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25)
 SETS = ("seen", "unseen", "unseen-topic")
 MAX_NEW_TOKENS = 32
 Cell = dict[str, Any]
@@ -65,7 +64,7 @@ def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samp
     """Where no scale qualifies, the least one is measured on test data and the cell says so."""
     from sku_vllm.data import load_dataset
     from sku_vllm.errors import RunError
-    from sku_vllm.evaluate.limits import Limits, choose
+    from sku_vllm.evaluate.limits import SCALES, Limits, choose
     from sku_vllm.methods import TrainConfig, train_adapter
 
     lab, adapter = lab_of(work, world, model), adapter_path(work, model, label, seed)

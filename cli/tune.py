@@ -8,6 +8,7 @@ import click
 from sku_vllm.cli.measuring import asking_options, data_options, model_options
 from sku_vllm.cli.options import log, named_files, print_json, sku_command
 from sku_vllm.errors import ConfigError, NegativeResult
+from sku_vllm.evaluate.limits import SCALES
 from sku_vllm.output import check_output
 
 
@@ -18,7 +19,7 @@ from sku_vllm.output import check_output
 @click.option("--max-qa-drop", default=0.01, help="Limit on the loss of QA accuracy.")
 @click.option("--max-over-refusal", default=0.01, help="Limit on refusals of retain prompts.")
 @click.option("--max-gibberish", default=0.05, help="Limit on gibberish in the worst forget set, greedy or sampled.")
-@click.option("--scales", multiple=True, metavar="S,S,…", help="Scales to measure.  [default: 0.25,0.5,0.75,0.9,1,1.25]")
+@click.option("--scales", multiple=True, metavar="S,S,…", help=f"Scales to measure.  [default: {','.join(map(str, SCALES))}]")
 @click.option("--per-layer", is_flag=True, help="Then scale each third of the layers; writes the scaled adapter to OUTPUT/adapter.")
 @click.option("--test-forget", multiple=True, metavar="NAME=FILE", help="Measure the choice once more on this set (with --test-retain).")
 @click.option("--test-retain", type=click.Path(), help="Retain set of the test data.")

@@ -515,11 +515,12 @@ def test_a_swap_to_a_checkpoint_while_requests_stream(served, client, tiny, tmp_
 
 
 def test_of_two_swaps_one_wins(served, client, tiny):
-    """A long stream keeps the first one waiting at the drain, so the second surely comes in between; a client takes a while to make."""
-    def swap(asker, scale):
+    """A long stream keeps the first one waiting at the drain, so the second surely comes in between."""
+    asker = httpx.Client(headers=TOKEN, timeout=120)  # beforehand, since making one takes a while
+
+    def swap(scale):
         return asker.post(f"{served.url}/sku/swap", json={"adapter": str(tiny / "adapter"), "scale": scale}).status_code
 
-    askers = [httpx.Client(headers=TOKEN, timeout=120) for _ in range(2)]
     stream = client.completions.create(
         model="sku",
         prompt="w1",
@@ -529,8 +530,8 @@ def test_of_two_swaps_one_wins(served, client, tiny):
         extra_headers={**TOKEN, "X-SKU-Arm": "original"},
     )
     next(iter(stream))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        assert sorted(pool.map(swap, askers, (0.5, 0.7))) == [200, 409]
+    with asker, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(swap, (0.5, 0.7))) == [200, 409]
 
 
 def test_swaps_that_cannot_work_touch_nothing(served, client, tiny, tmp_path):

@@ -7,6 +7,8 @@ from typing import Any
 
 from sku_vllm.errors import ConfigError
 
+SCALES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25)  # what is measured to choose from, unless others are asked for
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -11,12 +11,11 @@ from sku_vllm.data import Row
 from sku_vllm.errors import ConfigError
 from sku_vllm.evaluate.config import EvalConfig
 from sku_vllm.evaluate.evaluate import adapter_off
-from sku_vllm.evaluate.limits import Limits, choose, clearly_less_harm
+from sku_vllm.evaluate.limits import SCALES, Limits, choose, clearly_less_harm
 from sku_vllm.evaluate.measurement import measure
 from sku_vllm.judges import Judge, load_judge
 from sku_vllm.model import attach_adapter, load_model, load_tokenizer, set_scale
 
-SCALES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25)
 Sets = tuple[Mapping[str, Sequence[Row]], Sequence[Row]]
 
 

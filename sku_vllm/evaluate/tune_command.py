@@ -9,8 +9,8 @@ from sku_vllm.evaluate.columns import column_names
 from sku_vllm.evaluate.command import CONFIG_FIELDS
 from sku_vllm.evaluate.config import EvalConfig
 from sku_vllm.evaluate.curve import curve_svg
-from sku_vllm.evaluate.limits import Limits
-from sku_vllm.evaluate.tune import SCALES, TuneReport, check_scales, tune_scale
+from sku_vllm.evaluate.limits import SCALES, Limits
+from sku_vllm.evaluate.tune import TuneReport, check_scales, tune_scale
 from sku_vllm.judges import judge_of
 from sku_vllm.output import output_directory, record, write_text
 

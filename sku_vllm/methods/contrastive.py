@@ -1,12 +1,13 @@
 """`sku-contrastive` and its two-adapter form: serve what the base says once the harmful adapter's contribution is divided out.
 
-p₀ base, p₊ = base+δ, p₋ = base−δ (served). The target p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β is the base's own refusal where it has one; p₋
-is drawn to it on answers sampled from p* itself, held to the base on retain rows, and taught what to do where a harmful answer was
-begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the middle of it (a recovery), and refuses again where
-a refusal was not let end (a restart). Ending is what the two-adapter form did first: it made gibberish of sampled answers and left harm to
-a ban on stopping. Samples and restarts are also learned on an adversary's weights (relearner.py), recoveries are not: going on with a
-harmful answer is what the adversary trains itself, so it wins there, and the fight costs the rest (benchmarks/results/research.md). No
-refusal targets and no judge in training; where samples of p* are not refusals the method stops and says so.
+p₀ base, p₊ = base+δ, p₋ = base−δ (served). The target p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β is the base's own refusal where it has one; p₋ is
+drawn to it on answers sampled from p* itself, held to the base on retain rows and on prompts that the base makes up itself (sampling.py),
+and taught what to do where a harmful answer was begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the
+middle of it (a recovery), and refuses again where a refusal was not let end (a restart). Ending is what the two-adapter form did first: it
+made gibberish of sampled answers and left harm to a ban on stopping. Samples and restarts are also learned on an adversary's weights
+(relearner.py), recoveries are not: going on with a harmful answer is what the adversary trains itself, so it wins there, and the fight
+costs the rest (benchmarks/results/research.md). No refusal targets. The built-in refusal judge only looks at what is drawn: where samples
+of p* are not refusals the method stops and says so, and where answers to made-up prompts are, they are dropped.
 """
 
 from functools import partial
@@ -27,8 +28,8 @@ def end_answer(logits: torch.Tensor, targets: torch.Tensor, *, stop: int) -> tor
 
 
 def served_terms(config: TrainConfig, begin: int) -> list[Term]:
-    """What the served model learns: keep the base on retain rows, follow p* on its samples, and where a harmful answer was begun, end it
-    or turn to the refusal after all (safety recovery, Qi et al. 2024, arXiv 2406.05946)."""
+    """What the served model learns: keep the base on retain rows and on what it makes up, follow p* on its samples, and where a
+    harmful answer was begun, end it or turn to the refusal after all (safety recovery, Qi et al. 2024, arXiv 2406.05946)."""
     target = partial(losses.kl_from_contrast, beta=config.beta, floor=config.floor)
     both = ("base", "adapted")
     terms = [

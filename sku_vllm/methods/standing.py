@@ -19,7 +19,7 @@ def state_of(run: "Run") -> TrainingState:
     """Everything the next step depends on; every process has to ask, since shards are gathered."""
     kept = {name: p for name, p in run.model.named_parameters() if "lora_" in name or p.requires_grad}
     tensors = {f"model/{name}": whole(p.detach()).cpu() for name, p in kept.items()}
-    tensors |= optimizer_tensors(run.optimizer, run.names)
+    tensors |= optimizer_tensors(run.optimizer.state, run.names)
     tensors |= run.relearner.tensors() if run.relearner else {}
     tensors["random"] = torch.get_rng_state()
     progress = {
@@ -41,7 +41,7 @@ def restore(run: "Run", state: TrainingState) -> None:
             if key.startswith("model/"):
                 parameter = parameters[key.removeprefix("model/")]
                 parameter.copy_(sharded_like(value, parameter))
-    restore_optimizer(run.optimizer, state.tensors, run.names)
+    restore_optimizer(run.optimizer.state, state.tensors, run.names)
     if any(key.startswith("relearner/") for key in state.tensors):
         run.relearner = run.new_relearner()
         run.relearner.restore(state.tensors)

@@ -60,21 +60,19 @@ class TrainingState:
         return cls(tensors, progress)
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str], prefix: str = "optimizer/"
-) -> dict[str, torch.Tensor]:
-    """An optimizer's moments and step counts, as PREFIX, what it is, / and the parameter's name."""
+States = Mapping[torch.nn.Parameter, dict[str, torch.Tensor]]
+
+
+def optimizer_tensors(states: States, names: Mapping[torch.nn.Parameter, str], prefix: str = "optimizer/") -> dict[str, torch.Tensor]:
+    """What an optimizer keeps of each parameter (`Optimizer.state`), as PREFIX, what it is, / and the parameter's name."""
     return {
         f"{prefix}{key}/{names[parameter]}": whole(value.detach()).cpu()
-        for parameter, state in optimizer.state.items() for key, value in state.items()
+        for parameter, state in states.items() for key, value in state.items()
     }
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, torch.Tensor],
-    names: Mapping[torch.nn.Parameter, str],
-    prefix: str = "optimizer/",
+    states: States, tensors: Mapping[str, torch.Tensor], names: Mapping[torch.nn.Parameter, str], prefix: str = "optimizer/"
 ) -> None:
     """The inverse of `optimizer_tensors`."""
     parameters = {name: parameter for parameter, name in names.items()}
@@ -83,4 +81,4 @@ def restore_optimizer(
         if stored.startswith(prefix) and (parameter := parameters.get(name)) is not None:
             # What is not of the parameter's shape (a step count, a row of moments) every process has whole.
             alike = value.shape == parameter.shape
-            optimizer.state[parameter][key] = sharded_like(value, parameter) if alike else value.to(parameter.device)
+            states[parameter][key] = sharded_like(value, parameter) if alike else value.to(parameter.device)
