@@ -134,7 +134,7 @@ def test_terms_seen_through_a_relearner_equal_the_plain_computation(trainable: P
     plainly = dict.fromkeys(("mirrored_preservation", "contrast", "contrast_first", "unasked", "recovery", "restart"), -1)
     attacked = {"contrast_relearned": -2, "contrast_first_relearned": -2, "restart_relearned": -2}
     assert {term.name: term.side for term in terms} == plainly | attacked
-    before = {name: value.clone() for name, value in run.relearner.own.items()}
+    before = {name: parameter.data.clone() for parameter, name in run.relearner.names.items()}
     values, _ = run._gradients(terms)
     assert all(torch.equal(parameter, before[name]) and not parameter.requires_grad for parameter, name in run.relearner.names.items())
     ours = [parameter.grad.clone() for parameter in run.names]
@@ -159,7 +159,7 @@ def test_a_relearner_brings_harm_back_and_starts_over(trainable: Path) -> None:
 
     def moved() -> list[float]:
         """How far each tensor is from the base, in steps: Adafactor moves the root mean square of a tensor by its rate at most."""
-        pairs = [(value, run.relearner.own[name]) for name, value in run.relearner.attacked.items()]
+        pairs = [(run.relearner.attacked[name], own) for own, name in run.relearner.names.items()]
         return [float((value - own).square().mean().sqrt() / (0.02 * own.square().mean().sqrt().clamp(min=1e-3))) for value, own in pairs]
 
     assert min(moved()) > 0 and max(moved()) > 1.5  # embeddings, norms and the head too
@@ -184,7 +184,7 @@ def test_a_run_with_a_relearner_resumes_to_the_same_bits(trainable: Path, tmp_pa
     for _ in range(3):
         resumed.step()
     assert whole.at == resumed.at and whole.tokens == resumed.tokens
-    ends = [(run.names, run.relearner.own.values(), run.relearner.attacked.values()) for run in (whole, resumed)]
+    ends = [(run.names, run.relearner.names, run.relearner.attacked.values()) for run in (whole, resumed)]
     for one, other in zip(*ends, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) and any(value.any() for value in one)
     assert not all(torch.equal(a, b) for a, b in zip(*ends[0][1:], strict=True))

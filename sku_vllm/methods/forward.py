@@ -1,6 +1,6 @@
 """Hidden states of packed rows, on either side of the base, from one set of weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -53,11 +53,12 @@ class Forward(torch.nn.Module):
         hidden = body(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack).last_hidden_state[0]
         return hidden, pack.rows
 
-    def head(self, hidden: torch.Tensor, *, base: bool = False) -> torch.Tensor:
-        """Logits as the model itself makes them from its last hidden state."""
+    def head(self, hidden: torch.Tensor, *, base: bool = False, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits as the model itself makes them from its last hidden state; `weights`: of the output layer, in the place of its own."""
         core = self.reference[0] if base else self.core
         config = core.config.get_text_config()
-        logits = core.get_output_embeddings()(hidden)
+        output = core.get_output_embeddings()
+        logits = torch.func.functional_call(output, dict(weights), hidden) if weights else output(hidden)
         if getattr(config, "logits_scaling", None):
             logits = logits / config.logits_scaling
         if getattr(config, "logit_scale", None):

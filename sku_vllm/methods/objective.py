@@ -1,10 +1,11 @@
 """The terms of one step over the rows of one pass."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,10 @@ from sku_vllm.data import Encoded
 from sku_vllm.methods.chunked import per_token
 from sku_vllm.methods.forward import Forward
 from sku_vllm.methods.method import Term
+
+T = TypeVar("T")
+States = tuple[torch.Tensor, dict[int, list[int]]]  # hidden states [tokens, d] of chosen pieces, and which of them are each piece's
+References = Mapping[str, States | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +56,39 @@ class Objective(torch.nn.Module):
         self.passes = forward
         self.train_head = train_head
         self.alike = False  # every pass runs every reference, as processes that gather weights together need
-        self.own_weights = nullcontext  # opens the weights that references read, where an adversary's may be in place
         self._no_split_modules = forward.core._no_split_modules  # what FSDP makes its units of
 
-    def forward(self, pieces: Sequence[Piece], terms: Sequence[Term], totals: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        pieces: Sequence[Piece],
+        terms: Sequence[Term],
+        totals: Mapping[str, int],
+        references: References,
+        head: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Sum over these pieces of each term, divided by its total over the whole step; weights are not applied.
 
-        References come first, without gradient: the base with the adapter off, and the adapted side.
+        `references` are of the same pieces, and `head` the output layer's weights for them where an adversary's are in place.
         """
-        references = {name: self._reference(name, pieces, terms) for name in ("base", "adapted")}
         hidden, rows = self.passes([inputs(piece.row) for piece in pieces], [piece.side for piece in pieces])
         values = {}
         for term in terms:
             mine = [number for number, piece in enumerate(pieces) if piece.kind == term.rows and piece.side == term.side]
             mine = [number for number in mine if len(counted(term, pieces[number].row))]
             if mine:
-                values[term.name] = self._term(term, pieces, mine, (hidden, rows), references) / totals[term.name]
+                values[term.name] = self._term(term, pieces, mine, (hidden, rows), references, head) / totals[term.name]
         return values
 
-    def _reference(self, name: str, pieces: Sequence[Piece], terms: Sequence[Term]) -> tuple[torch.Tensor, dict[int, list[int]]] | None:
+    def gathered(self, call: Callable[[], T]) -> T:
+        """What `call` gives, run as a forward pass is: processes that keep shards gather the weights for it together."""
+        return call()
+
+    @torch.no_grad()
+    def references(self, pieces: Sequence[Piece], terms: Sequence[Term]) -> References:
+        """What terms compare these pieces with: the base with the adapter off, and the adapted side; nobody attacks either."""
+        return {name: self._reference(name, pieces, terms) for name in ("base", "adapted")}
+
+    def _reference(self, name: str, pieces: Sequence[Piece], terms: Sequence[Term]) -> States | None:
         """Hidden states of the pieces some term compares with `name`, and which of them are each piece's."""
         wanted = {(term.rows, term.side) for term in terms if name in term.references}
         chosen = [number for number, piece in enumerate(pieces) if (piece.kind, piece.side) in wanted]
@@ -77,7 +96,7 @@ class Objective(torch.nn.Module):
             chosen = [0]
         if not chosen:
             return None
-        with torch.no_grad(), self.own_weights(), self.passes.reference_adapter(name == "adapted"):
+        with self.passes.reference_adapter(name == "adapted"):
             hidden, rows = self.passes([inputs(pieces[number].row) for number in chosen], [int(name == "adapted")] * len(chosen))
         return hidden, dict(zip(chosen, rows, strict=True))
 
@@ -87,7 +106,8 @@ class Objective(torch.nn.Module):
         pieces: Sequence[Piece],
         mine: list[int],
         states: tuple[torch.Tensor, list[list[int]]],
-        references: Mapping[str, tuple[torch.Tensor, dict[int, list[int]]] | None],
+        references: References,
+        head: Mapping[str, torch.Tensor] | None,
     ) -> torch.Tensor:
         hidden, rows = states
         spans = [counted(term, pieces[number].row) for number in mine]
@@ -97,8 +117,8 @@ class Objective(torch.nn.Module):
         others = []
         for name in term.references:
             states_there, rows_there = references[name]
-            head = partial(self._reference_head, base=name == "base")
-            others.append((head, states_there.index_select(0, _places(mine, spans, rows_there, hidden.device))))
+            there = partial(self.passes.head, base=name == "base", weights=head)
+            others.append((there, states_there.index_select(0, _places(mine, spans, rows_there, hidden.device))))
         values = per_token(
             term.loss, self.passes.head, hidden.index_select(0, _places(mine, spans, rows, hidden.device)), targets, others,
             vocabulary=self.passes.vocabulary, train_head=self.train_head,
@@ -119,9 +139,6 @@ class Objective(torch.nn.Module):
         finally:
             self.train_head = before
 
-    def _reference_head(self, hidden: torch.Tensor, *, base: bool) -> torch.Tensor:
-        with self.own_weights():
-            return self.passes.head(hidden, base=base)
 
 
 def _places(mine: list[int], spans: list[range], rows: Mapping[int, list[int]] | list[list[int]], device: torch.device) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -51,11 +52,6 @@ class Run:
                 f"--batch-size {config.batch_size}: counts rows over all {accelerator.num_processes} processes, and each needs one; "
                 f"give at least {accelerator.num_processes}"
             )
-        if accelerator.is_fsdp2 and any(phase.sample_at is not None for phase in self.phases):
-            raise ConfigError(
-                f"--method {config.method}: draws answers from the model, which FSDP2 keeps in shards; use DDP (--multi_gpu), "
-                "or --method sku-mirrored"
-            )
         torch.manual_seed(config.seed)
         if config.full:
             self.model, frozen = dense.load(path, config, self.phases, accelerator)
@@ -69,6 +65,7 @@ class Run:
             self.model.train()
         self.parameters = sum(parameter.numel() for name, parameter in self.model.named_parameters() if "lora_" not in name)
         self.objective = sharding.prepare(Objective(self.passes, train_head=config.full), accelerator)
+        self.bare = accelerator.unwrap_model(self.objective)
         self.names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.trainable = sum(parameter.numel() for parameter in self.names)
         self.optimizer = self._new_optimizer()
@@ -157,7 +154,7 @@ class Run:
         self.relearner = self.relearner or self.new_relearner()
         rows = {"forget": self.batches.rows("forget", self.at)}
         totals = {TERM.name: total(TERM, rows["forget"])}
-        self.relearner.step(self.accelerator.unwrap_model(self.objective), self._plan([TERM], rows), totals, at)
+        self.relearner.step(self._plan([TERM], rows), totals, at)
         return through(terms), forward_tokens([TERM], rows)
 
     def _gradients(self, terms: Sequence[Term]) -> tuple[dict[str, float], int]:
@@ -175,8 +172,9 @@ class Run:
             counts = number < len(passes)
             with _sync(self.accelerator, self.objective, number == count - 1):
                 pieces = passes[number if counts else 0]
-                with self.relearner.in_place() if pieces[0].side == RELEARNED else nullcontext():
-                    shares = self.objective(pieces, terms, totals)
+                references = self.bare.gathered(partial(self.bare.references, pieces, terms))
+                with self.relearner.in_place() if pieces[0].side == RELEARNED else nullcontext() as head:
+                    shares = self.objective(pieces, terms, totals, references, head)
                     # DDP and FSDP average gradients over processes; a part is already divided by the whole step's total.
                     loss = sum(weights[name] * part for name, part in shares.items()) * world * counts
                     self.accelerator.backward(loss)
@@ -188,10 +186,8 @@ class Run:
         return {name: float(value) for name, value in values.items()}, forward_tokens(terms, rows)
 
     def new_relearner(self) -> Relearner:
-        """An adversary of the model as it is; what a loss compares with stays as nobody attacks it."""
-        relearner = Relearner(self.model, self.config)
-        self.accelerator.unwrap_model(self.objective).own_weights = relearner.out_of_place
-        return relearner
+        """An adversary of the model as it is."""
+        return Relearner(self.bare, self.config)
 
     def _plan(self, terms: Sequence[Term], rows: Rows) -> list[list[Piece]]:
         return plan(terms, rows, self.config.tokens_per_pass, packed=self.passes.packed)
@@ -221,15 +217,11 @@ class Run:
     def _draw_samples(self) -> None:
         prompts = {tuple(self.batches.template.prompt_ids(row)): None for row in self.batches.forget}
         order = self.batches._random("prompts").permutation(len(prompts))
-        listed = list(prompts)
-        template = self.batches.template
-        samples = sampling.draw_contrastive(self.passes, [list(listed[number]) for number in order], self.config, template.stop_ids)
-        unasked = sampling.draw_unasked(self.passes, [*map(list, prompts)], self.config, template) if self.config.unasked_weight else []
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            samples, unasked = broadcast_object_list([samples, unasked])
-        self.batches.samples, self.batches.unasked = samples, unasked
+        listed, template = list(map(list, prompts)), self.batches.template
+        shuffled = [listed[number] for number in order]
+        samples = self.bare.gathered(partial(sampling.draw_contrastive, self.passes, shuffled, self.config, template.stop_ids))
+        unasked = partial(sampling.draw_unasked, self.passes, listed, self.config, template)
+        self.batches.samples, self.batches.unasked = samples, self.bare.gathered(unasked) if self.config.unasked_weight else []
         self.refusal_share = fmean(sampling.refusals(samples, self.tokenizer))
         sampling.require_refusals(self.refusal_share, self.config.method)
 

@@ -1,4 +1,5 @@
-"""Answers drawn from p* (contrastive.py), once, and a look at whether they are refusals."""
+"""What is drawn once before training with a contrast (contrastive.py): answers from p*, prompts that the base makes up, and which answers
+are refusals, by the built-in refusal judge."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -57,6 +58,8 @@ def draw_unasked(passes: Forward, prompts: Sequence[list[int]], config: TrainCon
 def _draw_batch(
     passes: Forward, prompts: Sequence[list[int]], config: TrainConfig, beta: float, stop_ids: Collection[int], generator: torch.Generator
 ) -> list[Encoded]:
+    from accelerate.utils import broadcast
+
     device, longest = passes.core.device, max(map(len, prompts))
     ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -75,13 +78,14 @@ def _draw_batch(
             caches[which] = result.past_key_values
             logits.append(result.logits[:, -1].float().cpu())
         chosen = torch.multinomial(contrast(logits[0], logits[-1], beta, config.floor).exp(), 1, generator=generator)
+        chosen = broadcast(chosen.to(device))  # processes that gather weights together have to end together
         for row, token in enumerate(chosen[:, 0].tolist()):
             if open_rows[row]:
                 answers[row].append(token)
                 open_rows[row] = token not in stop_ids
         if not open_rows.any():
             break
-        ids = chosen.to(device)
+        ids = chosen
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     return [Encoded(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
 

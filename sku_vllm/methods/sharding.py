@@ -4,6 +4,8 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sku_vllm.errors import ConfigError
@@ -44,14 +46,26 @@ def prepare(objective: "Objective", accelerator: "Accelerator") -> torch.nn.Modu
     if not accelerator.is_fsdp2:
         return accelerator.prepare(objective)
     objective.alike = True
+    plugin = accelerator.state.fsdp_plugin
+    # Without a policy the whole model is one unit, which every pass would gather at once.
+    plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     # accelerate prepares an FSDP2 model with an optimizer only; the real one is made afterwards, as in every round.
-    return accelerator.prepare(objective, torch.optim.SGD(trained, lr=0.0))[0]
+    sharded = accelerator.prepare(objective, torch.optim.SGD(trained, lr=0.0))[0]
+    register_fsdp_forward_method(sharded, "gathered")
+    return sharded
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, gathered from its shards; every process has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def give_up(module: torch.nn.Module) -> None:
+    """Forget what was gathered, since its shards have changed."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def sharded_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
