@@ -194,8 +194,9 @@ def serve_fuse() -> None:
     import torch
 
     from sku_vllm.fuse import fuse_checkpoint
-    from sku_vllm.kernels.delta_merge import round_rows  # noqa: F401
+    from sku_vllm.kernels.delta_merge.cpu_kernel import load_round_rows
 
+    load_round_rows()
     torch.ones(8, 8) @ torch.ones(8, 8)  # the BLAS allocates its own buffers once
     start = anonymous()
     for line in sys.stdin:

@@ -84,7 +84,8 @@ def command(
     copy = report.plain_copy
     beside = f" (a plain copy, estimated from {copy['sampled_bytes'] / 1e6:.0f} MB: {copy['seconds']:.1f} s)" if copy else ""
     scales = f", FP8 scales {report.fp8_scales}" if report.fp8_scales else ""
-    log(f"{output}: {report.tensors} tensors edited{kept}{scales}; {report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s{beside}")
+    after = f" after {report.setup_seconds:.1f} s of setup" if report.setup_seconds >= 1 else ""
+    log(f"{output}: {report.tensors} tensors edited{kept}{scales}; {report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s{after}{beside}")
     for kind, row in report.simulated.items():
         if row["retained"] is not None:
             log(f"  {kind}: {row['retained']:.1%} would be left, noise {row['noise']:.2f}")

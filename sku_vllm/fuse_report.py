@@ -25,6 +25,7 @@ class FuseReport:
 
     Attributes:
         tensors, bytes: edited tensors, and bytes written. seconds: wall time of reading, merging and writing.
+        setup_seconds: before that, of choosing where to merge and loading the compiled kernel, which compiles it on a machine's first use.
         plain_copy: {"seconds", "sampled_bytes", "ratio"}: what copying the base takes here, estimated from a sample, and seconds over it.
         fp8_scales: "kept" or "recomputed"; None without FP8 weights among the edited ones.
         retained, noise: over all edited tensors together. per_tensor: {name: {"retained", "noise", …}}.
@@ -44,6 +45,7 @@ class FuseReport:
     simulated: dict[str, dict[str, float | None]]
     per_tensor: dict[str, dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
+    setup_seconds: float = 0.0
     plain_copy: dict[str, float] | None = None
 
     def compare(self, copy: PlainCopy | None) -> None:

@@ -65,7 +65,8 @@ def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = No
     Returns:
         {"verified": True, "files", "bytes", "signed"}.
     Raises:
-        NegativeResult: naming every file that differs, is missing or was added. CheckpointError: there is nothing to verify.
+        NegativeResult: naming every file that differs, is missing, was added, or is none of the directory's own.
+        CheckpointError: there is nothing to verify.
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
@@ -83,10 +84,10 @@ def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = No
         )
     wrong = []
     for name, digest in files.items():
-        file = directory / name
-        if not file.is_file():
-            wrong.append(f"{name} is missing")
-        elif file_digest(file) != digest:
+        problem = _strange(directory, name)
+        if problem:
+            wrong.append(problem)
+        elif file_digest(directory / name) != digest:
             wrong.append(f"{name} differs")
     present = {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_symlink() or not file.is_dir()}
     wrong += [f"{name} was added" for name in sorted(present - set(files)) if not _is_ours(name)]
@@ -94,6 +95,19 @@ def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = No
         raise NegativeResult(f"{directory}: {'; '.join(wrong)}")
     size = sum((directory / name).stat().st_size for name in files)
     return {"verified": True, "files": len(files), "bytes": size, "signed": signing_key is not None}
+
+
+def _strange(directory: Path, name: str) -> str | None:
+    """Why `name` is not to be opened; None for a regular file of the directory. A FIFO never ends, a link can be aimed elsewhere later."""
+    try:
+        inside = os.path.realpath(directory / name) == f"{os.path.realpath(directory)}/{name}"
+    except ValueError:  # a zero byte, or half a surrogate pair
+        inside = False
+    if not inside:
+        return f"{name!r} is a link or leads out of the directory (cp -rL makes a copy without links)"
+    if not os.path.lexists(directory / name):
+        return f"{name} is missing"
+    return None if os.path.isfile(directory / name) else f"{name} is no regular file"
 
 
 def _is_ours(name: str) -> bool:
@@ -104,11 +118,13 @@ def _is_ours(name: str) -> bool:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give the one that sku fuse wrote")
+    if not os.path.lexists(directory / MANIFEST):
+        raise CheckpointError(f"{directory / MANIFEST}: is missing; only what sku fuse wrote can be verified")
+    if problem := _strange(directory, MANIFEST):
+        raise NegativeResult(f"{directory}: {problem}")
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory / MANIFEST}: is missing; only what sku fuse wrote can be verified") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NegativeResult(f"{directory / MANIFEST}: cannot be read as JSON; it was changed") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
         raise NegativeResult(f"{directory / MANIFEST}: is not a manifest; it was changed")

@@ -16,6 +16,7 @@ from sku_vllm.kernels.delta_merge import Merge, Term, delta_merge, delta_merge_r
 from sku_vllm.kernels.delta_merge.backend import CPU, choose_backend, on_device
 from sku_vllm.kernels.delta_merge.cpu import one_torch_thread
 
+EMPTY = [(0, 5, 2), (5, 0, 2), (0, 0, 1), (5, 7, 0)]  # rows, columns, rank
 SHAPES = [(1, 1), (3, 5), (64, 128), (65, 131), (16, 200)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -83,6 +84,16 @@ def test_bad_values_of_the_base_stay_where_they_are_and_are_counted():
     assert weight[3, 4].isnan() and weight[5, 6] == kept[5, 6] and stats.retained is not None
     small = torch.full((2, 2), 60000.0, dtype=torch.float16)
     assert delta_merge_reference(small, [Term(torch.full((2, 2), -60000.0), None, 1.0)]).overflowed == 4
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols", "rank"), EMPTY)
+def test_what_is_empty_changes_nothing(rows, cols, rank, dtype, seed):
+    weight, terms = torch.ones(rows, cols, dtype=dtype), [Term(torch.ones(rows, rank), torch.ones(rank, cols), 1.0)]
+    stats = delta_merge([Merge(weight, terms)], seed=seed)[0]
+    assert stats.elements == rows * cols and stats.changed == 0 and stats.retained is None and (weight == 1).all()
+    assert delta_merge([], seed=seed) == []
 
 
 def test_stochastic_rounding_is_right_on_average_and_blind_to_cuts():
@@ -232,6 +243,11 @@ for blocks in ((1, 1), (96, 1), (3, 2)):
             differ = (mine.float() != theirs.float()).float().mean()
             assert differ < (1e-3 if seed is None else 1e-9), (blocks, new_scale is None, seed, differ)
             assert found.clipped == same.clipped and abs(found.retained - same.retained) < 1e-3, (found, same)
+for rows, cols, rank in t.EMPTY:
+    weight, terms = torch.ones(rows, cols), [Term(torch.ones(rows, rank), torch.ones(rank, cols), 1.0)]
+    stats = k.delta_merge_triton([Merge(weight, terms)])[0]
+    assert stats.elements == weight.numel() and stats.changed == 0 and (weight == 1).all()
+assert k.delta_merge_triton([]) == []
 print("agree")
 """
 
@@ -271,8 +287,8 @@ for capability in json.loads(sys.argv[1]):
             signature |= dict(table="*i64", coefficients="*fp64", sums="*fp32", which="*i64", parts="i32", entries="i32", seed="i64")
             divisible = {(index,): [["tt.divisibility", 16]] for index in range(4)}
             source = ASTSource(k.delta_merge_kernel, signature, constexprs=constants, attrs=divisible)
-            options = dict(num_warps=k.WARPS, num_stages=k.STAGES, enable_fp_fusion=False)
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=k.OPTIONS)
+            assert not compiled.metadata.enable_fp_fusion
             name = f"sm_{capability} {weight} {factor} aligned={aligned} dense={dense} stochastic={stochastic} double={double}"
             asm = {"ptx": compiled.asm["ptx"], "cubin": len(compiled.asm["cubin"])}
             found.append({"name": name, "aligned": aligned, "capability": capability, **asm})

@@ -43,6 +43,20 @@ def test_fuse_and_verify(run_sku, pair, tmp_path):
     assert done.returncode == 1 and "chat_template.jinja" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_first_run_on_a_machine_says_that_it_compiles_and_the_second_has_no_need_to(run_sku, pair, tmp_path):
+    base, adapter = pair
+    runs = []
+    for name in ("first", "second"):
+        arguments = ["--model", base, "--adapter", f"{adapter}@0.05", "--output", tmp_path / name, "--json"]
+        runs.append(run_sku("fuse", *arguments, env={"NUMBA_CACHE_DIR": str(tmp_path / "cache")}))
+        assert runs[-1].returncode == 0, runs[-1].stderr
+    first, second = (json.loads(done.stdout) for done in runs)  # nothing but the report on stdout
+    assert "compiling the merge" in runs[0].stderr and f"kept in {tmp_path / 'cache'}" in runs[0].stderr
+    assert "compil" not in runs[1].stderr and second["setup_seconds"] < first["setup_seconds"]
+    assert first["seconds"] < first["setup_seconds"], "compiling is no part of reading, merging and writing"
+    assert (tmp_path / "first/model.safetensors").read_bytes() == (tmp_path / "second/model.safetensors").read_bytes()
+
+
 def test_negated_adapter_is_refused_with_exit_2_and_nothing_written(run_sku, pair, tmp_path):
     base, adapter = pair
     done = run_sku("negate", "--adapter", adapter, "--scale", 0.5, "--output", tmp_path / "negated", "--json")

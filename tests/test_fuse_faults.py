@@ -62,6 +62,8 @@ import os, sys
 from sku_vllm.fuse import fuse_checkpoint
 import torch, numpy
 from sku_vllm import adapter, layout, manifest, simulate, writer
+from sku_vllm.kernels.delta_merge.cpu_kernel import load_round_rows
+load_round_rows()
 for line in sys.stdin:  # imported once; every request is a child that gets killed
     output = line.strip()
     child = os.fork()

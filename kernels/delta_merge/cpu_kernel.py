@@ -27,6 +27,11 @@ SMALL_EDIT = {torch.bfloat16: 1 / 16, torch.float16: 1 / 64}
 CANCELLED = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-13}
 
 
+def load_round_rows() -> None:
+    """Load the compiled pass, which compiles it on a machine's first use; else the first merge does."""
+    from sku_vllm.kernels.delta_merge import round_rows  # noqa: F401
+
+
 def merge_16_bit(weight: Tensor, terms: Sequence[Term], out: Tensor) -> MergeStats | None:
     """W' = round(W − Σ terms) into `out`, which may be `weight`; None, and nothing done, where this kernel is not the one for it.
 

@@ -1,8 +1,7 @@
 """The compiled pass of the CPU kernel: subtract, round, compare and sum, reading and writing every element once.
 
-numba compiles it on a machine's first use (seconds) and keeps the result beside this file, or in the user's cache directory.
-Importing this module is what triggers that, so it is imported where it is first needed. numba has no 16-bit floats: bf16 comes
-as uint16 and fp16 as int16.
+Importing this module compiles it on a machine's first use (see `compiled.py`), so it is imported where it is first needed. numba has
+no 16-bit floats: bf16 comes as uint16 and fp16 as int16.
 """
 
 import numba
@@ -11,6 +10,8 @@ from llvmlite import ir
 from llvmlite.binding import ffi
 from numba import types
 from numba.extending import intrinsic, overload
+
+from sku_vllm.kernels.delta_merge.compiled import compiled
 
 # llvmlite's library object has no __dict__ and answers a request for one with a function. vLLM 0.32 looks at the __dict__ of
 # every module's values when an engine starts on a CPU, and fell over that one in a process that had merged before.
@@ -195,16 +196,10 @@ def _round_rows(old, delta, new, row, ratio, where, bits, sums):
     return found
 
 
-def _compiled():
-    f32s, i64s, f64s = types.float32[:, ::1], types.int64[::1], types.float64[::1]
-    signatures = [
-        types.int64(half[:, ::1], f32s, half[:, ::1], half[::1], types.float32, i64s, half[::1], f64s)
-        for half in (types.uint16, types.int16)
-    ]
-    try:
-        return numba.njit(signatures, nogil=True, cache=True)(_round_rows)
-    except RuntimeError:  # neither place to keep it can be written
-        return numba.njit(signatures, nogil=True)(_round_rows)
+def _signature(half):
+    return types.int64(
+        half[:, ::1], types.float32[:, ::1], half[:, ::1], half[::1], types.float32, types.int64[::1], half[::1], types.float64[::1]
+    )
 
 
-round_rows = _compiled()
+round_rows = compiled(_round_rows, [_signature(half) for half in (types.uint16, types.int16)])

@@ -20,7 +20,9 @@ from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats
 from sku_vllm.kernels.delta_merge.stochastic import FORMATS
 from sku_vllm.kernels.delta_merge.triton_helpers import nearest, pointer, sixteens, stochastic
 
-BLOCK_K, WARPS, STAGES = 32, 8, 2
+BLOCK_K = 32
+# Fusion said outright: a product and a sum rounded as one would differ from the reference, and Triton's default is about to change.
+OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 SUMS = 9  # per tile: ΣΔ², Σe², Σe·Δ, changed, nonfinite, overflowed, clipped, noted, max |Δ|
 NOTED, LARGEST = 7, 8
 TL = {
@@ -178,7 +180,7 @@ def _launch(entries: Sequence[Entry], edges: Sequence[int], seed: int | None) ->
         sums = torch.zeros((work, SUMS), dtype=torch.float32, device=device)
         delta_merge_kernel[(min(work, programs),)](
             table, coefficients, sums, which, work, len(entries), 0 if seed is None else seed & 0xFFFFFFFF,
-            **settings, num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=False,
+            **settings, **OPTIONS,
         )  # fmt: skip
         parts = sums.cpu().double().view(-1, settings["PARTS"], SUMS)
         return torch.cat([parts[:, :, :LARGEST].sum(1), parts[:, :, LARGEST:].amax(1)], 1)
