@@ -98,13 +98,14 @@ def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = No
 
 
 def _strange(directory: Path, name: str) -> str | None:
-    """Why `name` is not to be opened; None for a regular file of the directory. A FIFO never ends, a link can be aimed elsewhere later."""
+    """Why `name` is not to be opened; None for a regular file of the directory, or a link to one, as the Hugging Face cache has them."""
     try:
-        inside = os.path.realpath(directory / name) == f"{os.path.realpath(directory)}/{name}"
-    except ValueError:  # a zero byte, or half a surrogate pair
+        folder, _, file = f"{os.path.realpath(directory)}/{name}".rpartition("/")
+        inside = os.path.realpath(folder) == folder and file not in ("", ".", "..")
+    except ValueError:  # a folder with a zero byte, or half a surrogate pair
         inside = False
     if not inside:
-        return f"{name!r} is a link or leads out of the directory (cp -rL makes a copy without links)"
+        return f"{name!r} leads out of the directory"
     if not os.path.lexists(directory / name):
         return f"{name} is missing"
     return None if os.path.isfile(directory / name) else f"{name} is no regular file"
