@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +96,10 @@ def train_adapter(
     check_output(output)
     path = resolve_model(model, revision)
     accelerator = _accelerator(tracker, Path(output))
-    tokenizer = load_tokenizer(path)
-    template = PromptTemplate.of(tokenizer, config.template)
-    config = _with_stop(config, template)
-    batches = Batches(config, template, forget, retain, refusals)
-    batches.check({term.rows for phase in METHODS[config.method].phases(config) for term in phase.terms})
+    batches = prepare(path, config, forget, retain, refusals)
+    config = batches.config
     record_ = run_record(config.method, str(model), base_identity(path), "dense" if config.full else "lora", config.to_json())
-    run = Run(path, config, batches, accelerator, tokenizer)
+    run = Run(path, config, batches, accelerator, batches.template.tokenizer)
     with _partial(Path(output), resume, accelerator) as partial:
         resumed = _begin(run, partial, resume, accelerator)
         shown = Progress(run, partial, enabled=progress and accelerator.is_main_process)
@@ -110,6 +107,15 @@ def train_adapter(
         report = _finish(run, partial, Path(output), record_, shown, resumed)
     accelerator.end_training()
     return report
+
+
+def prepare(path: Path, config: TrainConfig, forget: ForgetSet, retain: RetainSet | None, refusals: Sequence[Row]) -> Batches:
+    """The rows of every step, checked; `config` in them also knows the token that ends an answer, which the contrastive methods train."""
+    template = PromptTemplate.of(load_tokenizer(path), config.template)
+    config = replace(config, stop_id=template.stop_ids[-1])
+    batches = Batches(config, template, forget, retain, refusals)
+    batches.check({term.rows for phase in METHODS[config.method].phases(config) for term in phase.terms})
+    return batches
 
 
 def _train(run: Run, partial: Path, shown: Progress, run_json: Mapping[str, Any], save_seconds: float, name: str) -> None:
@@ -212,12 +218,6 @@ def _accelerator(tracker: str | None, output: Path) -> "Accelerator":
     sharding.shard_on_cpu(accelerator)
     return accelerator
 
-
-def _with_stop(config: TrainConfig, template: PromptTemplate) -> TrainConfig:
-    """The token that ends an answer in this template, which the contrastive methods train."""
-    from dataclasses import replace
-
-    return replace(config, stop_id=template.stop_ids[-1])
 
 
 def _finished(output: Path) -> TrainReport:
