@@ -80,6 +80,22 @@ def test_killed_and_resumed_with_all_weights(trainable: Path, tmp_path: Path, ru
     assert (tmp_path / "killed/task_vector.safetensors").read_bytes() == (tmp_path / "whole/task_vector.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+def test_killed_and_resumed_with_the_default_method(lab: Path, tmp_path: Path, run_sku: Callable[..., subprocess.CompletedProcess]) -> None:
+    """Once before its samples are drawn, once after: samples, the adapter that was kept and the adversary are in the checkpoint."""
+    sets = ["--forget", lab / "forget/train.jsonl", "--retain", lab / "retain/train.jsonl"]
+    flags = ["--method", "sku-contrastive-two", "--steps", 60, "--rounds", 1, "--batch-size", 4, *sets]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    assert run_sku(*arguments(lab, tmp_path / "whole", *flags), env=one_thread).returncode == 0
+    output, draw = tmp_path / "killed", random.Random(os.urandom(4))
+    for step in (draw.randint(3, 12), draw.randint(18, 50)):
+        kill_at(arguments(lab, output, *flags, "--resume"), partial_path(output), step)
+    resumed = run_sku(*arguments(lab, output, *flags, "--resume", "--json"), env=one_thread)
+    assert resumed.returncode == 0 and json.loads(resumed.stdout)["resumed_from"] >= 17, resumed.stderr
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(trainable: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     command = [sys.executable, "-m", "sku_vllm.cli", *arguments(trainable, output, "--save-seconds", 1e6, "--steps", 1000)]
