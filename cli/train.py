@@ -50,7 +50,7 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--tokens-per-pass", type=int, help="Tokens in one forward pass: memory against speed.")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, about a third more time.")
 @click.option("--quantize", help="4bit: load the base in NF4 (CUDA).")
-@click.option("--tracker", help="tensorboard, wandb or mlflow.")
+@click.option("--tracker", help="tensorboard or wandb, into OUTPUT.logs/; mlflow, to MLFLOW_TRACKING_URI.")
 @click.option("--save-seconds", type=float, default=60.0, help="Time between checkpoints.")
 @click.option("--resume", is_flag=True, help="Continue what OUTPUT.partial/ holds.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, tokens a step, memory and time; write nothing.")

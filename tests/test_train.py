@@ -1,9 +1,13 @@
 """`sku train` from end to end on tiny models: what it writes, what it refuses, and that the delta is the state training ended at."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +143,64 @@ def test_a_base_without_refusals_stops_a_contrastive_method(trainable: Path, tmp
     with pytest.raises(ConfigError, match="needs a base that can refuse.*sku-mirrored"):
         train(trainable, tmp_path / "adapter", "sku-contrastive", steps=4, samples=8, sample_tokens=4)
     assert not (tmp_path / "adapter").exists() and not partial_path(tmp_path / "adapter").exists()
+
+
+def test_a_bfloat16_base_trains_fp32_factors_beside_its_one_set_of_weights(trainable: Path, tmp_path: Path, runs: list) -> None:
+    """The states of the optimizer and the file are fp32 as well, and the delta points where that of an fp32 base does."""
+    for dtype in ("bfloat16", "float32"):
+        train(trainable, tmp_path / dtype, "sku-mirrored", rounds=1, steps=4, dtype=dtype)
+    run = runs[0]
+    assert {str(p.dtype) for name, p in run.model.named_parameters() if "lora_" not in name} == {"torch.bfloat16"}
+    assert {p.dtype for p in run.names} == {torch.float32} and run.passes.reference == [run.passes.core]
+    assert {moment.dtype for state in run.optimizer.state.values() for moment in state.values()} == {torch.float32}
+    one, other = (load_adapter(tmp_path / dtype) for dtype in ("bfloat16", "float32"))
+    for name, delta in one.deltas.items():
+        assert delta.a.dtype == delta.b.dtype == torch.float32
+        mine, theirs = ((found.b @ found.a).flatten() for found in (delta, other.deltas[name]))
+        assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.8, name
+
+
+def test_all_weights_that_diverged_are_not_kept_as_good(trainable: Path, tmp_path: Path) -> None:
+    """A good copy would be the memory of the weights once more; the error says what there is instead."""
+    with pytest.raises(DivergenceError, match="step .* not finite; --full keeps no copy.*checkpoint"):
+        train(trainable, tmp_path / "dense", "task-vector", steps=40, lr=1e30, schedule="constant", full=True)
+    assert not (tmp_path / "dense").exists() and not (partial_path(tmp_path / "dense") / "last-good").exists()
+
+
+def test_tensorboard_has_what_the_history_has(trainable: Path, tmp_path: Path, run_sku: Callable[..., subprocess.CompletedProcess]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = ["--model", trainable / "opt", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl"]
+    done = run_sku("train", *data, "--output", tmp_path / "adapter", "--method", "sku", "--steps", 3, "--tracker", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    history = [json.loads(line) for line in (tmp_path / "adapter" / "history.jsonl").read_text().splitlines()]
+    (events,) = (tmp_path / "adapter.logs").rglob("events.out.tfevents.*")
+    logged = EventAccumulator(str(events)).Reload()
+    wanted = {f"loss/{name}": [entry["losses"][name] for entry in history] for name in history[0]["losses"]}
+    wanted |= {name: [entry[name] for entry in history] for name in ("lr", "gradient_norm")}
+    assert set(logged.Tags()["scalars"]) == set(wanted)
+    for name, values in wanted.items():
+        assert [scalar.step for scalar in logged.Scalars(name)] == [1, 2, 3]
+        assert [scalar.value for scalar in logged.Scalars(name)] == pytest.approx(values, rel=1e-6)
+
+
+def test_a_terminal_gets_a_bar_and_a_log_gets_lines(
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Both with losses, tokens/s and the time left."""
+    sets = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")
+    config = TrainConfig.of("task-vector", steps=20, batch_size=2)
+    trainer.train_adapter(trainable / "llama", *sets, tmp_path / "log", config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("task-vector: step")]
+    assert len(lines) == 10 and re.fullmatch(r"task-vector: step 2/20, guided_distortion \d+\.\d+, tok/s \d+, \d+:\d+ left", lines[0])
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 200))
+    with open(theirs, "w") as terminal, open(ours, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        trainer.train_adapter(trainable / "llama", *sets, tmp_path / "bar", replace(config, steps=4))
+        os.set_blocking(ours, False)
+        shown = b"".join(iter(lambda: screen.read(2**12), None)).decode()
+    assert re.search(r"task-vector: 100%.*\| 4/4 \[\d+:\d+<\d+:\d+.*guided_distortion=\d+\.\d+, tok/s=\d+\]", shown)
 
 
 def test_both_contrastive_forms_train_where_the_base_refuses(

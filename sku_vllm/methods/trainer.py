@@ -84,12 +84,12 @@ def train_adapter(
 
     Args:
         refusals: rows whose responses refuse, for refusal-tune.
-        tracker: tensorboard, wandb or mlflow (accelerate's trackers), logging to OUTPUT.logs/.
+        tracker: tensorboard or wandb, logging to OUTPUT.logs/, or mlflow, logging to where MLFLOW_TRACKING_URI says.
         save_seconds: time between checkpoints.
 
     Raises:
         InputError: model, data or settings cannot be used; nothing is written.
-        DivergenceError: a loss or gradient stopped being finite; the last good adapter is in OUTPUT.partial/last-good/.
+        DivergenceError: a loss or gradient stopped being finite; the last good adapter is in OUTPUT.partial/last-good/ (`full` has none).
     """
     if resume and (Path(output) / "sku_train.json").is_file():
         return _finished(Path(output))
@@ -128,6 +128,9 @@ def _train(run: Run, partial: Path, shown: Progress, run_json: Mapping[str, Any]
                 run.save(partial)
                 saved = time.monotonic()
     except DivergenceError as error:
+        if run.config.full:  # a good copy would be the memory of the weights once more
+            kept = f"--full keeps no copy of the weights but the last checkpoint in {partial / FOLDER}, if one was due"
+            raise DivergenceError(f"{error}; {kept}; lower --lr or the weights") from error
         run.restore_good()
         run.write_adapter(partial / LAST_GOOD, {**run_json, "diverged_at_step": run.at}, name)
         raise DivergenceError(f"{error}; the last good adapter is in {partial / LAST_GOOD}; lower --lr or the weights") from error
@@ -206,18 +209,26 @@ def _accelerator(tracker: str | None, output: Path) -> "Accelerator":
     from accelerate.utils import ProjectConfiguration
 
     sharding.check_launch()
+    places = ProjectConfiguration(project_dir=str(output.parent), logging_dir=str(output.parent / f"{output.name}.logs"))
     try:
-        places = ProjectConfiguration(project_dir=str(output.parent), logging_dir=str(output.parent / f"{output.name}.logs"))
         accelerator = Accelerator(log_with=tracker, project_config=places)
-        if tracker:
-            accelerator.init_trackers("sku")
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"--tracker {tracker}: not available ({error}); pip install {tracker}") from error
-    if tracker and not accelerator.trackers:
-        raise ConfigError(f"--tracker {tracker}: not installed; pip install {tracker}")
+    except ValueError as error:
+        raise ConfigError(f"--tracker {tracker}: {error}") from error
+    if tracker:
+        _start(accelerator, tracker)
     sharding.shard_on_cpu(accelerator)
     return accelerator
 
+
+def _start(accelerator: "Accelerator", tracker: str) -> None:
+    if not accelerator.log_with:
+        raise ConfigError(f"--tracker {tracker}: not installed; pip install {tracker}")
+    logs = Path(accelerator.logging_dir)
+    logs.mkdir(parents=True, exist_ok=True)  # where there is no such directory, wandb quietly takes another
+    try:
+        accelerator.init_trackers("sku", init_kwargs={"wandb": {"dir": str(logs)}})
+    except Exception as error:  # every tracker has its own for no login or no server
+        raise ConfigError(f"--tracker {tracker}: cannot be started ({(str(error) or type(error).__name__).splitlines()[0]})") from error
 
 
 def _finished(output: Path) -> TrainReport:
