@@ -160,6 +160,37 @@ def test_a_bfloat16_base_trains_fp32_factors_beside_its_one_set_of_weights(train
         assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.8, name
 
 
+def test_the_command_exits_3_when_it_diverged(trainable: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from sku_vllm.cli import main
+
+    data = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--output", tmp_path / "adapter"]
+    with pytest.raises(SystemExit) as caught:
+        main([*map(str, ["train", *data, "--method", "task-vector", "--lr", 1e30])])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert caught.value.code == 3 and "is not finite" in line and "last-good" in line
+
+
+def test_rounds_beyond_the_largest_rank_are_recompressed_where_matrices_are_smaller(trainable: Path, tmp_path: Path, runs: list) -> None:
+    """Three of 256 make 768 and vLLM takes 512, which holds all that matrices of these sizes can have."""
+    report = train(trainable, tmp_path / "adapter", "sku-mirrored", rank=256, lr=5e-3)
+    assert report.rank == 512 and report.fold_error < 1e-6
+    (run,) = runs
+    with torch.no_grad():
+        trained = run.passes.head(run.passes([IDS[0].tolist()], [1])[0])
+        edited = attach_adapter(load_model(trainable / "llama"), tmp_path / "adapter", 1.0)
+        assert (edited(input_ids=IDS).logits[0] - trained).abs().max() < 1e-4
+
+
+def test_the_stated_error_of_recompressing_is_the_deltas_own(trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(trainable, tmp_path / "exact", "sku-mirrored", rank=8, lr=5e-3)
+    monkeypatch.setattr("sku_vllm.methods.rounds.VLLM_RANKS", (8, 16))  # as if vLLM took no more than two of the three rounds
+    report = train(trainable, tmp_path / "short", "sku-mirrored", rank=8, lr=5e-3)
+    exact, short = (load_adapter(tmp_path / name).deltas for name in ("exact", "short"))
+    pairs = [[found.scaling * found.b.float() @ found.a.float() for found in (exact[name], short[name])] for name in exact]
+    lost, whole = (sum(float(part.square().sum()) for part in parts) for parts in ([b - a for a, b in pairs], [a for a, _ in pairs]))
+    assert report.rank == 16 and report.fold_error == pytest.approx((lost / whole) ** 0.5, rel=1e-3) and report.fold_error > 1e-3
+
+
 def test_all_weights_that_diverged_are_not_kept_as_good(trainable: Path, tmp_path: Path) -> None:
     """A good copy would be the memory of the weights once more; the error says what there is instead."""
     with pytest.raises(DivergenceError, match="step .* not finite; --full keeps no copy.*checkpoint"):
