@@ -112,9 +112,9 @@ def measure(kind: str, name: str, work: str) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A row a shape."""
+    """A row a shape, estimated / measured."""
     lines = [
-        "| shape | forward tokens a step | GiB at the peak | above imports | CPU seconds | |",
+        "| shape | forward tokens a step | GiB at the peak | ratio above imports | CPU seconds | ratio |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in results["shapes"].items():
