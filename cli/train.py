@@ -101,9 +101,11 @@ def command(
     from sku_vllm.methods.sampling import NoRefusals
     from sku_vllm.methods.trainer import train_adapter
 
+    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
     if dry_run:
         estimate = estimate_run(model, forget_set, retain_set, config, refusals=refusal_rows, revision=revision)
-        print_json(estimate.to_json()) if json_output else log(estimate.text())
+        if speaks:
+            print_json(estimate.to_json()) if json_output else log(estimate.text())
         return
     more = {"refusals": refusal_rows, "revision": revision, "tracker": tracker, "save_seconds": save_seconds}
     try:
@@ -113,8 +115,8 @@ def command(
             raise
         log(f"warning: {error}; no method was asked for, so this trains sku-mirrored")
         report = train_adapter(model, forget_set, retain_set, output, TrainConfig.of("sku-mirrored", **settings), **more)
-    if os.environ.get("RANK", "0") != "0":
-        return  # one of several processes speaks
+    if not speaks:
+        return
     if json_output:
         print_json(report.to_json())
     _say(report)

@@ -1,7 +1,9 @@
 """What `sku train --dry-run` promises, against what the run then takes."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +53,24 @@ def test_the_command_prints_it_and_writes_nothing(
     printed = json.loads(done.stdout)
     assert printed["steps"] == 12 and printed["seconds"] > 0 and printed["peak_memory_bytes"] > printed["parameters"] * 4
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]], ids=["ddp", "fsdp2"])
+def test_it_counts_over_all_processes_and_one_speaks(
+    trainable: Path, engine: list[str], run_sku: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    data = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl"]
+    train = ["train", *data, "--output", trainable / "nowhere", "--method", "sku-mirrored", "--steps", 4, "--dry-run", "--json"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *engine, "--num_processes", 2, "--main_process_port", 0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [str(part) for part in [*launch, "-m", "sku_vllm.cli", *train]]
+    two = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert two.returncode == 0, two.stderr[-3000:]
+    (printed,) = map(json.loads, two.stdout.strip().splitlines())
+    one = json.loads(run_sku(*train).stdout)
+    for name in ("parameters", "trainable", "steps", "tokens_per_step"):
+        assert printed[name] == one[name], name
 
 
 @pytest.fixture(scope="module")

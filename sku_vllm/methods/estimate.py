@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.data import ForgetSet, RetainSet, Row
+from sku_vllm.methods import sharding
 from sku_vllm.methods.config import TrainConfig
 from sku_vllm.methods.method import Phase
 from sku_vllm.methods.relearner import CYCLE
@@ -66,7 +67,10 @@ def estimate_run(
 
     path = resolve_model(model, revision)
     batches = prepare(path, config, forget, retain, refusals)
-    run = Run(path, batches.config, batches, Accelerator(), batches.template.tokenizer)
+    sharding.check_launch()
+    accelerator = Accelerator()
+    sharding.shard_on_cpu(accelerator)
+    run = Run(path, batches.config, batches, accelerator, batches.template.tokenizer)
     phases = run.phases
     # Steps are taken out of order here, so what comes between them is called for where it is due.
     run.phases = [replace(phase, sample_at=None, fold=None, keep=False) for phase in phases]
@@ -107,7 +111,7 @@ def _seconds_per_token(run: Run, steps: range) -> float:
     for taken in range(1, TIMED[-1] + 1):
         entry = _step(run, steps[taken % len(steps)])
         tokens, seconds = tokens + entry["tokens"], seconds + entry["seconds"]
-        if taken in TIMED and seconds > ENOUGH_SECONDS:
+        if taken in TIMED and run.agree(seconds > ENOUGH_SECONDS):
             break
     return seconds / tokens
 
