@@ -10,6 +10,7 @@ BENCHMARKS = {
     "kernel": ("bench_delta_merge", "Delta-merge kernel against addmm_ and PEFT, beside the measured copy bandwidth."),
     "fuse": ("bench_fuse", "Fusing a checkpoint against copying it, PEFT and mergekit."),
     "train": ("bench_train", "Identification training against the published loop."),
+    "dry-run": ("bench_dry_run", "What `sku train --dry-run` says against what the run then takes."),
     "serve": ("bench_serve", "Throughput and latency of the arms of one server."),
     "agreement": ("bench_agreement", "Log-probabilities of one text from five ways to the negated model."),
     "methods": ("bench_methods", "Every unlearning method on the same data at matched utility."),

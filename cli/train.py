@@ -50,7 +50,7 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--tokens-per-pass", type=int, help="Tokens in one forward pass: memory against speed.")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, about a third more time.")
 @click.option("--quantize", help="4bit: load the base in NF4 (CUDA).")
-@click.option("--tracker", help="tensorboard, wandb or mlflow.")
+@click.option("--tracker", help="tensorboard or wandb, into OUTPUT.logs/; mlflow, to MLFLOW_TRACKING_URI.")
 @click.option("--save-seconds", type=float, default=60.0, help="Time between checkpoints.")
 @click.option("--resume", is_flag=True, help="Continue what OUTPUT.partial/ holds.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, tokens a step, memory and time; write nothing.")
@@ -101,9 +101,11 @@ def command(
     from sku_vllm.methods.sampling import NoRefusals
     from sku_vllm.methods.trainer import train_adapter
 
+    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
     if dry_run:
         estimate = estimate_run(model, forget_set, retain_set, config, refusals=refusal_rows, revision=revision)
-        print_json(estimate.to_json()) if json_output else log(estimate.text())
+        if speaks:
+            print_json(estimate.to_json()) if json_output else log(estimate.text())
         return
     more = {"refusals": refusal_rows, "revision": revision, "tracker": tracker, "save_seconds": save_seconds}
     try:
@@ -113,8 +115,8 @@ def command(
             raise
         log(f"warning: {error}; no method was asked for, so this trains sku-mirrored")
         report = train_adapter(model, forget_set, retain_set, output, TrainConfig.of("sku-mirrored", **settings), **more)
-    if os.environ.get("RANK", "0") != "0":
-        return  # one of several processes speaks
+    if not speaks:
+        return
     if json_output:
         print_json(report.to_json())
     _say(report)

@@ -1,9 +1,13 @@
 """`sku train` from end to end on tiny models: what it writes, what it refuses, and that the delta is the state training ended at."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +143,95 @@ def test_a_base_without_refusals_stops_a_contrastive_method(trainable: Path, tmp
     with pytest.raises(ConfigError, match="needs a base that can refuse.*sku-mirrored"):
         train(trainable, tmp_path / "adapter", "sku-contrastive", steps=4, samples=8, sample_tokens=4)
     assert not (tmp_path / "adapter").exists() and not partial_path(tmp_path / "adapter").exists()
+
+
+def test_a_bfloat16_base_trains_fp32_factors_beside_its_one_set_of_weights(trainable: Path, tmp_path: Path, runs: list) -> None:
+    """The states of the optimizer and the file are fp32 as well, and the delta points where that of an fp32 base does."""
+    for dtype in ("bfloat16", "float32"):
+        train(trainable, tmp_path / dtype, "sku-mirrored", rounds=1, steps=4, dtype=dtype)
+    run = runs[0]
+    assert {str(p.dtype) for name, p in run.model.named_parameters() if "lora_" not in name} == {"torch.bfloat16"}
+    assert {p.dtype for p in run.names} == {torch.float32} and run.passes.reference == [run.passes.core]
+    assert {moment.dtype for state in run.optimizer.state.values() for moment in state.values()} == {torch.float32}
+    one, other = (load_adapter(tmp_path / dtype) for dtype in ("bfloat16", "float32"))
+    for name, delta in one.deltas.items():
+        assert delta.a.dtype == delta.b.dtype == torch.float32
+        mine, theirs = ((found.b @ found.a).flatten() for found in (delta, other.deltas[name]))
+        assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.8, name
+
+
+def test_the_command_exits_3_when_it_diverged(trainable: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from sku_vllm.cli import main
+
+    data = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--output", tmp_path / "adapter"]
+    with pytest.raises(SystemExit) as caught:
+        main([*map(str, ["train", *data, "--method", "task-vector", "--lr", 1e30])])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert caught.value.code == 3 and "is not finite" in line and "last-good" in line
+
+
+def test_rounds_beyond_the_largest_rank_are_recompressed_where_matrices_are_smaller(trainable: Path, tmp_path: Path, runs: list) -> None:
+    """Three of 256 make 768 and vLLM takes 512, which holds all that matrices of these sizes can have."""
+    report = train(trainable, tmp_path / "adapter", "sku-mirrored", rank=256, lr=5e-3)
+    assert report.rank == 512 and report.fold_error < 1e-6
+    (run,) = runs
+    with torch.no_grad():
+        trained = run.passes.head(run.passes([IDS[0].tolist()], [1])[0])
+        edited = attach_adapter(load_model(trainable / "llama"), tmp_path / "adapter", 1.0)
+        assert (edited(input_ids=IDS).logits[0] - trained).abs().max() < 1e-4
+
+
+def test_the_stated_error_of_recompressing_is_the_deltas_own(trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(trainable, tmp_path / "exact", "sku-mirrored", rank=8, lr=5e-3)
+    monkeypatch.setattr("sku_vllm.methods.rounds.VLLM_RANKS", (8, 16))  # as if vLLM took no more than two of the three rounds
+    report = train(trainable, tmp_path / "short", "sku-mirrored", rank=8, lr=5e-3)
+    exact, short = (load_adapter(tmp_path / name).deltas for name in ("exact", "short"))
+    pairs = [[found.scaling * found.b.float() @ found.a.float() for found in (exact[name], short[name])] for name in exact]
+    lost, whole = (sum(float(part.square().sum()) for part in parts) for parts in ([b - a for a, b in pairs], [a for a, _ in pairs]))
+    assert report.rank == 16 and report.fold_error == pytest.approx((lost / whole) ** 0.5, rel=1e-3) and report.fold_error > 1e-3
+
+
+def test_all_weights_that_diverged_are_not_kept_as_good(trainable: Path, tmp_path: Path) -> None:
+    """A good copy would be the memory of the weights once more; the error says what there is instead."""
+    with pytest.raises(DivergenceError, match="step .* not finite; --full keeps no copy.*checkpoint"):
+        train(trainable, tmp_path / "dense", "task-vector", steps=40, lr=1e30, schedule="constant", full=True)
+    assert not (tmp_path / "dense").exists() and not (partial_path(tmp_path / "dense") / "last-good").exists()
+
+
+def test_tensorboard_has_what_the_history_has(trainable: Path, tmp_path: Path, run_sku: Callable[..., subprocess.CompletedProcess]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = ["--model", trainable / "opt", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl"]
+    done = run_sku("train", *data, "--output", tmp_path / "adapter", "--method", "sku", "--steps", 3, "--tracker", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    history = [json.loads(line) for line in (tmp_path / "adapter" / "history.jsonl").read_text().splitlines()]
+    (events,) = (tmp_path / "adapter.logs").rglob("events.out.tfevents.*")
+    logged = EventAccumulator(str(events)).Reload()
+    wanted = {f"loss/{name}": [entry["losses"][name] for entry in history] for name in history[0]["losses"]}
+    wanted |= {name: [entry[name] for entry in history] for name in ("lr", "gradient_norm")}
+    assert set(logged.Tags()["scalars"]) == set(wanted)
+    for name, values in wanted.items():
+        assert [scalar.step for scalar in logged.Scalars(name)] == [1, 2, 3]
+        assert [scalar.value for scalar in logged.Scalars(name)] == pytest.approx(values, rel=1e-6)
+
+
+def test_a_terminal_gets_a_bar_and_a_log_gets_lines(
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Both with losses, tokens/s and the time left."""
+    sets = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")
+    config = TrainConfig.of("task-vector", steps=20, batch_size=2)
+    trainer.train_adapter(trainable / "llama", *sets, tmp_path / "log", config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("task-vector: step")]
+    assert len(lines) == 10 and re.fullmatch(r"task-vector: step 2/20, guided_distortion \d+\.\d+, tok/s \d+, \d+:\d+ left", lines[0])
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 200))
+    with open(theirs, "w") as terminal, open(ours, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        trainer.train_adapter(trainable / "llama", *sets, tmp_path / "bar", replace(config, steps=4))
+        os.set_blocking(ours, False)
+        shown = b"".join(iter(lambda: screen.read(2**12), None)).decode()
+    assert re.search(r"task-vector: 100%.*\| 4/4 \[\d+:\d+<\d+:\d+.*guided_distortion=\d+\.\d+, tok/s=\d+\]", shown)
 
 
 def test_both_contrastive_forms_train_where_the_base_refuses(

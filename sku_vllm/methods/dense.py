@@ -41,8 +41,10 @@ def load(
 
 def deltas(model: PreTrainedModel, path: Path, sign: int) -> dict[str, torch.Tensor]:
     """sign·(trained − base) for every weight that changed, fp32, under the names of the checkpoint's parameters."""
-    base = dict(load_model(path, dtype="auto", device="cpu").named_parameters())
-    found = {
-        name: sign * (whole(parameter.detach()).float().cpu() - base[name].detach().float()) for name, parameter in model.named_parameters()
-    }
-    return {name: delta for name, delta in found.items() if delta.any()}
+    # Each base weight goes as its delta comes, so that both never lie beside the optimizer's states.
+    base, found = dict(load_model(path, dtype="auto", device="cpu").named_parameters()), {}
+    for name, parameter in model.named_parameters():
+        delta = sign * (whole(parameter.detach()).float().cpu() - base.pop(name).detach().float())
+        if delta.any():
+            found[name] = delta
+    return found

@@ -1,19 +1,28 @@
 """What a run would take, from a few real steps of it."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.data import ForgetSet, PromptTemplate, RetainSet, Row
-from sku_vllm.methods import METHODS
-from sku_vllm.methods.batches import Batches
+from sku_vllm.data import ForgetSet, RetainSet, Row
+from sku_vllm.methods import sharding
 from sku_vllm.methods.config import TrainConfig
+from sku_vllm.methods.method import Phase
+from sku_vllm.methods.relearner import CYCLE
 from sku_vllm.methods.run import Run
-from sku_vllm.model import load_tokenizer, resolve_model
+from sku_vllm.methods.sampling import NoRefusals
+from sku_vllm.methods.trainer import prepare
+from sku_vllm.model import resolve_model
 
-PROBES = 3  # steps of a phase that are timed, beside the largest
-LOOKED_AT = 256  # steps of a phase whose rows are counted
+# Steps that are timed of those with the same terms: whole cycles of an adversary, one at least, and more while they take no time.
+TIMED, ENOUGH_SECONDS = range(CYCLE, 10 * CYCLE + 1, CYCLE), 2.0
+LOOKED_AT = 256  # of those steps, how many have their rows counted
+DRAWN = 64  # answers drawn of a contrastive method's: one batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +58,69 @@ def estimate_run(
     refusals: Sequence[Row] = (),
     revision: str | None = None,
 ) -> Estimate:
-    """Load the model, take a few real steps of every phase, the largest among them, and extrapolate; writes nothing.
+    """Load the model, take a few real steps of every kind, the largest among them, and extrapolate; writes nothing.
 
-    Time is that of the tokens of the run's own steps; the drawing of a contrastive method's samples is not in it.
+    Time is that of training: the tokens of the run's own steps, and the drawing of a contrastive method's samples. Those are drawn here
+    before the harmful adapter is trained, so they are as long as the base's own answers.
     """
     from accelerate import Accelerator
 
     path = resolve_model(model, revision)
-    tokenizer = load_tokenizer(path)
-    template = PromptTemplate.of(tokenizer, config.template)
-    batches = Batches(config, template, forget, retain, refusals)
-    batches.check({term.rows for phase in METHODS[config.method].phases(config) for term in phase.terms})
-    run = Run(path, config, batches, Accelerator(), tokenizer)
+    batches = prepare(path, config, forget, retain, refusals)
+    sharding.check_launch()
+    accelerator = Accelerator()
+    sharding.shard_on_cpu(accelerator)
+    run = Run(path, batches.config, batches, accelerator, batches.template.tokenizer)
+    phases = run.phases
+    # Steps are taken out of order here, so what comes between them is called for where it is due.
+    run.phases = [replace(phase, sample_at=None, fold=None, keep=False) for phase in phases]
     tokens = seconds = 0.0
-    begin = 0
-    for number, phase in enumerate(run.phases):
-        run.stand_in(phase, begin)
-        looked_at = range(begin, begin + phase.steps, max(1, phase.steps // LOOKED_AT))
-        sizes = {at: run.size(at) for at in looked_at}
-        # The first step of a run also warms caches and allocators; the largest decides the peak of memory.
-        entries = [run.probe(at) for at in [*looked_at[:PROBES], max(sizes, key=sizes.__getitem__)]]
-        rate = sum(entry["seconds"] for entry in entries[1:]) / sum(entry["tokens"] for entry in entries[1:])
-        size = sum(sizes.values()) / len(sizes) * phase.steps
-        tokens += size
-        seconds += rate * size
-        begin += phase.steps
-        if number + 1 < len(run.phases):
-            run.end_phase(phase, number)
+    for number, phase in enumerate(phases):
+        begin = sum(earlier.steps for earlier in phases[:number])
+        for steps in _alike(phase, begin):
+            if phase.sample_at == steps.start - begin:
+                seconds += _draw(run)
+            looked_at = sorted(random.Random(0).sample(steps, min(LOOKED_AT, len(steps))))
+            sizes = {at: run.size(at) for at in looked_at}
+            size = sum(sizes.values()) / len(sizes) * len(steps)
+            tokens += size
+            seconds += _seconds_per_token(run, steps) * size
+            _step(run, max(sizes, key=sizes.__getitem__))  # decides the peak of memory
+        run.end_phase(phase, number)
     return Estimate(
         config.method, run.parameters, run.trainable, run.total, tokens / run.total, run.peak_memory(), seconds, run.passes.packed
     )
+
+
+def _alike(phase: Phase, begin: int) -> Iterator[range]:
+    """A phase's steps, which start at `begin`, in stretches that have the same terms."""
+    cuts = {term.begin for term in phase.terms if term.begin < phase.steps}
+    for first, end in pairwise(sorted({0, *cuts, phase.steps})):
+        yield range(begin + first, begin + end)
+
+
+def _step(run: Run, at: int) -> dict[str, Any]:
+    run.at = at
+    return run.step()
+
+
+def _seconds_per_token(run: Run, steps: range) -> float:
+    """Of some steps in a row; one before them warms caches and makes what an optimizer keeps."""
+    _step(run, steps[0])
+    tokens = seconds = 0.0
+    for taken in range(1, TIMED[-1] + 1):
+        entry = _step(run, steps[taken % len(steps)])
+        tokens, seconds = tokens + entry["tokens"], seconds + entry["seconds"]
+        if taken in TIMED and run.agree(seconds > ENOUGH_SECONDS):
+            break
+    return seconds / tokens
+
+
+def _draw(run: Run) -> float:
+    """Draw a batch of the samples that the steps from here on need; the seconds that all of them would take."""
+    wanted = run.config.samples
+    run.config = replace(run.config, samples=min(DRAWN, wanted))
+    begun = time.perf_counter()
+    with suppress(NoRefusals):  # which is for training to find out: the harmful adapter is not trained yet
+        run._draw_samples()
+    return (time.perf_counter() - begun) * wanted / run.config.samples

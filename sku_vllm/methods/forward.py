@@ -44,7 +44,7 @@ class Forward(torch.nn.Module):
         checkpointing recomputes the same side.
         """
         core = self.reference[0] if sides[0] == 0 else self.core
-        body, device = getattr(core, core.base_model_prefix), core.device
+        body, device = _body(core), core.device
         if not self.packed:
             self.set_side(sides[0])
             return self._padded(body, rows, device)
@@ -67,6 +67,11 @@ class Forward(torch.nn.Module):
             cap = config.final_logit_softcapping
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """The model without its output layer."""
+        return _body(self.core)
 
     @property
     def layers(self) -> Iterator[LoraLayer]:
@@ -152,6 +157,10 @@ class Forward(torch.nn.Module):
     def _attend(self, implementation: str) -> None:
         for core in {id(core): core for core in (self.core, self.reference[0])}.values():
             core.set_attn_implementation(implementation)
+
+
+def _body(core: PreTrainedModel) -> torch.nn.Module:
+    return getattr(core, core.base_model_prefix)
 
 
 def _token_sides(rows: Sequence[Sequence[int]], sides: Sequence[int], ids: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,9 @@ class Progress:
         self.bar.update()
         if self.lines and entry["step"] % self.lines == 0:
             values = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.run.config.method}: step {entry['step']}/{self.run.total}, {values}", file=sys.stderr, flush=True)
+            left = self.run.seconds / entry["step"] * (self.run.total - entry["step"])
+            where = f"{self.run.config.method}: step {entry['step']}/{self.run.total}"
+            print(f"{where}, {values}, {self.bar.format_interval(left)} left", file=sys.stderr, flush=True)
         if self.run.accelerator.trackers:
             values = {f"loss/{name}": value for name, value in entry["losses"].items()}
             self.run.accelerator.log({**values, "lr": entry["lr"], "gradient_norm": entry["gradient_norm"]}, step=entry["step"])

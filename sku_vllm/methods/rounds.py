@@ -98,7 +98,7 @@ def recompress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = s[:rank].sqrt()
     new_b = (q_b @ u[:, :rank]) * root
     new_a = (q_a @ v[:rank].T) * root

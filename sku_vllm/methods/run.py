@@ -118,26 +118,6 @@ class Run:
             "seconds": round(seconds, 4),
         }
 
-    def probe(self, at: int) -> dict[str, Any]:
-        """Step `at` only to measure it: full cost, learning rate 0, and a phase's last terms from its first step on."""
-        begun = time.perf_counter()
-        self.at = at
-        phase, _, within = self.place(at)
-        terms, relearned = self._relearn(phase, within, phase.terms)
-        values, tokens = self._gradients(terms)
-        self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.good = [parameter.detach().clone() for parameter in self.names]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"losses": values, "tokens": tokens + relearned, "seconds": time.perf_counter() - begun}
-
-    def stand_in(self, phase: Phase, at: int) -> None:
-        """Rows of the right length for a phase's samples, which only training can draw."""
-        if phase.sample_at is not None and not self.batches.samples:
-            self.batches.samples = self.batches.unasked = self.batches.rows("forget", at)
-
     def size(self, at: int) -> int:
         """Forward tokens of step `at`, an adversary's own included."""
         phase, _, within = self.place(at)
@@ -205,7 +185,7 @@ class Run:
             rounds.fresh_adapter(self.model, self._seed(number + 1))
         else:
             return
-        self.optimizer = self._new_optimizer()
+        self.optimizer, self.good = self._new_optimizer(), []
 
     def _seed(self, phase: int) -> int:
         return self.config.seed * 1000 + phase

@@ -72,11 +72,11 @@ def _draw_batch(
         for which, side in enumerate((0, 1) if beta else (0,)):
             with passes.reference_adapter(side == 1):
                 passes.set_side(side)
-                result = passes.core(
+                result = passes.body(
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=caches[which], use_cache=True
                 )
             caches[which] = result.past_key_values
-            logits.append(result.logits[:, -1].float().cpu())
+            logits.append(passes.head(result.last_hidden_state[:, -1]).float().cpu())
         chosen = torch.multinomial(contrast(logits[0], logits[-1], beta, config.floor).exp(), 1, generator=generator)
         chosen = broadcast(chosen.to(device))  # processes that gather weights together have to end together
         for row, token in enumerate(chosen[:, 0].tolist()):

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,25 +84,22 @@ def train_adapter(
 
     Args:
         refusals: rows whose responses refuse, for refusal-tune.
-        tracker: tensorboard, wandb or mlflow (accelerate's trackers), logging to OUTPUT.logs/.
+        tracker: tensorboard or wandb, logging to OUTPUT.logs/, or mlflow, logging to where MLFLOW_TRACKING_URI says.
         save_seconds: time between checkpoints.
 
     Raises:
         InputError: model, data or settings cannot be used; nothing is written.
-        DivergenceError: a loss or gradient stopped being finite; the last good adapter is in OUTPUT.partial/last-good/.
+        DivergenceError: a loss or gradient stopped being finite; the last good adapter is in OUTPUT.partial/last-good/ (`full` has none).
     """
     if resume and (Path(output) / "sku_train.json").is_file():
         return _finished(Path(output))
     check_output(output)
     path = resolve_model(model, revision)
     accelerator = _accelerator(tracker, Path(output))
-    tokenizer = load_tokenizer(path)
-    template = PromptTemplate.of(tokenizer, config.template)
-    config = _with_stop(config, template)
-    batches = Batches(config, template, forget, retain, refusals)
-    batches.check({term.rows for phase in METHODS[config.method].phases(config) for term in phase.terms})
+    batches = prepare(path, config, forget, retain, refusals)
+    config = batches.config
     record_ = run_record(config.method, str(model), base_identity(path), "dense" if config.full else "lora", config.to_json())
-    run = Run(path, config, batches, accelerator, tokenizer)
+    run = Run(path, config, batches, accelerator, batches.template.tokenizer)
     with _partial(Path(output), resume, accelerator) as partial:
         resumed = _begin(run, partial, resume, accelerator)
         shown = Progress(run, partial, enabled=progress and accelerator.is_main_process)
@@ -110,6 +107,15 @@ def train_adapter(
         report = _finish(run, partial, Path(output), record_, shown, resumed)
     accelerator.end_training()
     return report
+
+
+def prepare(path: Path, config: TrainConfig, forget: ForgetSet, retain: RetainSet | None, refusals: Sequence[Row]) -> Batches:
+    """The rows of every step, checked; `config` in them also knows the token that ends an answer, which the contrastive methods train."""
+    template = PromptTemplate.of(load_tokenizer(path), config.template)
+    config = replace(config, stop_id=template.stop_ids[-1])
+    batches = Batches(config, template, forget, retain, refusals)
+    batches.check({term.rows for phase in METHODS[config.method].phases(config) for term in phase.terms})
+    return batches
 
 
 def _train(run: Run, partial: Path, shown: Progress, run_json: Mapping[str, Any], save_seconds: float, name: str) -> None:
@@ -122,6 +128,9 @@ def _train(run: Run, partial: Path, shown: Progress, run_json: Mapping[str, Any]
                 run.save(partial)
                 saved = time.monotonic()
     except DivergenceError as error:
+        if run.config.full:  # a good copy would be the memory of the weights once more
+            kept = f"--full keeps no copy of the weights but the last checkpoint in {partial / FOLDER}, if one was due"
+            raise DivergenceError(f"{error}; {kept}; lower --lr or the weights") from error
         run.restore_good()
         run.write_adapter(partial / LAST_GOOD, {**run_json, "diverged_at_step": run.at}, name)
         raise DivergenceError(f"{error}; the last good adapter is in {partial / LAST_GOOD}; lower --lr or the weights") from error
@@ -200,24 +209,26 @@ def _accelerator(tracker: str | None, output: Path) -> "Accelerator":
     from accelerate.utils import ProjectConfiguration
 
     sharding.check_launch()
+    places = ProjectConfiguration(project_dir=str(output.parent), logging_dir=str(output.parent / f"{output.name}.logs"))
     try:
-        places = ProjectConfiguration(project_dir=str(output.parent), logging_dir=str(output.parent / f"{output.name}.logs"))
         accelerator = Accelerator(log_with=tracker, project_config=places)
-        if tracker:
-            accelerator.init_trackers("sku")
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"--tracker {tracker}: not available ({error}); pip install {tracker}") from error
-    if tracker and not accelerator.trackers:
-        raise ConfigError(f"--tracker {tracker}: not installed; pip install {tracker}")
+    except ValueError as error:
+        raise ConfigError(f"--tracker {tracker}: {error}") from error
+    if tracker:
+        _start(accelerator, tracker)
     sharding.shard_on_cpu(accelerator)
     return accelerator
 
 
-def _with_stop(config: TrainConfig, template: PromptTemplate) -> TrainConfig:
-    """The token that ends an answer in this template, which the contrastive methods train."""
-    from dataclasses import replace
-
-    return replace(config, stop_id=template.stop_ids[-1])
+def _start(accelerator: "Accelerator", tracker: str) -> None:
+    if not accelerator.log_with:
+        raise ConfigError(f"--tracker {tracker}: not installed; pip install {tracker}")
+    logs = Path(accelerator.logging_dir)
+    logs.mkdir(parents=True, exist_ok=True)  # where there is no such directory, wandb quietly takes another
+    try:
+        accelerator.init_trackers("sku", init_kwargs={"wandb": {"dir": str(logs)}})
+    except Exception as error:  # every tracker has its own for no login or no server
+        raise ConfigError(f"--tracker {tracker}: cannot be started ({(str(error) or type(error).__name__).splitlines()[0]})") from error
 
 
 def _finished(output: Path) -> TrainReport:
