@@ -168,6 +168,15 @@ def test_a_relearner_brings_harm_back_and_starts_over(trainable: Path) -> None:
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in run.relearner.names)
 
 
+def test_a_round_that_diverges_at_once_keeps_nothing_of_the_one_before(trainable: Path) -> None:
+    """What was good then is folded in already."""
+    run = make_run(trainable, "llama", "sku-mirrored", steps=2, rounds=2)
+    for _ in range(2):
+        run.step()
+    run.restore_good()
+    assert not any(parameter.any() for parameter, name in run.names.items() if "lora_B" in name)
+
+
 def test_a_run_with_a_relearner_resumes_to_the_same_bits(trainable: Path, tmp_path: Path) -> None:
     def begun() -> Run:
         run = make_run(trainable, "llama", "sku-contrastive-two", steps=15, relearner_steps=3)
