@@ -1,5 +1,6 @@
 """Packed single passes with chunked heads against the plain computation: separate, padded, whole logits; fp64, ≤ 1e-9."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -303,3 +304,30 @@ def test_contrast_divides_the_adapted_model_out() -> None:
     found = losses.contrast(base, adapted, beta=1.0, floor=0.003).exp()
     assert torch.allclose(found, expected / expected.sum(), atol=1e-5)
     assert losses.kl_from_contrast(found.log(), torch.tensor([0]), base, adapted, 1.0, 0.003).abs().max() < 1e-5
+
+
+BY_LIGER = """
+import torch
+from sku_vllm.methods import fused
+for rows, vocabulary in [(1, 7), (5, 1000), (3, 70_000)]:
+    generator = torch.Generator().manual_seed(rows)
+    plain = torch.randn(rows, vocabulary, generator=generator, requires_grad=True)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    weights = torch.rand(rows, generator=generator)
+    mine = plain.detach().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(plain, targets, reduction="none")
+    values = fused.cross_entropy_by_liger(mine * 1, targets)
+    with torch.no_grad():
+        assert torch.equal(fused.cross_entropy_by_liger(mine * 1, targets), values)
+    (expected * weights).sum().backward()
+    (values * weights).sum().backward()
+    assert values.shape == (rows,) and (values - expected).abs().max() < 1e-5
+    assert (mine.grad - plain.grad).abs().max() < 1e-6 and mine.grad.abs().max() > 1e-3
+"""
+
+
+def test_ligers_kernel_equals_the_plain_formula() -> None:
+    """The kernel itself, run by Triton's interpreter, since it takes our place on a GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", BY_LIGER], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -4,6 +4,7 @@ Autograd's own way keeps the logits, their log-softmax, a one-hot gradient and i
 tokens × vocabulary. Here the log-softmax becomes the gradient where it lies, so backward can be taken once.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -11,8 +12,18 @@ from torch.autograd.function import once_differentiable
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """−log softmax(logits)[target] for every row, [n]."""
+    """−log softmax(logits)[target] for every row, [n]; the logits are used up. By Liger's kernel on a GPU where that is installed."""
+    if logits.is_cuda and importlib.util.find_spec("liger_kernel"):
+        return cross_entropy_by_liger(logits, targets)
     return _CrossEntropy.apply(logits, targets)
+
+
+def cross_entropy_by_liger(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The same in one Triton kernel that leaves the gradient where the logits were (Hsu et al. 2024, arXiv 2410.10989)."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    class_weights, ignored, squares, smoothing = None, -100, 0.0, 0.0
+    return LigerCrossEntropyFunction.apply(logits, targets, class_weights, ignored, squares, smoothing, "none")[0]
 
 
 def divergence(log_target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
