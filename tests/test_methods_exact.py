@@ -20,6 +20,7 @@ from sku_vllm.methods.forward import RELEARNED
 from sku_vllm.methods.method import Term
 from sku_vllm.methods.relearner import TERM
 from sku_vllm.methods.run import Run
+from sku_vllm.methods.sampling import draw_contrastive
 from sku_vllm.methods.training_state import TrainingState
 from sku_vllm.model import load_tokenizer
 
@@ -167,6 +168,17 @@ def test_a_relearner_brings_harm_back_and_starts_over(trainable: Path) -> None:
     run._relearn(phase, 7, phase.terms)  # its fifth step: from the base again
     assert all(0 < steps < 1.001 for steps in moved())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in run.relearner.names)
+
+
+def test_gradient_checkpointing_draws_the_same_answers(trainable: Path) -> None:
+    """Answers are drawn with a cache, which transformers refuses while it checkpoints."""
+    drawn = []
+    for checkpointing in (False, True):
+        run = make_run(trainable, "llama", "sku-contrastive-two", gradient_checkpointing=checkpointing, samples=6, sample_tokens=5)
+        prompts = [run.batches.template.prompt_ids(row) for row in run.batches.forget]
+        drawn.append([row.ids for row in draw_contrastive(run.passes, prompts, run.config, run.batches.template.stop_ids)])
+        assert run.passes.core.is_gradient_checkpointing == checkpointing
+    assert drawn[0] == drawn[1] and max(map(len, drawn[0])) > max(map(len, prompts[:6]))
 
 
 def test_a_round_that_diverges_at_once_keeps_nothing_of_the_one_before(trainable: Path) -> None:

@@ -13,6 +13,7 @@ from sku_vllm.errors import CheckpointError
 from sku_vllm.methods import attention
 
 CURRENT, KEPT = "default", "kept"
+CHECKPOINTING = {"use_reentrant": False}  # torch's newer kind, which hooks and frozen inputs do not disturb
 RELEARNED = -2  # side: the served model on an adversary's weights (relearner.py), which whoever asks has put in place
 
 
@@ -145,14 +146,18 @@ class Forward(torch.nn.Module):
         return self.packed
 
     @contextmanager
-    def own_attention(self) -> Iterator[None]:
-        """Inside, the model attends as it came, which generation with a cache needs."""
-        before = self.core.config._attn_implementation
+    def generating(self) -> Iterator[None]:
+        """Inside, the model attends as it came and checkpoints no gradients, since generation needs a cache."""
+        before, checkpointed = self.core.config._attn_implementation, self.core.is_gradient_checkpointing
         self._attend("sdpa" if self.packed else before)
+        if checkpointed:
+            self.core.gradient_checkpointing_disable()
         try:
             yield
         finally:
             self._attend(before)
+            if checkpointed:
+                self.core.gradient_checkpointing_enable(CHECKPOINTING)
 
     def _attend(self, implementation: str) -> None:
         for core in {id(core): core for core in (self.core, self.reference[0])}.values():

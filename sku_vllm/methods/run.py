@@ -15,7 +15,7 @@ from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, sharding,
 from sku_vllm.methods.adapted import with_adapter
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.config import TrainConfig
-from sku_vllm.methods.forward import KEPT, RELEARNED, Forward
+from sku_vllm.methods.forward import CHECKPOINTING, KEPT, RELEARNED, Forward
 from sku_vllm.methods.memory import peak_resident
 from sku_vllm.methods.method import Phase, Term
 from sku_vllm.methods.objective import Objective, Piece, total
@@ -61,7 +61,7 @@ class Run:
         probe = [row.ids for row in batches.rows("forget" if batches.forget else "retain", 0)]
         self.passes.choose_packing(probe)
         if config.gradient_checkpointing:
-            self.passes.core.gradient_checkpointing_enable({"use_reentrant": False})
+            self.passes.core.gradient_checkpointing_enable(CHECKPOINTING)
             self.model.train()
         self.parameters = sum(parameter.numel() for name, parameter in self.model.named_parameters() if "lora_" not in name)
         self.objective = sharding.prepare(Objective(self.passes, train_head=config.full), accelerator)

@@ -33,7 +33,7 @@ def draw_contrastive(
     wanted = sorted((prompts[number % len(prompts)] for number in range(config.samples)), key=len)
     beta = config.beta if beta is None else beta
     drawn: list[Encoded] = []
-    with passes.own_attention():
+    with passes.generating():
         for at in range(0, len(wanted), batch):
             drawn += _draw_batch(passes, wanted[at:at + batch], config, beta, stop_ids, generator)
     return drawn
