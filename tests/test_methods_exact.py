@@ -18,6 +18,8 @@ from sku_vllm.methods import METHODS, TrainConfig, chunked, fused, losses, memor
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.forward import RELEARNED
 from sku_vllm.methods.method import Term
+from sku_vllm.methods.objective import Piece
+from sku_vllm.methods.plan import in_step
 from sku_vllm.methods.relearner import TERM
 from sku_vllm.methods.run import Run
 from sku_vllm.methods.sampling import draw_contrastive
@@ -179,6 +181,17 @@ def test_gradient_checkpointing_draws_the_same_answers(trainable: Path) -> None:
         drawn.append([row.ids for row in draw_contrastive(run.passes, prompts, run.config, run.batches.template.stop_ids)])
         assert run.passes.core.is_gradient_checkpointing == checkpointing
     assert drawn[0] == drawn[1] and max(map(len, drawn[0])) > max(map(len, prompts[:6]))
+
+
+def test_processes_that_gather_weights_together_take_their_passes_in_step() -> None:
+    row = Encoded([1, 2], 1)
+    plain, attacked = Piece(row, "samples", -1), Piece(row, "samples", RELEARNED)
+    one, other = [[plain], [plain], [attacked]], [[plain], [attacked], [attacked], [attacked]]
+    turns = [in_step(mine, [one, other]) for mine in (one, other)]
+    assert [[turn.attacked for turn in mine] for mine in turns] == [[False, False, True, True, True]] * 2
+    assert [[turn.counts for turn in mine] for mine in turns] == [[True, True, True, False, False], [True, False, True, True, True]]
+    assert [[turn.pieces for turn in mine if turn.counts] for mine in turns] == [one, other]
+    assert [turn.pieces for turn in in_step(one[:1], [one[:1], other])] == one[:1] * 4  # who has none keeps company with another
 
 
 def test_a_round_that_diverges_at_once_keeps_nothing_of_the_one_before(trainable: Path) -> None:

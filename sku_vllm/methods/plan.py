@@ -1,6 +1,7 @@
 """How a step's rows become forward passes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from sku_vllm.data import Encoded
 from sku_vllm.data.packing import split_by_prefix, split_by_tokens
@@ -17,6 +18,30 @@ def plan(terms: Sequence[Term], rows: Rows, limit: int, *, packed: bool) -> list
     kinds = [piece.side == RELEARNED if packed else piece.side for piece in pieces]
     groups = [[piece for piece, kind in zip(pieces, kinds, strict=True) if kind == wanted] for wanted in sorted(set(kinds))]
     return [[group[number] for number in numbers] for group in groups for numbers in _split(group, limit, packed)]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One pass of one process. `attacked`: on an adversary's weights. `counts`: False where it only keeps company."""
+
+    pieces: list[Piece]
+    attacked: bool
+    counts: bool
+
+
+def in_step(mine: Sequence[list[Piece]], everyone: Sequence[Sequence[list[Piece]]]) -> list[Turn]:
+    """One process's passes such that all of `everyone` have as many on the plain weights and as many on attacked ones, in that order:
+    processes that gather weights together gather the same ones."""
+    turns = []
+    for attacked in (False, True):
+        own = [pieces for pieces in mine if _attacked(pieces) == attacked]
+        count = max(sum(_attacked(pieces) == attacked for pieces in passes) for passes in everyone)
+        turns += [Turn(own[number] if number < len(own) else mine[0], attacked, number < len(own)) for number in range(count)]
+    return turns
+
+
+def _attacked(pieces: Sequence[Piece]) -> bool:
+    return pieces[0].side == RELEARNED
 
 
 def _split(pieces: Sequence[Piece], limit: int, packed: bool) -> list[list[int]]:

@@ -15,11 +15,11 @@ from sku_vllm.methods import METHODS, dense, rounds, sampling, saving, sharding,
 from sku_vllm.methods.adapted import with_adapter
 from sku_vllm.methods.batches import Batches
 from sku_vllm.methods.config import TrainConfig
-from sku_vllm.methods.forward import CHECKPOINTING, KEPT, RELEARNED, Forward
+from sku_vllm.methods.forward import CHECKPOINTING, KEPT, Forward
 from sku_vllm.methods.memory import peak_resident
 from sku_vllm.methods.method import Phase, Term
 from sku_vllm.methods.objective import Objective, Piece, total
-from sku_vllm.methods.plan import Rows, forward_tokens, plan, share
+from sku_vllm.methods.plan import Rows, forward_tokens, in_step, plan, share
 from sku_vllm.methods.relearner import TERM, Relearner, through
 from sku_vllm.methods.training_state import TrainingState
 
@@ -143,23 +143,20 @@ class Run:
         totals = {term.name: total(term, rows[term.rows]) for term in terms}
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         passes = self._plan(terms, share(rows, rank, world))
-        # Sharded processes gather every layer together, so all take as many passes; those beyond its own count nothing.
         others = range(world) if self.accelerator.is_fsdp2 else ()
-        count = max([len(passes), *(len(self._plan(terms, share(rows, other, world))) for other in others)])
+        turns = in_step(passes, [passes, *(self._plan(terms, share(rows, other, world)) for other in others)])
         values = {term.name: torch.zeros((), device=self.accelerator.device) for term in terms}
         weights = {term.name: term.weight for term in terms}
-        for number in range(count):
-            counts = number < len(passes)
-            with _sync(self.accelerator, self.objective, number == count - 1):
-                pieces = passes[number if counts else 0]
-                references = self.bare.gathered(partial(self.bare.references, pieces, terms))
-                with self.relearner.in_place() if pieces[0].side == RELEARNED else nullcontext() as head:
-                    shares = self.objective(pieces, terms, totals, references, head)
+        for turn in turns:
+            with _sync(self.accelerator, self.objective, turn is turns[-1]):
+                references = self.bare.gathered(partial(self.bare.references, turn.pieces, terms))
+                with self.relearner.in_place() if turn.attacked else nullcontext() as head:
+                    shares = self.objective(turn.pieces, terms, totals, references, head)
                     # DDP and FSDP average gradients over processes; a part is already divided by the whole step's total.
-                    loss = sum(weights[name] * part for name, part in shares.items()) * world * counts
+                    loss = sum(weights[name] * part for name, part in shares.items()) * world * turn.counts
                     self.accelerator.backward(loss)
                 for name, part in shares.items():
-                    values[name] += part.detach().float() * counts
+                    values[name] += part.detach().float() * turn.counts
         if world > 1:
             values = self.accelerator.reduce(values)
         self.examples += sum(map(len, rows.values()))

@@ -30,11 +30,13 @@ def check_launch() -> None:
 
 def shard_on_cpu(accelerator: "Accelerator") -> None:
     """Let `accelerate launch --use_fsdp` shard on CPUs as well: accelerate 1.x would quietly copy the model; torch's FSDP2 runs on gloo."""
+    from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if accelerator.distributed_type == DistributedType.MULTI_CPU and _asked("ACCELERATE_USE_FSDP"):
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
+        # In both, since each new AcceleratorState copies what PartialState has.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def _asked(variable: str) -> bool:
