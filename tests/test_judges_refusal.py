@@ -79,12 +79,14 @@ def test_the_weights_are_what_the_script_makes_of_the_data(shared: Path, tmp_pat
     sources = {name: shared / "data" / name for name in FILES} | {path.name: path for path in SOURCES}
     assert stated["sha256"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sources.items()}
     data = [part for name in FILES for part in ("--data", shared / "data" / name)]
-    subprocess.run(
-        [sys.executable, "-m", "sku_vllm.judges.train_refusal", *data, "--output", tmp_path / "again.json"], check=True, timeout=300
-    )
+    tested = tmp_path / "another.csv"  # not trained on, so the weights stay; what it says counts for nothing else
+    tested.write_text((shared / "data" / FILES[1]).read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "-m", "sku_vllm.judges.train_refusal", *data, "--tested", tested, "--output", tmp_path / "again.json"]
+    subprocess.run(command, check=True, timeout=300)
     again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
     assert all(again[kind] == pytest.approx(stated[kind], abs=2e-3) for kind in ("cues", "phrases"))
-    assert again["cross_validation"] == stated["cross_validation"]
+    *trained_on, another, _ = again["cross_validation"]
+    assert trained_on == stated["cross_validation"] and another["tested"] == tested.name and another["n"] == 450
     by_model = {row["tested"]: row["balanced_accuracy"] for row in again["cross_validation"] if row["prompts"] == "all"}
     assert by_model[FILES[0]] >= 0.94 and by_model[FILES[1]] >= 0.91  # the goal is 0.95; see benchmarks/results/refusal_judge.md
 

@@ -48,7 +48,7 @@ class Labelled:
     total: float
 
     @classmethod
-    def xstest(cls, path: Path) -> "Labelled":
+    def xstest(cls, path: Path, total: float) -> "Labelled":
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         # Neighbouring ids are variations of one theme and its contrast, so blocks of five stay together.
@@ -56,7 +56,7 @@ class Labelled:
         fold = {name: number // 5 * 7 % FOLDS for number, name in enumerate(order)}
         labels = np.array([row["final_label"][0] != "1" for row in rows])
         folds = np.array([fold[row["id"]] for row in rows])
-        return cls(path.name, [row["completion"] for row in rows], labels, folds, np.ones(len(rows)), MODEL_WEIGHT)
+        return cls(path.name, [row["completion"] for row in rows], labels, folds, np.ones(len(rows)), total)
 
     @classmethod
     def written(cls, examples: Sequence[Example]) -> "Labelled":
@@ -126,13 +126,15 @@ def confusion(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", action="append", required=True, type=Path, help="one CSV of labelled answers a model; at least two")
+    parser.add_argument("--data", action="append", required=True, type=Path, help="one CSV of labelled answers a model")
+    parser.add_argument("--tested", action="append", default=[], type=Path, help="such a CSV of another model, tested on and never trained on")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     given = parser.parse_args()
-    if len(given.data) < 2:
-        parser.error("--data: give the answers of at least two models; one is trained on, the other tests")
+    if len(given.data) + len(given.tested) < 2:
+        parser.error("--data: give the answers of at least two models, or --tested: one is trained on, the other tests")
     examples = written_examples()
-    models, written, known = [Labelled.xstest(path) for path in given.data], Labelled.written(examples), vocabulary(examples)
+    models = [Labelled.xstest(path, MODEL_WEIGHT) for path in given.data] + [Labelled.xstest(path, 0.0) for path in given.tested]
+    written, known = Labelled.written(examples), vocabulary(examples)
     parts = [*models, written]
     x, names = matrix([answer for part in parts for answer in part.answers], known)
     y, weight = np.concatenate([part.y for part in parts]), np.concatenate([part.weights(True) for part in parts])
@@ -141,7 +143,7 @@ def main() -> None:
     weights = {name: round(float(value), 3) for name, value in zip(names, w[:-1], strict=True)}
     model = {
         "schema": "sku.refusal/2",
-        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*given.data, *SOURCES)},
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*given.data, *given.tested, *SOURCES)},
         "cross_validation": results, "bias": round(float(w[-1]), 3),
         "cues": {name: weights[name] for name in names[: -len(known)]}, "phrases": {name: weights[name] for name in known},
     }
