@@ -109,6 +109,26 @@ def test_messages_keep_their_turns_and_give_up_the_last_answer(tmp_path: Path) -
     assert second.prompt == "u" and second.response == "a"
 
 
+def test_an_answer_among_the_messages_counts_where_the_response_column_is_null(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    for suffix in ("jsonl", "parquet", "saved"):
+        path = WRITERS[suffix](tmp_path / f"rows.{suffix}", [{"messages": turns, "response": None}, {"messages": turns[:1], "response": "b"}])
+        assert [row.response for row in read_rows(path)] == ["a", "b"], suffix
+
+
+def test_a_column_that_begins_with_a_hundred_empty_fields(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "rows.csv", [{"q": f"p{n}", "a": "r", "must": ""} for n in range(120)] + [{"q": "p", "a": "r", "must": "m"}])
+    rows = read_rows(path, columns={"prompt": "q", "response": "a", "must_contain": "must"})
+    assert [row.must_contain for row in rows[-2:]] == [(), ("m",)]
+
+
+def test_a_saved_dataset_with_half_its_description(tmp_path: Path) -> None:
+    path = write_saved(tmp_path / "saved", [{"prompt": "p", "response": "r"}])
+    (path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="not a directory written by datasets"):
+        read_rows(path)
+
+
 def test_truthfulqa_splits_answers_and_never_a_question(tmp_path: Path) -> None:
     records = [
         {"Question": f"q{n}?", "Best Answer": "best", "Correct Answers": "one; best;two;", "Incorrect Answers": "no"} for n in range(20)
@@ -144,6 +164,11 @@ BAD: list[tuple[str, str, str]] = [
     ("rows.jsonl", '{"messages": [{"role": "system", "content": "x"}], "response": "r"}\n', "end with a user turn"),
     ("rows.jsonl", '{"prompt": "p", "response": 3}\n', "line 1: 'response' is int"),
     ("rows.csv", "prompt,response\np,\n", "line 2: no 'response'"),
+    ("rows.csv", "prompt,response\np,r\nq,one, two\n", "line 3: has more fields than the header.*quotes"),
+    ("rows.csv", "Question,Best Answer,Correct Answers\n,b,c\n", "line 2: question is empty or missing"),
+    ("rows.jsonl", '{"messages": 5, "response": "r"}\n', "line 1: 'messages' has to be a list"),
+    ("rows.jsonl", '{"question": "q", "best_answer": 5, "correct_answers": ["c"]}\n', "line 1: best answer is empty or missing"),
+    ("rows.jsonl", '{"question": "q", "best_answer": "b", "correct_answers": ["c", null]}\n', "line 1: correct answers have to be"),
     ("rows.jsonl#tset", '{"prompt": "p", "response": "r"}\n', "unknown split.*train, validation, test"),
 ]
 

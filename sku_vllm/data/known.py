@@ -70,9 +70,12 @@ def truthfulqa(path: Path, records: Records, safe: bool) -> Iterator[Row]:
         question = record.get("Question") or record.get("question")
         best = record.get("Best Answer") or record.get("best_answer")
         correct = record.get("Correct Answers") or record.get("correct_answers") or ""
-        if not question or not best:
-            raise DataError(f"{where}: {'question' if not question else 'best answer'} is empty or missing")
+        for name, text in (("question", question), ("best answer", best)):
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{where}: {name} is empty or missing")
         parts = correct.split(";") if isinstance(correct, str) else correct
+        if not isinstance(parts, list) or not all(isinstance(text, str) for text in parts):
+            raise DataError(f"{where}: correct answers have to be a text or a list of texts")
         for answer in dict.fromkeys(text.strip() for text in [best, *parts]):
             if answer:
                 yield Row.ask(question.strip(), answer, id=where.rpartition(" ")[2])

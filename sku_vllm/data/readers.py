@@ -126,7 +126,10 @@ def _csv(path: Path) -> Records:
         reader = csv.DictReader(file)
         try:
             for record in reader:
-                yield f"{path} line {reader.line_num}", {key: value for key, value in record.items() if value not in (None, "")}
+                where = f"{path} line {reader.line_num}"
+                if None in record:  # DictReader's key for what no column is left for
+                    raise DataError(f"{where}: has more fields than the header; put quotes around a text that has commas")
+                yield where, {key: value or None for key, value in record.items()}
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error.reason}); save the table as UTF-8") from error
         except csv.Error as error:
@@ -154,7 +157,7 @@ def _saved_dataset(path: Path, split: str | None) -> tuple[list[tuple[str, dict[
         raise DataError(f"{path}: reading a saved dataset needs `datasets`; pip install 'sku-vllm[data]'") from error
     try:
         dataset = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the last two where its JSON lacks or mistypes something
         raise DataError(f"{path}: not a directory written by datasets.save_to_disk") from error
     if isinstance(dataset, datasets.DatasetDict):
         chosen = "train" if split is None else split

@@ -1,6 +1,6 @@
 """One row of data: a conversation that ends with a user turn, and perhaps the answer to it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ def row_from(record: Mapping[str, Any], where: str) -> Row:
         DataError: a field is missing, empty, or of the wrong kind.
     """
     messages, response = _messages(record, where)
-    given = record.get("response", response)
+    given = response if record.get("response") is None else record["response"]
     if given is not None and not isinstance(given, str):
         raise DataError(f"{where}: 'response' is {type(given).__name__}, expected text")
     wanted = record.get("must_contain")
@@ -65,7 +65,7 @@ def _messages(record: Mapping[str, Any], where: str) -> tuple[tuple[dict[str, st
         return ({"role": "user", "content": prompt},), None
     turns = record["messages"]
     # not a list in a numpy array or tuple from Parquet: anything iterable of mappings will do
-    turns = list(turns) if not isinstance(turns, str | Mapping) else []
+    turns = list(turns) if isinstance(turns, Iterable) and not isinstance(turns, str | Mapping) else []
     good = [
         turn for turn in turns
         if isinstance(turn, Mapping) and turn.get("role") in ROLES and isinstance(turn.get("content"), str)
