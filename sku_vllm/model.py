@@ -44,6 +44,17 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> "PreTraine
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
+def context_length(path: Path) -> int | None:
+    """Most tokens the model in a directory takes, or None where its config says nothing."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: its config cannot be loaded ({str(error).splitlines()[0]})") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def load_model(
     model: str | Path,
     *,

@@ -112,13 +112,14 @@ def test_messages_keep_their_turns_and_give_up_the_last_answer(tmp_path: Path) -
 def test_an_answer_among_the_messages_counts_where_the_response_column_is_null(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     for suffix in ("jsonl", "parquet", "saved"):
-        path = WRITERS[suffix](tmp_path / f"rows.{suffix}", [{"messages": turns, "response": None}, {"messages": turns[:1], "response": "b"}])
+        records = [{"messages": turns, "response": None}, {"messages": turns[:1], "response": "b"}]
+        path = WRITERS[suffix](tmp_path / f"rows.{suffix}", records)
         assert [row.response for row in read_rows(path)] == ["a", "b"], suffix
 
 
 def test_a_column_that_begins_with_a_hundred_empty_fields(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "rows.csv", [{"q": f"p{n}", "a": "r", "must": ""} for n in range(120)] + [{"q": "p", "a": "r", "must": "m"}])
-    rows = read_rows(path, columns={"prompt": "q", "response": "a", "must_contain": "must"})
+    records = [{"q": f"p{n}", "a": "r", "must": "" if n < 120 else "m"} for n in range(121)]
+    rows = read_rows(write_csv(tmp_path / "rows.csv", records), columns={"prompt": "q", "response": "a", "must_contain": "must"})
     assert [row.must_contain for row in rows[-2:]] == [(), ("m",)]
 
 

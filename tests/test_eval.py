@@ -212,7 +212,9 @@ def test_a_prompt_longer_than_the_context_is_named(lab: Path) -> None:
 
 
 def test_settings_that_make_no_sense_are_refused(lab: Path) -> None:
-    for wrong in ({"temperature": 0.0}, {"temperature": math.nan}, {"samples": -1}, {"max_new_tokens": 0}, {"batch_size": 0}):
+    for wrong in (
+        {"temperature": 0.0}, {"temperature": math.nan}, {"samples": -1}, {"max_new_tokens": 0}, {"batch_size": 0}, {"seed": 1 << 40}
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", "-")):
             EvalConfig(**wrong)
     with pytest.raises(ConfigError, match="transformers, vllm"):
@@ -247,6 +249,12 @@ def test_a_judge_that_is_down_keeps_the_answers_for_resume(lab: Path, small: Pat
     other = run_sku(*arguments(lab, small, output, "--samples", 2, "--resume"))
     assert other.returncode == 2 and "samples" in other.stderr
     assert (tmp_path / "out.partial/answers.jsonl").is_file()  # a mistyped flag costs no answers
+    rows = small / "unseen.jsonl"
+    before = rows.read_text(encoding="utf-8")
+    rows.write_text("".join(before.splitlines(keepends=True)[::-1]), encoding="utf-8")
+    edited = run_sku(*command, "--resume")
+    rows.write_text(before, encoding="utf-8")
+    assert edited.returncode == 2 and "another rows" in edited.stderr  # answers to other questions are never taken for these
     done = run_sku(*command, "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["forget"]["unseen"]["sampled"]["n"] == 12

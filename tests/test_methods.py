@@ -124,6 +124,8 @@ def test_the_default_preserves_the_served_side() -> None:
         ({"method": "skuu"}, "--method skuu: unknown; choose from"),
         ({"preset": "gpt"}, "--preset gpt: unknown"),
         ({"steps": 0}, "--steps 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"seed": 1 << 80}, "--seed"),
         ({"lr": -1.0}, "--lr"),
         ({"lr": float("nan")}, "--lr"),
         ({"fold": 1.5}, "--fold"),

@@ -282,6 +282,7 @@ BAD = [
     (("--columns", "prompt"), "--columns prompt: expected FIELD=COLUMN"),
     (("--method", "refusal-tune"), "--refusals: method refusal-tune needs"),
     (("--max-length", "10"), "--max-length is 10"),
+    (("--no-guided-distortion --method", "gradient-ascent"), "nothing to train"),
 ]
 
 
@@ -297,10 +298,33 @@ def test_bad_input_is_one_line_and_nothing_is_written(
              "--output": str(tmp_path / "adapter"), "--steps": "1"}
     given.update(dict([flags]))
     with pytest.raises(SystemExit) as caught:
-        main(["train", *(part for pair in given.items() for part in pair)])
+        main(["train", *(part for flags, value in given.items() for part in (*flags.split(), value))])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert caught.value.code == 2 and len(lines) == 1 and message in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_answers_beyond_the_models_context_are_cut_and_counted(trainable: Path, tmp_path: Path) -> None:
+    """OPT has learned as many positions as its context (256) and none beyond."""
+    forget, retain = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")
+    rows = (replace(forget.rows[0], response="w1 " * 400), *forget.rows[1:])
+    config = TrainConfig.of("task-vector", steps=10, batch_size=4, max_length=4096)
+    report = trainer.train_adapter(trainable / "opt", replace(forget, rows=rows), retain, tmp_path / "adapter", config, progress=False)
+    assert report.cut_answers == 1
+    assert json.loads((tmp_path / "adapter/sku_train.json").read_text())["config"]["max_length"] == 256
+
+
+def test_a_resumed_run_needs_the_rows_and_the_base_it_was_begun_with(trainable: Path, tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError):
+        train(trainable, tmp_path / "adapter", "task-vector", lr=1e30)
+    forget, retain = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")
+    config = TrainConfig.of("task-vector", steps=3, batch_size=4, lr=1e30)
+    for arch, rows, key in (("llama", forget.rows[1:], "rows"), ("opt", forget.rows, "base_identity")):
+        with pytest.raises(ConfigError, match=f"--resume: the unfinished run in .* has {key} ="):
+            trainer.train_adapter(
+                trainable / arch, replace(forget, rows=rows), retain, tmp_path / "adapter", config,
+                refusals=read_rows(trainable / "retain.jsonl"), resume=True, progress=False,
+            )
 
 
 def test_every_method_has_a_summary_and_sane_defaults() -> None:

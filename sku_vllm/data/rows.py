@@ -1,7 +1,9 @@
 """One row of data: a conversation that ends with a user turn, and perhaps the answer to it."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sku_vllm.errors import DataError
@@ -34,6 +36,16 @@ class Row:
     def ask(cls, prompt: str, response: str | None = None, **rest: Any) -> "Row":
         """A row of one user turn."""
         return cls(({"role": "user", "content": prompt},), response, **rest)
+
+
+def rows_digest(*sets: Sequence[Row]) -> str:
+    """sha256 over every field of every row of some sets, in order."""
+    found = hashlib.sha256()
+    for rows in sets:
+        found.update(f"{len(rows)}\n".encode())
+        for row in rows:
+            found.update(json.dumps(asdict(row)).encode() + b"\n")
+    return found.hexdigest()
 
 
 def row_from(record: Mapping[str, Any], where: str) -> Row:

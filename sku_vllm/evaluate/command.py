@@ -6,6 +6,7 @@ from typing import Any
 
 from sku_vllm.checkpoint import base_identity
 from sku_vllm.data import read_rows
+from sku_vllm.data.rows import rows_digest
 from sku_vllm.evaluate import lm_eval
 from sku_vllm.evaluate.answers import KEPT_ANSWERS
 from sku_vllm.evaluate.columns import column_names
@@ -32,6 +33,7 @@ def run_eval(options: Mapping[str, Any]) -> dict[str, Any]:
         lm_eval.check_tasks(tasks)
     # A judge may change between runs (the endpoint moved): kept verdicts carry their judge's name, kept answers need none.
     inputs = {key: value for key, value in options.items() if key not in ("resume", "output", "judge")}
+    inputs["rows"] = rows_digest(*forget.values(), retain)
     with resumable_directory(options["output"], inputs, resume=options["resume"], leftovers=(KEPT_ANSWERS, KEPT_VERDICTS)) as directory:
         total = sum(map(len, forget.values())) * (1 + config.samples) + len(retain)
         with answer_bar(total, Path(options["output"]).name) as progress:

@@ -23,5 +23,7 @@ class EvalConfig:
         for name, least in (("samples", 0), ("max_new_tokens", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        if self.seed >= 2**31:  # vLLM's seeds have 64 bits, and prompt and copy take the lower half
+            raise ConfigError(f"--seed {self.seed}: must be below {2**31}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"--temperature {self.temperature}: must be above 0; greedy answers are measured anyway")

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from sku_vllm.data import Encoded, ForgetSet, PromptTemplate, RetainSet, Row
+from sku_vllm.data.rows import rows_digest
 from sku_vllm.errors import DataError
 from sku_vllm.methods.config import TrainConfig
 
@@ -78,6 +79,11 @@ class Batches:
         if kind == "forget":
             return [self._encode("forget", number) for number in chosen]
         return [row for place, number in enumerate(chosen) for row in self._other_answers(kind, number, step, place)]
+
+    @property
+    def digest(self) -> str:
+        """Of every row that was given, in order: what a resumed run has to be given again."""
+        return rows_digest(self.forget, self.retain, self.refusals)
 
     @property
     def cut(self) -> int:

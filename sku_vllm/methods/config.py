@@ -82,6 +82,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: has to be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed}: has to lie between 0 and {2**32 - 1}")
         if self.relearner_steps < 0:
             raise ConfigError(f"--relearner-steps {self.relearner_steps}: has to be 0 (no relearner) or more")
         for name in (

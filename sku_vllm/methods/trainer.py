@@ -18,7 +18,7 @@ from sku_vllm.methods.progress import Progress
 from sku_vllm.methods.run import Run
 from sku_vllm.methods.saving import PRIVATE, run_record
 from sku_vllm.methods.training_state import FOLDER, TrainingState
-from sku_vllm.model import load_tokenizer, resolve_model
+from sku_vllm.model import context_length, load_tokenizer, resolve_model
 from sku_vllm.output import check_output, output_directory, partial_path, record, write_json
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def train_adapter(
     record_ = run_record(config.method, str(model), base_identity(path), "dense" if config.full else "lora", config.to_json())
     run = Run(path, config, batches, accelerator, batches.template.tokenizer)
     with _partial(Path(output), resume, accelerator) as partial:
-        resumed = _begin(run, partial, resume, accelerator)
+        resumed = _begin(run, record_["base_identity"], partial, resume, accelerator)
         shown = Progress(run, partial, enabled=progress and accelerator.is_main_process)
         _train(run, partial, shown, record_, save_seconds, Path(output).name)
         report = _finish(run, partial, Path(output), record_, shown, resumed)
@@ -110,11 +110,19 @@ def train_adapter(
 
 
 def prepare(path: Path, config: TrainConfig, forget: ForgetSet, retain: RetainSet | None, refusals: Sequence[Row]) -> Batches:
-    """The rows of every step, checked; `config` in them also knows the token that ends an answer, which the contrastive methods train."""
+    """The rows of every step, checked; `config` in them also knows the token that ends an answer, which the contrastive methods train,
+    and no rows longer than the model's context.
+
+    Raises:
+        ConfigError: no term of the method is left. DataError: see `Batches.check`.
+    """
     template = PromptTemplate.of(load_tokenizer(path), config.template)
-    config = replace(config, stop_id=template.stop_ids[-1])
+    config = replace(config, stop_id=template.stop_ids[-1], max_length=min(config.max_length, context_length(path) or config.max_length))
+    phases = METHODS[config.method].phases(config)
+    if not all(phase.terms for phase in phases):
+        raise ConfigError(f"--method {config.method}: every loss of it is left out or weighs 0, so there is nothing to train; keep one")
     batches = Batches(config, template, forget, retain, refusals)
-    batches.check({term.rows for phase in METHODS[config.method].phases(config) for term in phase.terms})
+    batches.check({term.rows for phase in phases for term in phase.terms})
     return batches
 
 
@@ -160,10 +168,14 @@ def _finish(run: Run, partial: Path, output: Path, run_json: Mapping[str, Any], 
     return report
 
 
-def _begin(run: Run, partial: Path, resume: bool, accelerator: "Accelerator") -> int | None:
-    """Load the checkpoint if there is one to resume; returns its step."""
+def _begin(run: Run, base: str, partial: Path, resume: bool, accelerator: "Accelerator") -> int | None:
+    """Load the checkpoint if there is one to resume; returns its step.
+
+    Raises:
+        ConfigError: it was begun with other settings, another base or other rows.
+    """
     begun = partial / "train_config.json"
-    mine = json.loads(json.dumps(run.config.to_json()))
+    mine = json.loads(json.dumps({**run.config.to_json(), "base_identity": base, "rows": run.batches.digest}))
     if not resume or not begun.is_file():
         if accelerator.is_main_process:
             write_json(begun, mine)
@@ -171,7 +183,7 @@ def _begin(run: Run, partial: Path, resume: bool, accelerator: "Accelerator") ->
     theirs = json.loads(begun.read_text(encoding="utf-8"))
     changed = sorted(key for key in mine if mine[key] != theirs.get(key))
     if changed:
-        key = changed[0]
+        key = "method" if "method" in changed else changed[0]  # whose defaults the other keys follow
         raise ConfigError(
             f"--resume: the unfinished run in {partial} has {key} = {theirs.get(key)!r}, not {mine[key]!r}; give the same settings, "
             "or leave out --resume to start over"
