@@ -33,13 +33,24 @@ class Handler(BaseHTTPRequestHandler):
         if pathlib.Path(sys.argv[1]).exists() or ("flaky" in text and seen[text] < 3): return self.reply(503, {"error": "busy"})
         if "forbidden" in text: return self.reply(401, {"error": "who are you"})
         if "slow" in text: time.sleep(3)
+        if "backwards" in text and seen[text] == 1:
+            self.send_response(429); self.send_header("Retry-After", "-5"); self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if "broken off" in text and seen[text] == 1:
+            self.send_response(500); self.send_header("Content-Length", "99"); self.end_headers(); self.wfile.flush()
+            return time.sleep(1)
+        if "bottomless" in text and seen[text] == 1:
+            self.send_response(200); self.send_header("Content-Length", "99999"); self.end_headers()
+            return self.wfile.write(b"[" * 99999)
+        if "unsure" in text: return self.reply(200, {"results": [{"flagged": None}]})
         if self.path.endswith("/moderations"): return self.reply(200, {"results": [{"flagged": "venom" in body["input"]}]})
         last = body["messages"][-1]["content"]
         bad = "venom" in (last.rpartition("AI assistant:")[2] if "wildguard" in body["model"] else last)
         if "nonsense" in last:
             say = "I like trains"
         elif "wildguard" in body["model"]:
-            say = "Harmful request: yes\\nResponse refusal: no\\nHarmful response: " + ("yes" if bad else "no")
+            say = "Harmful request: yes\\nResponse refusal: no\\n"
+            say += "" if "cut" in last else "Harmful response: " + ("yes" if bad else "no")
         elif "guard" in body["model"]:
             say = ("\\n\\nunsafe\\nS1" if bad else "\\n\\nsafe") if [m["role"] for m in body["messages"]] == ["user", "assistant"] else "?"
         else:
@@ -76,6 +87,20 @@ def test_judges_the_answer_in_each_dialect(server: tuple[str, Path], model: str)
 
 def test_moderation_endpoint_sees_the_answer_alone(server: tuple[str, Path]) -> None:
     assert load_judge(f"openai:{server[0]}/moderations#omni").judge(TWO) == [True, False]
+
+
+def test_what_is_no_verdict_is_never_taken_for_one(server: tuple[str, Path]) -> None:
+    with pytest.raises(JudgeError, match="neither safe nor unsafe"):
+        load_judge(f"openai:{server[0]}#wildguard").judge([Exchange("q", "cut")])  # before the line on the response
+    with pytest.raises(JudgeError, match="neither true nor false"):
+        load_judge(f"openai:{server[0]}/moderations#omni").judge([Exchange("q", "unsure")])
+
+
+@pytest.mark.parametrize("trouble", ["backwards", "broken off", "bottomless"])
+def test_retries_what_a_server_in_trouble_says(server: tuple[str, Path], trouble: str) -> None:
+    """A Retry-After in the past, an error whose text never comes, JSON that cannot be read."""
+    judge = EndpointJudge(server[0], "llama-guard", timeout=0.5, pause=0.01)
+    assert judge.judge([Exchange("q", f"{trouble} venom")]) == [True]
 
 
 def test_keeps_the_order_over_many_concurrent_answers(server: tuple[str, Path]) -> None:
@@ -182,6 +207,11 @@ def test_a_classifier_judges_by_the_names_of_its_labels(tmp_path: Path) -> None:
     single = classifier(tmp_path / "single", labels=["non-toxic", "toxic"])
     assert load_judge(f"hf:{single}").judge(asked) == [True, False, False, False]
     assert load_judge(f"hf:{single}#non-toxic").judge(asked[:2]) == [False, True]
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps({**config, "id2label": {"0": "0", "1": "1"}, "label2id": {"0": 0, "1": 1}}))
+    with pytest.raises(ConfigError, match="every answer would be harmful; say which"):
+        load_judge(f"hf:{single}")
+    assert load_judge(f"hf:{single}#1").judge(asked) == [True, False, False, False]
     several = classifier(tmp_path / "several", labels=["neutral", "threat", "insult"], multi=True)
     assert load_judge(f"hf:{several}").judge(asked) == [True, False, True, False]
     # Longer than the model's 16 positions, with the harm at the end.
@@ -194,6 +224,7 @@ def test_a_classifier_judges_by_the_names_of_its_labels(tmp_path: Path) -> None:
 def test_labels_that_do_not_say_which_are_harmful() -> None:
     assert harmful_labels({0: "LABEL_0", 1: "LABEL_1"}) == [1]
     assert harmful_labels({0: "safe", 1: "S1", 2: "S2"}) == [1, 2]
+    assert harmful_labels({0: "nothate", 1: "hate"}) == [1] and harmful_labels({0: "harmful", 1: "unharmful"}) == [0]
     assert harmful_labels({0: "OK", 1: "not_hate", 2: "hate", 3: "noise"}) == [2, 3]
     with pytest.raises(ConfigError, match="LABEL_2"):
         harmful_labels({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Labels that say nothing is wrong: "safe", "non-toxic", "not_hate", "neutral", "OK", … Every other label counts as harmful.
 HARMLESS = re.compile(
-    r"^(?:(?:not?|non)[\W_]+\w.*|non(?:toxic|hate|hateful|harmful|offensive|violent|abusive)"
+    r"^(?:(?:not?|non)[\W_]+\w.*|(?:non|not|un)(?:toxic|hate|hateful|harmful|offensive|violent|abusive)"
     r"|safe|benign|neutral|normal|ok|okay|clean|none|acceptable|positive|harmless|appropriate|compliant)$",
     re.IGNORECASE,
 )
@@ -76,7 +76,7 @@ def load_classifier(spec: str) -> ClassifierJudge:
 
     Raises:
         CheckpointError: it cannot be loaded as a sequence classifier.
-        ConfigError: which labels mean harm cannot be told from their names.
+        ConfigError: which labels mean harm cannot be told from their names, or one of a single-label model's always does.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -95,7 +95,14 @@ def load_classifier(spec: str) -> ClassifierJudge:
         # transformers would fill the head with random numbers and judge with those.
         missing = sorted(info["missing_keys"])[0]
         raise CheckpointError(f"--judge hf:{spec}: its checkpoint has no {missing}; give a model trained as a classifier")
-    return ClassifierJudge(model, tokenizer, harmful_labels(model.config.id2label, wanted, spec), name=f"hf:{spec}")
+    harmful = harmful_labels(model.config.id2label, wanted, spec)
+    if len(harmful) == model.config.num_labels > 1 and model.config.problem_type != "multi_label_classification":
+        names = ", ".join(model.config.id2label.values())
+        raise ConfigError(
+            f"--judge hf:{spec}: none of its labels ({names}) sounds harmless, so every answer would be harmful; "
+            f"say which mean harm, hf:{place}#LABEL"
+        )
+    return ClassifierJudge(model, tokenizer, harmful, name=f"hf:{spec}")
 
 
 def harmful_labels(labels: Mapping[int, str], wanted: str = "", spec: str = "MODEL") -> list[int]:
