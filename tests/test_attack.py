@@ -9,14 +9,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from sku_vllm.data import PromptTemplate, read_rows
-from sku_vllm.errors import ConfigError
+from sku_vllm.data import PromptTemplate, Row, read_rows
+from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.evaluate import EvalConfig
 from sku_vllm.evaluate.attack import AttackConfig, attack
 from sku_vllm.evaluate.disguises import DISGUISES, disguised
 from sku_vllm.evaluate.pressed import openings
 from sku_vllm.evaluate.recovery import recovery_svg
-from sku_vllm.evaluate.relearn import fine_tune
+from sku_vllm.evaluate.relearn import encode_all, fine_tune
 from sku_vllm.evaluate.target import Restored, quantize_weights
 from sku_vllm.model import load_model, load_tokenizer
 
@@ -36,6 +36,18 @@ def test_relearning_teaches_and_the_weights_come_back_bit_for_bit(lab: Path) -> 
         assert reached == [2, 5] and perplexity(TransformersBackend(model), template, rows) < start
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rows_beyond_the_context_are_cut_or_named(lab: Path) -> None:
+    """OPT has learned as many positions as its context (512) and none beyond."""
+    model, template = load_model(lab / "opt", dtype="float32"), PromptTemplate.of(load_tokenizer(lab / "opt"))
+    long = Row.ask("a", "word " * 900)
+    (encoded,) = encode_all(model, template, [long])
+    assert encoded.cut and len(encoded.ids) == 512
+    with Restored(model):
+        assert list(fine_tune(model, template, [long], [1], batch_size=1)) == [1]
+        with pytest.raises(DataError, match="row 2: its prompt has .* context is 512"):
+            next(fine_tune(model, template, [long, Row.ask("word " * 900, "a")], [1]))
 
 
 def test_rounding_touches_the_linear_layers_but_not_the_head(lab: Path) -> None:

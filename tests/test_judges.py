@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sku_vllm.errors import ConfigError, DataError
+from sku_vllm.evaluate.judging import judge_all
 from sku_vllm.judges import Exchange, Verdict, load_judge, load_labeller
 from sku_vllm.judges.all_of import agreement
 from sku_vllm.judges.gibberish import is_gibberish
@@ -133,3 +134,20 @@ def test_judging_by_lexicon_and_refusal_loads_no_torch(lexicon: Path) -> None:
         f"load_labeller('lexicon:{lexicon}')([Exchange('a', 'b')]); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_verdicts_behind_a_line_that_a_kill_cut_are_kept(tmp_path: Path) -> None:
+    class Counting:
+        name, asked = "counting", 0
+
+        def judge(self, exchanges: list[Exchange]) -> list[bool | None]:
+            Counting.asked += len(exchanges)
+            return [False] * len(exchanges)
+
+    kept, exchanges = tmp_path / "verdicts.jsonl", [Exchange("q", f"a{number}") for number in range(200)]
+    judge_all(Counting(), exchanges[:64], kept)
+    kept.write_text(kept.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    judge_all(Counting(), exchanges, kept)
+    assert Counting.asked == 64 + 137
+    judge_all(Counting(), exchanges, kept)
+    assert Counting.asked <= 64 + 137 + 2  # what was cut, and what was written into its line

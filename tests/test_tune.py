@@ -146,7 +146,15 @@ def test_tune_answers_no_with_the_curve_when_nothing_qualifies(lab: Path, harmfu
     assert done.returncode == 1, done.stderr
     result = json.loads(done.stdout)
     assert result["qualifies"] is False and result["scale"] is None and len(result["curve"]) == 1
-    assert "perplexity ratio" in done.stderr.splitlines()[-1]
+    assert "perplexity ratio" in done.stderr.splitlines()[-1] and "nothing limits" not in done.stderr
+
+
+def test_tune_says_which_limits_bind_nothing(lab: Path, harmful_adapter: Path, tmp_path: Path, run_sku: Run) -> None:
+    asked = command(lab, harmful_adapter, tmp_path, "--scales", "1")
+    rows = [json.loads(line) for line in (tmp_path / "retain-validation").read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "retain-validation").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
+    said = run_sku(*asked).stderr
+    assert "no retain row has 'response'" in said and "no retain row has 'must_contain'" in said
 
 
 def test_tune_wants_a_judge_of_harm_and_both_kinds_of_test_data(lab: Path, harmful_adapter: Path, tmp_path: Path, run_sku: Run) -> None:

@@ -92,7 +92,7 @@ def _kept(kept: Path | None, name: str) -> list[list[str]] | None:
         try:
             entry = json.loads(line)
         except ValueError:
-            return None  # the line being written when the run was killed
+            continue  # the line being written when the run was killed, and what a resumed run wrote behind it
         if entry["set"] == name:
             return entry["texts"]
     return None

@@ -14,7 +14,7 @@ from sku_vllm.evaluate.disguises import DISGUISES, disguised
 from sku_vllm.evaluate.limits import harm
 from sku_vllm.evaluate.measurement import measure
 from sku_vllm.evaluate.pressed import NeverStops, Prefilled, openings
-from sku_vllm.evaluate.relearn import fine_tune
+from sku_vllm.evaluate.relearn import encode_all, fine_tune
 from sku_vllm.evaluate.target import Target, quantize_weights
 from sku_vllm.judges import Judge, load_judge
 from sku_vllm.simulate import QUANTISERS
@@ -125,6 +125,8 @@ def attack(
                 # Where prompts are left out, recovery is against the same prompts before.
                 unlearned = before if all(len(left[key]) == len(forget[key]) for key in forget) else measured(left)
                 add(kind, name, unlearned, unlearned, steps=0, pairs=len(rows))
+                if cut := sum(item.cut for item in encode_all(target.model, template, rows)):
+                    progress(f"warning: {cut} of the answers to relearn on {name} are cut at the model's context")
                 with target.changed():
                     course = {"lr": settings.lr, "batch_size": settings.batch_size, "seed": config.seed}
                     for step in fine_tune(target.model, template, rows, settings.steps, **course):

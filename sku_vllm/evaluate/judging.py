@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, list[bool | None]]:
         try:
             row = json.loads(line)
         except ValueError:
-            break  # the line being written when the run was killed
+            continue  # the line being written when the run was killed, and what a resumed run wrote behind it
         known[row["key"]] = row["votes"]
     return known
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku_vllm.data import Encoded, PromptTemplate, Row
-from sku_vllm.errors import DivergenceError
+from sku_vllm.errors import DataError, DivergenceError
 
 
 def fine_tune(
@@ -18,8 +18,11 @@ def fine_tune(
     """Train all weights on the answers of `rows` with AdamW, constant rate, clip 1; yields at every step count in `stops`.
 
     The model is in eval mode whenever this yields. Gradients and optimizer state are gone when it ends.
+
+    Raises:
+        DataError: a prompt that leaves no room for an answer. DivergenceError: the loss is not finite.
     """
-    encoded = [template.encode(row) for row in rows]
+    encoded = encode_all(model, template, rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     order = _shuffled(len(encoded), seed)
     model.requires_grad_(True)
@@ -37,6 +40,19 @@ def fine_tune(
                 yield step
     finally:
         model.requires_grad_(False)
+
+
+def encode_all(model: PreTrainedModel, template: PromptTemplate, rows: Sequence[Row]) -> list[Encoded]:
+    """The rows as they are learned: answers end where the model's context does."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    encoded = [template.encode(row, limit) for row in rows]
+    for number, (row, item) in enumerate(zip(rows, encoded, strict=True), 1):
+        if len(item.ids) == item.answer_start:
+            raise DataError(
+                f"relearning: row {row.id or number}: its prompt has {item.answer_start} tokens and the model's context is {limit}; "
+                "shorten or remove it"
+            )
+    return encoded
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:

@@ -87,6 +87,9 @@ def tune_scale(
     base = measured(0.0)
     if any(share["harmful"] is None for modes in base["forget"].values() for share in modes.values()):
         raise ConfigError(f"--judge {judge.name}: has no opinion on harm, so no scale is better than another; use lexicon:, hf: or openai:")
+    for key, field_name in (("perplexity_ratio", "response"), ("qa_accuracy", "must_contain")):
+        if base["retain"][key] is None:
+            progress(f"warning: no retain row has {field_name!r}, so nothing limits what a scale may cost in {key.replace('_', ' ')}")
     curve = []
     for scale in scales:
         progress(f"measuring scale {scale:g}")
