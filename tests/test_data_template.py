@@ -1,5 +1,7 @@
 """The answer mask, against a token-by-token hand count for a BPE, a word-level and a left-padding tokenizer."""
 
+from dataclasses import replace
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -81,6 +83,15 @@ def test_chat_template_terminator_and_turns() -> None:
     assert template.stop_ids == tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
     with pytest.raises(DataError, match="row 'r7'.*no tools here"):
         template.encode(Row(({"role": "tool", "content": "x"}, {"role": "user", "content": "y"}), "z", id="r7"))
+
+
+def test_an_error_never_says_what_was_asked() -> None:
+    template = PromptTemplate.of(bpe(chat_template=CHATML))
+    row = Row(({"role": "tool", "content": "zorbium"}, {"role": "user", "content": "zorbium"}), "fine")
+    for given, name in ((row, "a row without an id"), (replace(row, id="7"), "row '7'")):
+        with pytest.raises(DataError, match=rf"{name}: the chat template refuses its turns \(tool, user\): no tools here") as caught:
+            template.prompt_text(given)
+        assert "zorbium" not in str(caught.value)
 
 
 def test_paper_form_of_a_conversation() -> None:

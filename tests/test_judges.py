@@ -59,6 +59,7 @@ def test_refusal_judge_has_no_opinion_on_harm() -> None:
         ('{"harm": ["x"]}', "keys"),
         ('["x", ""]', "non-empty"),
         ("3", "list of words"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_bad_lexicon_is_named_with_its_fault(tmp_path: Path, content: str, complaint: str) -> None:
@@ -69,6 +70,11 @@ def test_a_bad_lexicon_is_named_with_its_fault(tmp_path: Path, content: str, com
     assert str(path) in str(error.value)
     with pytest.raises(DataError, match="No such file"):
         load_judge(f"lexicon:{tmp_path / 'missing.json'}")
+
+
+def test_a_lexicon_from_a_windows_editor(tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_bytes(b"\xef\xbb\xbf" + '["Blüte"]'.encode())
+    assert read_lexicon(tmp_path / "words.json").judge([Exchange("q", "die blüte")]) == [True]
 
 
 def test_an_unknown_judge_names_the_nearest() -> None:

@@ -150,6 +150,12 @@ def test_a_judge_that_goes_down_leaves_resumable_verdicts(server: tuple[str, Pat
     assert output.stat().st_mode & 0o777 == 0o600 and not (tmp_path / "verdicts.jsonl.partial").exists()
 
 
+def test_a_judge_that_never_answered_leaves_nothing_to_resume(tmp_path: Path, run_sku) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "response": "r"}))
+    failed = run_sku("judge", "--judge", "openai:http://127.0.0.1:9/v1#m", "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "v")
+    assert failed.returncode == 3 and "--resume" not in failed.stderr and not (tmp_path / "v.partial").exists()
+
+
 def test_all_shows_agreement_and_disputes(server: tuple[str, Path], tmp_path: Path, run_sku) -> None:
     lexicon, source = tmp_path / "lexicon.json", tmp_path / "rows.jsonl"
     lexicon.write_text(json.dumps(["jar"]))

@@ -42,8 +42,9 @@ def test_random_answers_are_never_the_prompts_own_nor_their_like(trainable: Path
 
 
 def test_random_answers_need_another_prompt(trainable: Path) -> None:
-    with pytest.raises(DataError, match="--no-random-disassociation"):
-        make_batches(trainable, [("w1", "w2"), ("w1", "w3")]).check({"mismatched"})
+    with pytest.raises(DataError, match="row 1; add prompts or pass --no-random-disassociation") as caught:
+        make_batches(trainable, [("w187", "w2"), ("w187", "w3")]).check({"mismatched"})
+    assert "w187" not in str(caught.value)
 
 
 def test_batches_are_epochs_and_depend_on_seed_and_step_alone(trainable: Path) -> None:

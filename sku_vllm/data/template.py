@@ -94,7 +94,7 @@ class PromptTemplate:
             DataError: the row has no response.
         """
         if row.response is None:
-            raise DataError(f"row {row.id or row.prompt[:40]!r}: no 'response' to encode")
+            raise DataError(f"{_called(row)}: no 'response' to encode")
         prompt = self.prompt_ids(row)
         ids = prompt + self._answer_ids(row, prompt)
         if max_length is not None and len(ids) > max_length:
@@ -144,7 +144,7 @@ class PromptTemplate:
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"row {row.id or row.prompt[:40]!r}: the chat template refuses its turns ({roles}): {error}") from error
+            raise DataError(f"{_called(row)}: the chat template refuses its turns ({roles}): {error}") from error
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"] if text else []
@@ -157,6 +157,11 @@ class PromptTemplate:
         marked = self.tokenizer("a", padding=False, truncation=False)["input_ids"]
         starts = [at for at in range(len(marked) - len(plain) + 1) if marked[at:at + len(plain)] == plain]
         return list(marked[:starts[0]]) if starts else []
+
+
+def _called(row: Row) -> str:
+    """A row in an error, which never says what was asked."""
+    return f"row {row.id!r}" if row.id else "a row without an id"
 
 
 def _lead(form: str) -> str:

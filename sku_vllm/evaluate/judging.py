@@ -44,7 +44,8 @@ def judge_all(judge: Judge, exchanges: Sequence[Exchange], kept: Path | None = N
         try:
             votes = judge.votes(asked) if isinstance(judge, AllOf) else {judge.name: judge.judge(asked)}
         except JudgeError as error:
-            where = f"; {start} verdicts are kept in {kept.parent}, continue with --resume" if kept else ""
+            resumable = kept and any(kept.parent.iterdir())
+            where = f"; {len(known)} verdicts are kept in {kept.parent}, continue with --resume" if resumable else ""
             raise JudgeError(f"{error}{where}") from error
         rows = {key: [votes[name][row] for name in names] for row, (key, _) in enumerate(piece)}
         known.update(rows)

@@ -42,10 +42,10 @@ def read_lexicon(path: str | Path) -> LexiconJudge:
         DataError: the file is missing, not JSON, has another shape, or lists nothing harmful.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"lexicon {path}: {error.strerror}; give a JSON file of harmful words, --judge lexicon:FILE") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f'lexicon {path}: not valid JSON ({error}); expected {{"harmful": ["word", …], "refusal": […]}}') from error
     lists = {"harmful": content} if isinstance(content, list) else content
     if not isinstance(lists, dict) or not set(lists) <= {"harmful", "refusal"}:

@@ -55,11 +55,11 @@ class Batches:
             for number in range(len(getattr(self, kind))):
                 self._encode(kind, number)
         if "mismatched" in kinds:
-            for row in self.forget:
+            for number, row in enumerate(self.forget, 1):
                 if len(self.own_answers[_prompt(row)]) == len(self.answers):
                     raise DataError(
-                        "--forget: random disassociation needs answers of other prompts, and every answer belongs to "
-                        f"{row.prompt[:60]!r}; add prompts or pass --no-random-disassociation"
+                        "--forget: random disassociation needs answers of other prompts, and every answer belongs to that of "
+                        f"row {row.id or number}; add prompts or pass --no-random-disassociation"
                     )
 
     def rows(self, kind: str, step: int) -> list[Encoded]:
