@@ -85,6 +85,11 @@ def test_chat_template_terminator_and_turns() -> None:
         template.encode(Row(({"role": "tool", "content": "x"}, {"role": "user", "content": "y"}), "z", id="r7"))
 
 
+def test_a_template_that_would_ask_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match=r"\{prompt\} has to come before \{response\}"):
+        PromptTemplate.of(bpe(), "A: {response} Q: {prompt}")
+
+
 def test_an_error_never_says_what_was_asked() -> None:
     template = PromptTemplate.of(bpe(chat_template=CHATML))
     row = Row(({"role": "tool", "content": "zorbium"}, {"role": "user", "content": "zorbium"}), "fine")

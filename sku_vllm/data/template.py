@@ -53,7 +53,7 @@ class PromptTemplate:
                 template, or a file holding either.
 
         Raises:
-            DataError: a template without `{prompt}`, or a tokenizer without an end-of-sequence token.
+            DataError: a template without `{prompt}` or with it behind `{response}`, or a tokenizer without an end-of-sequence token.
         """
         if template is None:
             # "" = the tokenizer's own chat template
@@ -68,6 +68,8 @@ class PromptTemplate:
             raise DataError(
                 f"--template {template[:60]!r}: expected 'paper', a text with {{prompt}}, a Jinja chat template, or a file with one"
             )
+        if "{prompt}" in template.partition("{response}")[2]:
+            raise DataError(f"--template {template[:60]!r}: {{prompt}} has to come before {{response}}, or no question would be asked")
         return cls(tokenizer, chat=None, form=template if "{response}" in template else template + " {response}")
 
     @property
