@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sku_vllm.checkpoint import CheckpointReader
+from sku_vllm.checkpoint_files import check_files
 from sku_vllm.delta import Dense, LowRank
 from sku_vllm.errors import AdapterError, CheckpointError, ConfigError
 from sku_vllm.output import json_text, output_directory, record, write_text
@@ -96,6 +97,7 @@ def load_adapter(path: str | Path, *, as_is: bool = False) -> LoraAdapter:
     path = Path(path)
     if not path.is_dir():
         raise AdapterError(f"{path}: no such adapter directory; give the directory that sku train or PEFT's save_pretrained wrote")
+    check_files(path, AdapterError)
     run = _read_json(path / RUN) if (path / RUN).is_file() else {}
     if not isinstance(run.get("negated", {}), dict | None):
         raise AdapterError(f"{path / RUN}: 'negated' must be an object; copy the adapter again")
