@@ -55,6 +55,17 @@ class ModelNames:
         shared = self.tied.get(name, name)
         return self.sources.get(shared, [(shared, None)])[0][0]
 
+    def stored_in_by_out(self, name: str) -> bool | None:
+        """Whether a linear module's weight is [in, out], as of GPT-2's Conv1D; None for what is no linear module."""
+        from torch.nn import Linear
+        from transformers.pytorch_utils import Conv1D
+
+        try:
+            module = self._model.get_submodule(name.removesuffix(".weight"))
+        except AttributeError:
+            return None
+        return isinstance(module, Conv1D) if isinstance(module, Conv1D | Linear) else None
+
     def parameters_of(self, module: str, targets: list[str]) -> list[tuple[str, tuple[int, ...], bool]]:
         """(name, shape, stored as [experts, in, out]) of a module's parameters among `targets`, in PEFT's wrapping order."""
         try:

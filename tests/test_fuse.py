@@ -37,6 +37,11 @@ CASES = {
         GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96),
         {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
     ),
+    # PEFT saves the fan_in_fan_out of the module it came to last, which is the head's; attn.c_proj is square, so its shape tells nothing
+    "gpt2-conv1d-and-linear": (
+        GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96, tie_word_embeddings=False),
+        {"target_modules": r".*attn\.c_proj|lm_head"},
+    ),
     "phi3-packed": (
         Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=False),
         {"target_modules": ["qkv_proj", "gate_up_proj"]},
@@ -52,6 +57,11 @@ CASES = {
     "mixtral-experts": (
         MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3),
         {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    # PEFT turns the experts' modules into target_parameters of bare names
+    "mixtral-all": (
+        MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3),
+        {"target_modules": "all-linear"},
     ),
 }
 
@@ -253,6 +263,18 @@ def test_dense_delta_of_a_tied_embedding_is_the_shared_tensors(tmp_path, untie):
     for side in (model.get_input_embeddings(), model.get_output_embeddings()):
         torch.testing.assert_close(side.weight, plain.get_input_embeddings().weight - 0.5 * delta, rtol=1e-6, atol=1e-7)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) != untie
+
+
+def test_the_module_says_what_is_transposed_and_not_the_flag(llama, tmp_path):
+    """As in PEFT, which ignores fan_in_fan_out for an nn.Linear; q_proj is square."""
+    base, adapter = llama
+    flagged = shutil.copytree(adapter, tmp_path / "flagged")
+    config = json.loads((flagged / "adapter_config.json").read_text())
+    (flagged / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    for name, source in (("plain", adapter), ("turned", flagged)):
+        fuse_checkpoint(base, [(source, 1.0)], tmp_path / name)
+    for shard in sorted((tmp_path / "plain").glob("*.safetensors")):
+        assert shard.read_bytes() == (tmp_path / "turned" / shard.name).read_bytes()
 
 
 def test_layers_with_their_own_scales(llama, tmp_path):
