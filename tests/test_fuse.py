@@ -374,6 +374,31 @@ def test_fp8_base_keeps_its_format_and_scales(tmp_path, layout):
         fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "no", dtype="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("shape", "block", "known"),
+    [((320, 256), 64, True), ((300, 260), 64, False), ((300, 260), 256, False), ((16, 2048), 128, True)],
+)
+def test_fp8_blocks_of_another_size_are_told_apart_or_refused(tmp_path, shape, block, known):
+    """300 rows in five blocks of 64 are not five blocks of 60, and 16 blocks beside each other are not the scales of 16 rows."""
+    torch.manual_seed(0)
+    name, scale = "model.layers.0.self_attn.q_proj.weight", torch.rand([-(-size // block) for size in shape]) * 0.002 + 0.002
+    weight, delta = (torch.randn(shape) * 30).to(torch.float8_e4m3fn), torch.randn(shape) * 0.01
+    for folder in ("base", "delta"):
+        (tmp_path / folder).mkdir()
+    save_file({name: weight, f"{name}_scale_inv": scale}, tmp_path / "base/model.safetensors")
+    quantisation = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantisation}))
+    save_file({name: delta}, tmp_path / "delta/task_vector.safetensors")
+    if not known:
+        with pytest.raises(CheckpointError, match="no known layout"):
+            fuse_checkpoint(tmp_path / "base", [(tmp_path / "delta", 1.0)], tmp_path / "fused")
+        return
+    fuse_checkpoint(tmp_path / "base", [(tmp_path / "delta", 1.0)], tmp_path / "fused")
+    each = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: shape[0], : shape[1]]
+    codes = ((weight.float() * each - delta) / each).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert (codes != load_file(tmp_path / "fused/model.safetensors")[name].float()).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("layout", ["tensor", "row", "block"])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
 def test_fp8_scales_recomputed_hold_an_edit_that_the_kept_ones_clip(tmp_path, layout, scale_dtype):
