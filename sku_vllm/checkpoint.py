@@ -93,10 +93,15 @@ class CheckpointReader:
             info.shape
         )
 
+    @property
+    def directory(self) -> Path:
+        """Where the small files lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """config.json beside the weights; empty when there is none. Raises CheckpointError."""
-        file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        file = self.directory / "config.json"
         check_file(file)
         try:
             config = json.loads(file.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from typing import Any
 
 from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.delta import Dense, LowRank
+from sku_vllm.errors import CheckpointError
 
 
 class ModelNames:
@@ -23,12 +24,15 @@ class ModelNames:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
-            config = AutoConfig.from_pretrained(reader.path)
+            # transformers would ask on a terminal whether to run a checkpoint's own code
+            config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False)
             kind = getattr(transformers, (reader.config.get("architectures") or [""])[0], None)
             with torch.device("meta"):
-                model = kind(config) if kind is not None else AutoModelForCausalLM.from_config(config)
+                model = kind(config) if kind is not None else AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (ValueError, OSError, ImportError, KeyError):
             return None
+        except Exception as error:  # a configuration may hold anything
+            raise CheckpointError(f"{reader.directory / 'config.json'}: transformers cannot build this model: {error}") from error
         return cls(model, reader)
 
     def __init__(self, model: Any, reader: CheckpointReader) -> None:

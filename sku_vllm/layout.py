@@ -108,7 +108,8 @@ class Layout:
             return
         shared_by = [key for key, value in model.tied.items() if value == name]
         if shared_by and isinstance(delta, Dense):  # trained as the shared tensor that it is, so both sides take the edit
-            yield from ((alias, delta, True, 0) for alias in shared_by if self.untie)
+            stored = {alias: model.sources[alias][0][0] for alias in shared_by if alias in model.sources}
+            yield from ((stored.get(alias, alias), delta, True, 0) for alias in shared_by if self.untie or alias in stored)
         elif shared_by:
             self.tied_hits |= {name, *shared_by}
         sources = model.sources.get(name)

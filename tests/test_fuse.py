@@ -277,6 +277,51 @@ def test_the_module_says_what_is_transposed_and_not_the_flag(llama, tmp_path):
         assert shard.read_bytes() == (tmp_path / "turned" / shard.name).read_bytes()
 
 
+@pytest.mark.parametrize("untie", [False, True])
+def test_dense_delta_of_an_embedding_reaches_a_stored_copy_of_it(tmp_path, untie):
+    """transformers ties no two stored tensors that differ, so one side alone would leave the knowledge in the other."""
+    base = save_base(CASES["gemma2-tied"][0], tmp_path / "base", shard="1GB")
+    name, weights = "model.embed_tokens.weight", load_file(base / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights[name].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    delta = torch.randn(weights[name].shape) * 0.01
+    (tmp_path / "dense").mkdir()
+    save_file({name: delta}, tmp_path / "dense/task_vector.safetensors")
+    fuse_checkpoint(base, [(tmp_path / "dense", 0.5)], tmp_path / "fused", untie=untie)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    for side in (model.get_input_embeddings(), model.get_output_embeddings()):
+        torch.testing.assert_close(side.weight, weights[name] - 0.5 * delta, rtol=1e-6, atol=1e-7)
+
+
+def test_tied_embeddings_are_seen_when_one_file_is_given(tmp_path):
+    base = save_base(CASES["opt-tied"][0], tmp_path / "base", shard="1GB")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    with pytest.raises(ConfigError, match="--untie"):
+        fuse_checkpoint(base / "model.safetensors", [(adapter, 1.0)], tmp_path / "fused")
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": [5]}, {"architectures": ["AutoConfig"]}, {"hidden_size": "x"}, {"num_attention_heads": 0}]
+)
+def test_a_configuration_that_makes_no_model_is_named(tmp_path, change):
+    base = save_base(LLAMA, tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
+    (base / "config.json").write_text(json.dumps({**json.loads((base / "config.json").read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"base/config\.json: transformers cannot build this model"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused")
+
+
+def test_nobody_is_asked_to_run_a_checkpoints_code(llama, tmp_path, monkeypatch):
+    base, adapter = shutil.copytree(llama[0], tmp_path / "base"), llama[1]
+    config = json.loads((base / "config.json").read_text())
+    code = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}
+    (base / "config.json").write_text(json.dumps({**config, **code}))
+    (base / "theirs.py").write_text("from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *arguments: asked.append(arguments) or "n")
+    fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused")
+    assert not asked
+
+
 def test_layers_with_their_own_scales(llama, tmp_path):
     base, adapter = llama
     fuse_checkpoint(base, [(adapter, {r"layers\.0\.": 2.0, "v_proj": 0.5})], tmp_path / "fused")
