@@ -17,7 +17,7 @@ from sku_vllm.fuse_checks import check_device, check_flags, check_unquantised
 from sku_vllm.fuse_report import FuseReport, build_manifest, build_report, write_card
 from sku_vllm.kernels.delta_merge.backend import CPU, Backend
 from sku_vllm.kernels.delta_merge.cpu_kernel import load_round_rows
-from sku_vllm.manifest import combine, file_digest, verify_checkpoint, write_manifest
+from sku_vllm.manifest import combine, file_digest, read_key, verify_checkpoint, write_manifest
 from sku_vllm.output import check_output, output_directory, record
 from sku_vllm.placement import Placed, Scale, place
 from sku_vllm.plain_copy import estimate_copy
@@ -61,7 +61,8 @@ def fuse_checkpoint(
         InputError (and its children) before anything is written; RunError and SkuError for what goes wrong later.
     """
     output = check_output(output)
-    check_flags(adapters, dtype, signing_key)
+    check_flags(adapters, dtype)
+    key = None if signing_key is None else read_key(signing_key)
     kinds = check_kinds(kinds)
     reader = CheckpointReader(checkpoint_directory(model, revision))
     before = fingerprint(reader)
@@ -99,7 +100,7 @@ def fuse_checkpoint(
         write_card(partial, report)
         if digests:
             manifest["files"] = _digests(partial, shards, written)
-        write_manifest(partial, manifest, signing_key)
+        write_manifest(partial, manifest, key)
         report.seconds, report.setup_seconds = round(time.perf_counter() - started, 3), round(started - began, 3)
         report.compare(estimate_copy(reader, partial))
         settings = {

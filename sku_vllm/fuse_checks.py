@@ -8,14 +8,13 @@ from sku_vllm.adapter import LoraAdapter
 from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.errors import CheckpointError, ConfigError
 from sku_vllm.kernels.delta_merge.backend import Backend, choose_backend
-from sku_vllm.manifest import read_key
 from sku_vllm.placement import Scale
 
 DTYPE_CHOICES = ("keep", "float32", "bfloat16", "float16")
 FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
 
 
-def check_flags(adapters: Sequence[tuple[str | Path, Scale]], dtype: str, signing_key: str | Path | None) -> None:
+def check_flags(adapters: Sequence[tuple[str | Path, Scale]], dtype: str) -> None:
     """Raises ConfigError for values that mean nothing."""
     if dtype not in DTYPE_CHOICES:
         raise ConfigError(f"--dtype {dtype}: unknown; choose from {', '.join(DTYPE_CHOICES)}")
@@ -25,8 +24,6 @@ def check_flags(adapters: Sequence[tuple[str | Path, Scale]], dtype: str, signin
         for value in scale.values() if isinstance(scale, Mapping) else [scale]:
             if not math.isfinite(value) or value < 0:
                 raise ConfigError(f"--adapter {path}: scale {value} must be a number ≥ 0; 1 subtracts exactly what was trained")
-    if signing_key is not None:
-        read_key(signing_key)
 
 
 def check_device(device: str) -> Backend:
