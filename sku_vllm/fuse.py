@@ -126,9 +126,11 @@ def read_layer_scales(file: str | Path) -> dict[str, float]:
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
         scales = {str(pattern): float(scale) for pattern, scale in value.items()}
+        if not scales:
+            raise ValueError("it is empty, so nothing would be subtracted")
         for pattern in scales:
             re.compile(pattern)
-    except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, re.error) as error:
         raise ConfigError(f"--layer-scales {file}: expected a JSON object of regular expressions and numbers ({error})") from error
     return scales
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.errors import AdapterError, CheckpointError, ConfigError, NegativeResult
-from sku_vllm.fuse import fuse_checkpoint
+from sku_vllm.fuse import fuse_checkpoint, read_layer_scales
 from sku_vllm.kernels.delta_merge.backend import on_device
 from sku_vllm.manifest import verify_checkpoint
 
@@ -330,6 +330,17 @@ def test_layers_with_their_own_scales(llama, tmp_path):
         scale = 2.0 if "layers.0." in name else 0.5 if "v_proj" in name else 0.0
         exact = (old.tensor(name).double() - scale * factor.scaling * (factor.b.double() @ factor.a.double())).bfloat16()
         assert (ordered(exact) - ordered(new.tensor(name))).abs().max() <= 1
+
+
+def test_a_pattern_of_no_weight_is_refused_before_it_leaves_the_knowledge_in(llama, tmp_path):
+    base, adapter = llama
+    with pytest.raises(ConfigError, match=r"'layer\\\\.0' match no weight .* model\.layers\.0\."):
+        fuse_checkpoint(base, [(adapter, {r"layer\.0": 1.0, "v_proj": 1.0})], tmp_path / "fused")
+    for content in ("{}", "[" * 100_000, '{"(": 1}', "[1]"):
+        (tmp_path / "scales.json").write_text(content)
+        with pytest.raises(ConfigError, match="--layer-scales"):
+            read_layer_scales(tmp_path / "scales.json")
+    assert not list(tmp_path.glob("fused*"))
 
 
 def test_small_edits_that_round_away_are_reported(llama, tmp_path):
