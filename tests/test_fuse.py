@@ -382,6 +382,14 @@ def test_refusals_name_the_remedy(llama, tmp_path):
         (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
         with pytest.raises(CheckpointError, match="unquantised model"):
             fuse_checkpoint(quantised, [(adapter, 1.0)], tmp_path / "fused")
+    (quantised / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.self_attn.q_proj"
+    shard = CheckpointReader(quantised).info(f"{name}.weight").file
+    tensors = load_file(shard)
+    for codes in ({f"{name}.weight": torch.zeros(2048, 1, dtype=torch.uint8)}, {f"{name}.qweight": torch.zeros(8, 64, dtype=torch.int32)}):
+        save_file({**tensors, **codes}, shard)
+        with pytest.raises(CheckpointError, match=r"quantised \(model.layers.0.self_attn.q_proj\.\w+ is \w+\).*unquantised model"):
+            fuse_checkpoint(quantised, [(adapter, 1.0)], tmp_path / "fused")
     for scale in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="scale"):
             fuse_checkpoint(base, [(adapter, scale)], tmp_path / "fused")
