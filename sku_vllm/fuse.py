@@ -169,7 +169,10 @@ def _check_overflow(written: Written, dtype: str) -> None:
     for name, parts in written.merged.items():
         count = written.totals(parts).overflowed
         if count:
-            raise RunError(f"{name}: {count} merged weights are too large for their dtype; use a smaller --scale, or --dtype float32")
+            raise RunError(
+                f"{name}: {count} merged weights are NaN or too large for their dtype; "
+                "look for NaN in a dense adapter, else use a smaller --scale, or --dtype float32"
+            )
 
 
 def _digests(partial: Path, shards: Sequence[OutputShard], written: Written) -> dict[str, str]:

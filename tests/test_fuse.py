@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader
-from sku_vllm.errors import AdapterError, CheckpointError, ConfigError, NegativeResult
+from sku_vllm.errors import AdapterError, CheckpointError, ConfigError, NegativeResult, RunError
 from sku_vllm.fuse import fuse_checkpoint, read_layer_scales
 from sku_vllm.kernels.delta_merge.backend import on_device
 from sku_vllm.manifest import verify_checkpoint
@@ -350,6 +350,29 @@ def test_small_edits_that_round_away_are_reported(llama, tmp_path):
     assert report.simulated["int4"]["noise"] > report.simulated["int8"]["noise"]
     kept = fuse_checkpoint(base, [(adapter, 1e-4)], tmp_path / "stochastic", seed=1)
     assert abs(kept.retained - 1) < 0.1 < abs(report.retained - 1) and kept.noise > report.noise
+
+
+def test_what_a_bad_base_value_ruins_when_quantised_counts_neither_way(tmp_path):
+    """A NaN in every row leaves nothing of it in int8, which is not all of the edit; infinity leaves zeros and NaN."""
+    name, weight = "model.layers.0.self_attn.q_proj.weight", torch.randn(300, 256).bfloat16()
+    weight[:150, 7], weight[:150, 9] = float("nan"), float("inf")
+    for folder in ("base", "delta"):
+        (tmp_path / folder).mkdir()
+    save_file({name: weight}, tmp_path / "base/model.safetensors")
+    save_file({name: torch.full((300, 256), 1e-4)}, tmp_path / "delta/task_vector.safetensors")
+    report = fuse_checkpoint(tmp_path / "base", [(tmp_path / "delta", 1.0)], tmp_path / "fused", kinds=["int8"])
+    save_file({name: weight[150:].clone()}, tmp_path / "base/model.safetensors")
+    save_file({name: torch.full((150, 256), 1e-4)}, tmp_path / "delta/task_vector.safetensors")
+    sound = fuse_checkpoint(tmp_path / "base", [(tmp_path / "delta", 1.0)], tmp_path / "half", kinds=["int8"])
+    assert report.simulated["int8"] == pytest.approx(sound.simulated["int8"]) and any("NaN" in line for line in report.warnings)
+
+
+def test_a_dense_edit_of_nan_is_named_as_such(tmp_path, llama):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (tmp_path / "dense").mkdir()
+    save_file({name: torch.full((64, 64), float("nan"))}, tmp_path / "dense/task_vector.safetensors")
+    with pytest.raises(RunError, match=f"{name}: 4096 merged weights are NaN .*dense adapter"):
+        fuse_checkpoint(llama[0], [(tmp_path / "dense", 1.0)], tmp_path / "fused")
 
 
 def test_every_mismatch_is_listed_before_anything_is_written(llama, tmp_path):
