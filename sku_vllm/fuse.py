@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,13 +15,12 @@ from sku_vllm.errors import ConfigError, RunError
 from sku_vllm.fp8 import contents_of, find_scales
 from sku_vllm.fuse_checks import check_device, check_flags, check_unquantised
 from sku_vllm.fuse_report import FuseReport, build_manifest, build_report, write_card
-from sku_vllm.kernels.delta_merge.backend import CPU, Backend
-from sku_vllm.kernels.delta_merge.cpu_kernel import load_round_rows
+from sku_vllm.load_kernel import load_kernel
 from sku_vllm.manifest import combine, file_digest, read_key, verify_checkpoint, write_manifest
 from sku_vllm.output import check_output, output_directory, record
 from sku_vllm.placement import Placed, Scale, place
 from sku_vllm.plain_copy import estimate_copy
-from sku_vllm.safetensors_file import DTYPES, TensorInfo
+from sku_vllm.safetensors_file import TensorInfo
 from sku_vllm.shards import OutputShard, fingerprint, plan_shards
 from sku_vllm.simulate import check_kinds
 from sku_vllm.small_files import write_small_files
@@ -73,7 +72,7 @@ def fuse_checkpoint(
     placed = place(reader, loaded, untie=untie)
     began = time.perf_counter()
     backend = check_device(device)
-    _load_kernel(backend, reader, placed, dtype, seed)
+    load_kernel(backend, reader, placed, dtype, seed)
     started = time.perf_counter()
     scales = find_scales(reader, placed, fp8_scales)
     shards = plan_shards(reader, placed, dtype, _untied_head(reader, placed) if untie else None, contents_of(scales.values()))
@@ -133,13 +132,6 @@ def read_layer_scales(file: str | Path) -> dict[str, float]:
     except (OSError, ValueError, RecursionError, TypeError, AttributeError, re.error) as error:
         raise ConfigError(f"--layer-scales {file}: expected a JSON object of regular expressions and numbers ({error})") from error
     return scales
-
-
-def _load_kernel(backend: Backend, reader: CheckpointReader, placed: Mapping[str, list[Placed]], dtype: str, seed: int | None) -> None:
-    """Load the compiled pass where it will be wanted, before any thread waits for it: here Ctrl-C stops a compilation at once."""
-    halves = {info.dtype for info in map(reader.info, filter(reader.__contains__, placed)) if info.dtype in ("BF16", "F16")}
-    if backend is CPU and seed is None and any(dtype in ("keep", DTYPES[half][0]) for half in halves):
-        load_round_rows()
 
 
 def _untied_head(reader: CheckpointReader, placed: dict[str, list[Placed]]) -> dict[str, TensorInfo]:

@@ -25,7 +25,7 @@ class FuseReport:
 
     Attributes:
         tensors, bytes: edited tensors, and bytes written. seconds: wall time of reading, merging and writing.
-        setup_seconds: before that, of choosing where to merge and loading the compiled kernel, which compiles it on a machine's first use.
+        setup_seconds: before that, of choosing where to merge and loading the compiled kernel: compiled on a machine's first use.
         plain_copy: {"seconds", "sampled_bytes", "ratio"}: what copying the base takes here, estimated from a sample, and seconds over it.
         fp8_scales: "kept" or "recomputed"; None without FP8 weights among the edited ones.
         retained, noise: over all edited tensors together. per_tensor: {name: {"retained", "noise", …}}.

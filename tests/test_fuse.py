@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -552,6 +553,28 @@ def test_streaming_through_a_device_writes_the_same_files(llama, tmp_path, monke
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="--device"):
         fuse_checkpoint(base, [(adapter, 0.9)], tmp_path / "no", device="tpu")
+
+
+def test_what_another_backend_compiles_is_setup(llama, tmp_path, monkeypatch):
+    """A device that takes a second for every kind of edit it has not seen: two factors, or a dense one, and what is nearly cancelled."""
+    base, adapter = llama
+    name = "model.layers.1.self_attn.k_proj.weight"
+    (tmp_path / "dense").mkdir()
+    save_file({name: torch.randn(CheckpointReader(base).info(name).shape) * 0.01}, tmp_path / "dense/task_vector.safetensors")
+    real, seen = on_device(torch.device("cpu")), set()
+
+    def merge(weight, terms, *, out, seed=None, first_element=0):
+        stats = real.merge(before := weight.clone(), terms, out=out, seed=seed, first_element=first_element)
+        cancelled = bool((out.float().abs() < before.float().abs() / 64).any())
+        kinds = {(weight.dtype, out.dtype, terms[0].a is None, near) for near in {False, cancelled}}
+        time.sleep(len(kinds - seen))
+        seen.update(kinds)
+        return stats
+
+    monkeypatch.setattr("sku_vllm.fuse.check_device", lambda device: real._replace(merge=merge))
+    report = fuse_checkpoint(base, [(adapter, 1.0), (tmp_path / "dense", 1.0)], tmp_path / "fused")
+    assert len(seen) == 4 and report.setup_seconds >= 4 and report.seconds < 1
+    assert abs(report.retained - 1) < 0.01 and set(report.per_tensor) == set(load_adapter(adapter).deltas) | {name}
 
 
 def test_adapter_of_a_four_bit_base_belongs_to_the_unquantised_one(llama, tmp_path):
