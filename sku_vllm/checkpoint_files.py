@@ -52,10 +52,11 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
 def _indexed_files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        index["metadata"] = dict(index.get("metadata") or {})
         names = sorted(set(index["weight_map"].values()))
         files = [path / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / INDEX}: not a safetensors index (no valid weight_map); download it again") from error
+        raise CheckpointError(f"{path / INDEX}: not a safetensors index (bad weight_map or metadata); download it again") from error
     if not files:
         raise CheckpointError(f"{path / INDEX}: its weight_map is empty; download it again")
     for file in files:

@@ -42,5 +42,5 @@ def _write_index(reader: CheckpointReader, partial: Path, shards: Sequence[Outpu
     names = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     size = sum(tensor.stop - tensor.start for shard in shards for tensor in shard.tensors)
     write_json(
-        partial / INDEX, {"metadata": {**reader.index.get("metadata", {}), "total_size": size}, "weight_map": dict(sorted(names.items()))}
+        partial / INDEX, {"metadata": {**reader.index["metadata"], "total_size": size}, "weight_map": dict(sorted(names.items()))}
     )

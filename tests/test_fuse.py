@@ -202,6 +202,19 @@ def test_another_dtype_casts_weights_config_and_index(llama, tmp_path, dtype):
         torch.testing.assert_close(value.float(), before[name] - wanted[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("metadata", [None, 5, "total"])
+def test_an_index_with_odd_metadata_is_read_or_refused_before_the_work(llama, tmp_path, metadata):
+    base, adapter = shutil.copytree(llama[0], tmp_path / "base"), llama[1]
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": metadata}))
+    if metadata is not None:
+        with pytest.raises(CheckpointError, match="not a safetensors index"):
+            fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused", dtype="float32")
+        return
+    fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused", dtype="float32")
+    assert json.loads((tmp_path / "fused" / index.name).read_text())["metadata"]["total_size"] > 0
+
+
 def test_tied_embedding_asks_for_untie_and_then_changes_one_side_only(tmp_path):
     base = save_base(CASES["opt-tied"][0], tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
