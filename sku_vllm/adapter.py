@@ -51,6 +51,11 @@ class LoraAdapter:
     def dense(self) -> bool:
         return not self.config
 
+    @property
+    def file(self) -> Path:
+        """The one that holds its tensors."""
+        return self.path / (DENSE if self.dense else WEIGHTS)
+
     @cached_property
     def digest(self) -> str:
         """Hex sha256 over what the adapter does: every delta's name, scaling, shapes, dtypes and bytes. Paths and cards don't count."""
@@ -160,8 +165,7 @@ def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
     """The files that PEFT and vLLM read of a negated adapter, into an `output_directory` (which syncs them); how many tensors they hold."""
     from safetensors.torch import save_file
 
-    file = DENSE if adapter.dense else WEIGHTS
-    reader = CheckpointReader(adapter.path / file)
+    reader = CheckpointReader(adapter.file)
     tensors = {}
     for key in reader.names:
         factor = FACTOR.match(key)
@@ -171,7 +175,7 @@ def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
             tensors[key] = reader.mapped(key)
     run = {**adapter.run, "schema": "sku.run/1", "negated": {"scale": scale, "source_digest": adapter.digest}}
     run.setdefault("adapter_kind", "dense" if adapter.dense else "lora")
-    save_file(tensors, directory / file, metadata={"format": "pt"})
+    save_file(tensors, directory / adapter.file.name, metadata={"format": "pt"})
     if not adapter.dense:
         (directory / "adapter_config.json").write_text(json_text({**adapter.config, "inference_mode": True}), encoding="utf-8")
     (directory / RUN).write_text(json_text(run), encoding="utf-8")

@@ -64,8 +64,9 @@ def fuse_checkpoint(
     key = None if signing_key is None else read_key(signing_key)
     kinds = check_kinds(kinds)
     reader = CheckpointReader(checkpoint_directory(model, revision))
-    before = fingerprint(reader)
+    before = fingerprint(shard.file for shard in reader.shards)
     loaded = [(load_adapter(path, as_is=as_is), scale) for path, scale in adapters]
+    before |= fingerprint(adapter.file for adapter, _ in loaded)
     check_unquantised(reader, dtype, [adapter for adapter, _ in loaded])
     for adapter, _ in loaded:
         adapter.check_base(reader, any_base)
@@ -91,8 +92,9 @@ def fuse_checkpoint(
         writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, scales=pairs, backend=backend, progress=advance)
         written = writer.write(shards)
         _check_overflow(written, dtype)
-        if fingerprint(reader) != before:
-            raise RunError(f"{reader.path}: changed while it was read; nothing was written, start again when it is at rest")
+        changed = [str(file.parent) for file, found in fingerprint(before).items() if found != before[file]]
+        if changed:
+            raise RunError(f"{changed[0]}: changed while it was read; nothing was written, start again when it is at rest")
         write_small_files(reader, partial, dtype, untie, shards)
         report = build_report(reader, loaded, output, dtype, shards, written, kinds, fp8_scales if scales else None)
         manifest = build_manifest(report, kinds, seed, backend.name)

@@ -166,6 +166,18 @@ def test_base_that_changes_while_it_is_read(pair, tmp_path, change):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base"]
 
 
+def test_adapter_that_changes_while_it_is_read(pair, tmp_path):
+    """Its factors are read again for every chunk, and the manifest names one digest."""
+    base, adapter = pair[0], shutil.copytree(pair[1], tmp_path / "adapter")
+
+    def progress(done: int, total: int) -> None:
+        os.utime(adapter / "adapter_model.safetensors", ns=(1, 1))
+
+    with pytest.raises(SkuError, match=f"{adapter}: changed while it was read"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "out", progress=progress)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter"]
+
+
 def test_interrupt_stops_the_threads_and_leaves_nothing(pair, tmp_path):
     base, adapter = pair
 
