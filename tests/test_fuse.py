@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Phi3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, HrmTextConfig, LlamaConfig, MixtralConfig, OPTConfig, Phi3Config
 
 from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader
@@ -46,6 +46,11 @@ CASES = {
     "phi3-packed": (
         Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=False),
         {"target_modules": ["qkv_proj", "gate_up_proj"]},
+    ),
+    # q, k, v and gate of the model are rows of one tensor of the checkpoint
+    "hrm-packed": (
+        HrmTextConfig(**SMALL, num_layers_per_stack=1, intermediate_size=96, head_dim=32, num_key_value_heads=2),
+        {"target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"v_proj": 3}},
     ),
     "gemma2-tied": (
         Gemma2Config(**SMALL, intermediate_size=96, num_key_value_heads=1, head_dim=32),
