@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sku_vllm.checkpoint import CheckpointReader
+from sku_vllm.checkpoint_files import check_files
 from sku_vllm.delta import Dense, LowRank
 from sku_vllm.errors import AdapterError, CheckpointError, ConfigError
 from sku_vllm.output import json_text, output_directory, record, write_text
@@ -49,6 +50,11 @@ class LoraAdapter:
     @property
     def dense(self) -> bool:
         return not self.config
+
+    @property
+    def file(self) -> Path:
+        """The one that holds its tensors."""
+        return self.path / (DENSE if self.dense else WEIGHTS)
 
     @cached_property
     def digest(self) -> str:
@@ -96,6 +102,7 @@ def load_adapter(path: str | Path, *, as_is: bool = False) -> LoraAdapter:
     path = Path(path)
     if not path.is_dir():
         raise AdapterError(f"{path}: no such adapter directory; give the directory that sku train or PEFT's save_pretrained wrote")
+    check_files(path, AdapterError)
     run = _read_json(path / RUN) if (path / RUN).is_file() else {}
     if not isinstance(run.get("negated", {}), dict | None):
         raise AdapterError(f"{path / RUN}: 'negated' must be an object; copy the adapter again")
@@ -158,8 +165,7 @@ def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
     """The files that PEFT and vLLM read of a negated adapter, into an `output_directory` (which syncs them); how many tensors they hold."""
     from safetensors.torch import save_file
 
-    file = DENSE if adapter.dense else WEIGHTS
-    reader = CheckpointReader(adapter.path / file)
+    reader = CheckpointReader(adapter.file)
     tensors = {}
     for key in reader.names:
         factor = FACTOR.match(key)
@@ -169,7 +175,7 @@ def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
             tensors[key] = reader.mapped(key)
     run = {**adapter.run, "schema": "sku.run/1", "negated": {"scale": scale, "source_digest": adapter.digest}}
     run.setdefault("adapter_kind", "dense" if adapter.dense else "lora")
-    save_file(tensors, directory / file, metadata={"format": "pt"})
+    save_file(tensors, directory / adapter.file.name, metadata={"format": "pt"})
     if not adapter.dense:
         (directory / "adapter_config.json").write_text(json_text({**adapter.config, "inference_mode": True}), encoding="utf-8")
     (directory / RUN).write_text(json_text(run), encoding="utf-8")

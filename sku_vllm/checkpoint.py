@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sku_vllm.checkpoint_files import INDEX, find_files
+from sku_vllm.checkpoint_files import INDEX, check_file, find_files
 from sku_vllm.errors import CheckpointError
 from sku_vllm.identity import identity_of
 from sku_vllm.safetensors_file import DTYPES, TensorInfo, read_into, read_shard
@@ -93,10 +93,16 @@ class CheckpointReader:
             info.shape
         )
 
+    @property
+    def directory(self) -> Path:
+        """Where the small files lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """config.json beside the weights; empty when there is none. Raises CheckpointError."""
-        file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        file = self.directory / "config.json"
+        check_file(file)
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -1,12 +1,29 @@
 """Which files make up a checkpoint: one, or the shards that an index names; and which the remedy is where there are none."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.errors import CheckpointError
+from sku_vllm.errors import CheckpointError, InputError
 
 INDEX = "model.safetensors.index.json"
+# Weights in formats that are neither read nor copied.
+FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+
+
+def check_files(directory: Path, error: type[InputError] = CheckpointError) -> None:
+    """Refuse a directory where something else lies in a file's place: a pipe may never end, and a lost tokenizer would go unnoticed."""
+    for file in sorted(directory.iterdir()):
+        if not file.name.endswith(FOREIGN):
+            check_file(file, error)
+
+
+def check_file(file: Path, error: type[InputError] = CheckpointError) -> None:
+    """Raises `error` for a pipe, a device, a socket or a link that leads to no file."""
+    if not file.is_file() and not file.is_dir() and os.path.lexists(file):
+        what = "a link that leads to no file" if file.is_symlink() and not file.exists() else "a pipe, socket or device"
+        raise error(f"{file}: is {what}; put the file itself there, or remove it")
 
 
 def find_files(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
@@ -17,6 +34,7 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
         return [path], None
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model directory; check the path, or download the model first")
+    check_files(path)
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"], None
     if (path / INDEX).is_file():
@@ -34,10 +52,11 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
 def _indexed_files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        index["metadata"] = dict(index.get("metadata") or {})
         names = sorted(set(index["weight_map"].values()))
         files = [path / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / INDEX}: not a safetensors index (no valid weight_map); download it again") from error
+        raise CheckpointError(f"{path / INDEX}: not a safetensors index (bad weight_map or metadata); download it again") from error
     if not files:
         raise CheckpointError(f"{path / INDEX}: its weight_map is empty; download it again")
     for file in files:

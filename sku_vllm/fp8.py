@@ -43,11 +43,15 @@ def scale_of_fp8(reader: CheckpointReader, name: str) -> Fp8Scale:
     scale = reader.tensor(found).float()
     if scale.numel() == 1:
         return Fp8Scale(found, scale.reshape(1, 1))
-    if scale.numel() == info.shape[0] and scale.ndim <= 2:
+    if tuple(scale.shape) in (info.shape[:1], (info.shape[0], 1)):
         return Fp8Scale(found, scale.reshape(-1, 1))
     block = (reader.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
     if scale.ndim == 2 and all(-(-size // step) == count for size, step, count in zip(info.shape, block, scale.shape, strict=True)):
-        return Fp8Scale(found, scale)
+        from sku_vllm.kernels.delta_merge import merge_blocks
+
+        # a last block that is shorter than the others is known of blocks of 128 only
+        if all(count == 1 or cut == step for count, cut, step in zip(scale.shape, merge_blocks(info.shape, scale), block, strict=True)):
+            return Fp8Scale(found, scale)
     raise CheckpointError(
         f"{info.file}: {found!r} is {list(scale.shape)}, which fits no known layout of scales; fuse into the unquantised model"
     )

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,13 +15,12 @@ from sku_vllm.errors import ConfigError, RunError
 from sku_vllm.fp8 import contents_of, find_scales
 from sku_vllm.fuse_checks import check_device, check_flags, check_unquantised
 from sku_vllm.fuse_report import FuseReport, build_manifest, build_report, write_card
-from sku_vllm.kernels.delta_merge.backend import CPU, Backend
-from sku_vllm.kernels.delta_merge.cpu_kernel import load_round_rows
-from sku_vllm.manifest import combine, file_digest, verify_checkpoint, write_manifest
+from sku_vllm.load_kernel import load_kernel
+from sku_vllm.manifest import combine, file_digest, read_key, verify_checkpoint, write_manifest
 from sku_vllm.output import check_output, output_directory, record
 from sku_vllm.placement import Placed, Scale, place
 from sku_vllm.plain_copy import estimate_copy
-from sku_vllm.safetensors_file import DTYPES, TensorInfo
+from sku_vllm.safetensors_file import TensorInfo
 from sku_vllm.shards import OutputShard, fingerprint, plan_shards
 from sku_vllm.simulate import check_kinds
 from sku_vllm.small_files import write_small_files
@@ -61,18 +60,20 @@ def fuse_checkpoint(
         InputError (and its children) before anything is written; RunError and SkuError for what goes wrong later.
     """
     output = check_output(output)
-    check_flags(adapters, dtype, signing_key)
+    check_flags(adapters, dtype)
+    key = None if signing_key is None else read_key(signing_key)
     kinds = check_kinds(kinds)
     reader = CheckpointReader(checkpoint_directory(model, revision))
-    before = fingerprint(reader)
+    before = fingerprint(shard.file for shard in reader.shards)
     loaded = [(load_adapter(path, as_is=as_is), scale) for path, scale in adapters]
+    before |= fingerprint(adapter.file for adapter, _ in loaded)
     check_unquantised(reader, dtype, [adapter for adapter, _ in loaded])
     for adapter, _ in loaded:
         adapter.check_base(reader, any_base)
     placed = place(reader, loaded, untie=untie)
     began = time.perf_counter()
     backend = check_device(device)
-    _load_kernel(backend, reader, placed, dtype, seed)
+    load_kernel(backend, reader, placed, dtype, seed)
     started = time.perf_counter()
     scales = find_scales(reader, placed, fp8_scales)
     shards = plan_shards(reader, placed, dtype, _untied_head(reader, placed) if untie else None, contents_of(scales.values()))
@@ -91,15 +92,16 @@ def fuse_checkpoint(
         writer = ShardWriter(partial, digests=digests, kinds=kinds, seed=seed, scales=pairs, backend=backend, progress=advance)
         written = writer.write(shards)
         _check_overflow(written, dtype)
-        if fingerprint(reader) != before:
-            raise RunError(f"{reader.path}: changed while it was read; nothing was written, start again when it is at rest")
+        changed = [str(file.parent) for file, found in fingerprint(before).items() if found != before[file]]
+        if changed:
+            raise RunError(f"{changed[0]}: changed while it was read; nothing was written, start again when it is at rest")
         write_small_files(reader, partial, dtype, untie, shards)
         report = build_report(reader, loaded, output, dtype, shards, written, kinds, fp8_scales if scales else None)
         manifest = build_manifest(report, kinds, seed, backend.name)
         write_card(partial, report)
         if digests:
             manifest["files"] = _digests(partial, shards, written)
-        write_manifest(partial, manifest, signing_key)
+        write_manifest(partial, manifest, key)
         report.seconds, report.setup_seconds = round(time.perf_counter() - started, 3), round(started - began, 3)
         report.compare(estimate_copy(reader, partial))
         settings = {
@@ -125,18 +127,13 @@ def read_layer_scales(file: str | Path) -> dict[str, float]:
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
         scales = {str(pattern): float(scale) for pattern, scale in value.items()}
+        if not scales:
+            raise ValueError("it is empty, so nothing would be subtracted")
         for pattern in scales:
             re.compile(pattern)
-    except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, re.error) as error:
         raise ConfigError(f"--layer-scales {file}: expected a JSON object of regular expressions and numbers ({error})") from error
     return scales
-
-
-def _load_kernel(backend: Backend, reader: CheckpointReader, placed: Mapping[str, list[Placed]], dtype: str, seed: int | None) -> None:
-    """Load the compiled pass where it will be wanted, before any thread waits for it: here Ctrl-C stops a compilation at once."""
-    halves = {info.dtype for info in map(reader.info, filter(reader.__contains__, placed)) if info.dtype in ("BF16", "F16")}
-    if backend is CPU and seed is None and any(dtype in ("keep", DTYPES[half][0]) for half in halves):
-        load_round_rows()
 
 
 def _untied_head(reader: CheckpointReader, placed: dict[str, list[Placed]]) -> dict[str, TensorInfo]:
@@ -166,7 +163,10 @@ def _check_overflow(written: Written, dtype: str) -> None:
     for name, parts in written.merged.items():
         count = written.totals(parts).overflowed
         if count:
-            raise RunError(f"{name}: {count} merged weights are too large for their dtype; use a smaller --scale, or --dtype float32")
+            raise RunError(
+                f"{name}: {count} merged weights are NaN or too large for their dtype; "
+                "look for NaN in a dense adapter, else use a smaller --scale, or --dtype float32"
+            )
 
 
 def _digests(partial: Path, shards: Sequence[OutputShard], written: Written) -> dict[str, str]:

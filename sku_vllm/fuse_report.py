@@ -25,7 +25,7 @@ class FuseReport:
 
     Attributes:
         tensors, bytes: edited tensors, and bytes written. seconds: wall time of reading, merging and writing.
-        setup_seconds: before that, of choosing where to merge and loading the compiled kernel, which compiles it on a machine's first use.
+        setup_seconds: before that, of choosing where to merge and loading the compiled kernel: compiled on a machine's first use.
         plain_copy: {"seconds", "sampled_bytes", "ratio"}: what copying the base takes here, estimated from a sample, and seconds over it.
         fp8_scales: "kept" or "recomputed"; None without FP8 weights among the edited ones.
         retained, noise: over all edited tensors together. per_tensor: {name: {"retained", "noise", …}}.
@@ -93,7 +93,7 @@ def build_report(
         noise=overall.noise,
         simulated={kind: {"retained": stats.retained, "noise": stats.noise} for kind, stats in together.items()},
         per_tensor=per_tensor,
-        warnings=_quantised_training(loaded) + _warnings(per_tensor, together, dtype),
+        warnings=_quantised_training(loaded) + _warnings(per_tensor, together, fp8=fp8_scales is not None),
     )
 
 
@@ -106,14 +106,15 @@ def _quantised_training(loaded: Sequence[tuple[LoraAdapter, Scale]]) -> list[str
     ]
 
 
-def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, MergeStats], dtype: str) -> list[str]:
+def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, MergeStats], *, fp8: bool) -> list[str]:
     lines = []
     weak = [name for name, row in per_tensor.items() if row["retained"] is not None and row["retained"] < ENOUGH]
     if weak:
         worst = min(weak, key=lambda name: per_tensor[name]["retained"])
         lines.append(
             f"{len(weak)} tensors keep less than {ENOUGH:.0%} of the edit (worst: {worst}, {per_tensor[worst]['retained']:.0%}): it is "
-            "smaller than the spacing of their numbers; try --dtype float32, --stochastic, or a larger --scale"
+            f"smaller than the spacing of their numbers; try {'the unquantised model' if fp8 else '--dtype float32'}, --stochastic, "
+            "or a larger --scale"
         )
     for kind, stats in together.items():
         if stats.retained is not None and stats.retained < ENOUGH:

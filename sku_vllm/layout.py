@@ -15,7 +15,7 @@ from sku_vllm.checkpoint import CheckpointReader
 from sku_vllm.delta import Dense, LowRank
 from sku_vllm.peft_format import rank_and_scaling
 
-# Families whose checkpoints transformers loads name by name (a test holds this against the installed transformers).
+# Families of nn.Linear whose checkpoints transformers loads name by name (a test holds this against the installed transformers).
 PLAIN = {
     "llama",
     "opt",
@@ -26,7 +26,6 @@ PLAIN = {
     "gemma2",
     "phi",
     "phi3",
-    "gpt2",
     "gpt_neox",
     "gpt_neo",
     "gptj",
@@ -67,7 +66,9 @@ class Layout:
     def locate(self, adapter: LoraAdapter) -> tuple[list[Located], list[str]]:
         """Where every delta goes, and one line for each that goes nowhere."""
         located, problems = [], []
-        for name, delta in [*adapter.deltas.items(), *self._unstacked(adapter, problems)]:
+        turned = bool(adapter.config.get("fan_in_fan_out"))
+        deltas = ((name, self._as_stored(name, delta, turned)) for name, delta in adapter.deltas.items())
+        for name, delta in [*deltas, *self._unstacked(adapter, problems)]:
             try:
                 located += self._locate(name, delta)
             except Mismatch as error:
@@ -76,9 +77,19 @@ class Layout:
             problems += self._check_copy(name, copy)
         return located, problems
 
+    def _is_plain(self, name: str) -> bool:
+        """Whether it is known without transformers that a parameter is the tensor of that name."""
+        return self.reader.config.get("model_type") in PLAIN and name in self.reader and bool(IN_A_LAYER.search(name))
+
+    def _as_stored(self, name: str, delta: LowRank | Dense, turned: bool) -> LowRank | Dense:
+        """PEFT transposes the edit of a Conv1D and of no nn.Linear; the `fan_in_fan_out` it saves is that of the module it came to last."""
+        if isinstance(delta, Dense):
+            return delta
+        wanted = False if self._is_plain(name) else self._model.stored_in_by_out(name) if self._model else None
+        return delta if wanted in (turned, None) else delta.transposed
+
     def _locate(self, name: str, delta: LowRank | Dense) -> list[Located]:
-        plain = self.reader.config.get("model_type") in PLAIN
-        if plain and name in self.reader and IN_A_LAYER.search(name):
+        if self._is_plain(name):
             return [self._fit(name, name, delta, whole=True)]
         return [self._fit(name, *piece) for piece in self._pieces(name, delta)]
 
@@ -97,7 +108,8 @@ class Layout:
             return
         shared_by = [key for key, value in model.tied.items() if value == name]
         if shared_by and isinstance(delta, Dense):  # trained as the shared tensor that it is, so both sides take the edit
-            yield from ((alias, delta, True, 0) for alias in shared_by if self.untie)
+            stored = {alias: model.sources[alias][0][0] for alias in shared_by if alias in model.sources}
+            yield from ((stored.get(alias, alias), delta, True, 0) for alias in shared_by if self.untie or alias in stored)
         elif shared_by:
             self.tied_hits |= {name, *shared_by}
         sources = model.sources.get(name)

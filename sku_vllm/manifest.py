@@ -17,6 +17,7 @@ from sku_vllm.output import write_json, write_text
 from sku_vllm.shards import CHUNK
 
 MANIFEST, SIGNATURE = "sku_manifest.json", "sku_manifest.sig"
+LARGEST_KEY = 1 << 20
 
 
 def file_digest(file: Path) -> str:
@@ -37,26 +38,29 @@ def combine(leaves: list[bytes]) -> str:
     return hashlib.sha256(b"".join(leaves)).hexdigest()
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any], signing_key: Path | None = None) -> None:
-    """Write it, and with a key file `sku_manifest.sig`: HMAC-SHA256 of its bytes under the key file's bytes."""
+def write_manifest(directory: Path, manifest: dict[str, Any], key: bytes | None = None) -> None:
+    """Write it, and with the bytes of a signing key `sku_manifest.sig`: HMAC-SHA256 of its bytes under them."""
     write_json(directory / MANIFEST, manifest)
-    if signing_key is not None:
-        write_text(directory / SIGNATURE, _signature(directory, signing_key) + "\n")
+    if key is not None:
+        write_text(directory / SIGNATURE, _signature(directory, key) + "\n")
 
 
 def read_key(file: str | Path) -> bytes:
-    """A signing key: any file of at least 16 bytes. Raises ConfigError."""
+    """A signing key: any file of 16 bytes to 1 MiB, read once since it may be a pipe. Raises ConfigError."""
     try:
-        key = Path(file).read_bytes()
+        with open(file, "rb") as stream:
+            key = stream.read(LARGEST_KEY + 1)
     except OSError as error:
         raise ConfigError(f"--signing-key {file}: {error.strerror}; make one with: head -c 32 /dev/urandom > {file}") from error
     if len(key) < 16:
         raise ConfigError(f"--signing-key {file}: {len(key)} bytes are too few; make one with: head -c 32 /dev/urandom > {file}")
+    if len(key) > LARGEST_KEY:
+        raise ConfigError(f"--signing-key {file}: is more than {LARGEST_KEY} bytes; make one with: head -c 32 /dev/urandom > KEY")
     return key
 
 
-def _signature(directory: Path, key: str | Path) -> str:
-    return hmac.new(read_key(key), (directory / MANIFEST).read_bytes(), hashlib.sha256).hexdigest()
+def _signature(directory: Path, key: bytes) -> str:
+    return hmac.new(key, (directory / MANIFEST).read_bytes(), hashlib.sha256).hexdigest()
 
 
 def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = None) -> dict[str, Any]:
@@ -71,9 +75,10 @@ def verify_checkpoint(directory: str | Path, signing_key: str | Path | None = No
     directory = Path(directory)
     manifest = _read_manifest(directory)
     if signing_key is not None:
+        key = read_key(signing_key)
         if not (directory / SIGNATURE).is_file():
             raise NegativeResult(f"{directory / SIGNATURE}: is missing, so nothing shows that the manifest is yours")
-        if not hmac.compare_digest((directory / SIGNATURE).read_bytes().strip(), _signature(directory, signing_key).encode()):
+        if not hmac.compare_digest((directory / SIGNATURE).read_bytes().strip(), _signature(directory, key).encode()):
             raise NegativeResult(
                 f"{directory / MANIFEST}: its signature does not match the key; the manifest was changed or signed with another key"
             )

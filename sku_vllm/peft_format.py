@@ -46,9 +46,17 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"{file}: init_lora_weights={config['init_lora_weights']!r} changed the base before training, so B@A is not the edit; "
             "convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=…)) and give the converted one"
         )
+    if not isinstance(config.get("target_parameters") or [], list):
+        raise AdapterError(f"{file}: target_parameters must be a list of names; save the adapter again with PEFT")
     patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
     if not all(isinstance(pattern, Mapping) for pattern in patterns):
         raise AdapterError(f"{file}: rank_pattern and alpha_pattern must be objects; save the adapter again with PEFT")
+    targets = config.get("target_modules")
+    try:
+        for pattern in [*patterns[0], *patterns[1], *([targets] if isinstance(targets, str) else [])]:
+            re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{file}: {pattern!r} is no regular expression ({error}); save the adapter again with PEFT") from error
     ranks, alphas = [config.get("r"), *patterns[0].values()], [config.get("lora_alpha"), *patterns[1].values()]
     numbers = [isinstance(number, int | float) and math.isfinite(number) for number in alphas]
     if not all(numbers) or not all(isinstance(rank, int) and rank > 0 for rank in ranks):
@@ -78,21 +86,20 @@ def read_factors(
     deltas: dict[str, LowRank | Dense] = {}
     stacks: dict[str, dict[int, LowRank]] = {}
     problems = []
-    parents = tuple("." + str(target).rpartition(".")[0] for target in config.get("target_parameters") or ())
     for module, sides in found.items():
         (key, embedding), (other, _) = sides["A"], sides["B"]
         plain = module.replace(".base_layer", "")
         rank, scaling = rank_and_scaling(config, plain)
         factors = LowRank(reader.mapped(key), reader.mapped(other), scaling)
-        if parents and ("." + plain).endswith(parents):
+        if not (_finite(factors.a) and _finite(factors.b)):
+            problems.append(f"{key} or {other} holds NaN or infinity")
+        elif config.get("target_parameters") and not is_targeted(config, plain):
             stacks.setdefault(plain, {})[module.count(".base_layer")] = factors
             continue
-        if factors.a.ndim != 2 or factors.b.ndim != 2 or factors.a.shape[0] != factors.b.shape[1]:
+        elif factors.a.ndim != 2 or factors.b.ndim != 2 or factors.a.shape[0] != factors.b.shape[1]:
             problems.append(f"{key} {list(factors.a.shape)} and {other} {list(factors.b.shape)} cannot be multiplied as B@A")
         elif factors.a.shape[0] != rank:
             problems.append(f"{key} has rank {factors.a.shape[0]}, but adapter_config.json says {rank}")
-        elif not (_finite(factors.a) and _finite(factors.b)):
-            problems.append(f"{key} or {other} holds NaN or infinity")
         deltas[f"{plain}.weight"] = factors.transposed if embedding or config.get("fan_in_fan_out") else factors
     if problems:
         raise AdapterError(f"{file}: {'; '.join(problems)}; train or save the adapter again")
@@ -103,6 +110,17 @@ def read_factors(
 def _finite(factor: Any) -> bool:
     """A sum that is finite shows it in one pass; only one that is not is looked at again."""
     return math.isfinite(float(factor.float().sum())) or bool(factor.isfinite().all())
+
+
+def is_targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether `target_modules` names the module; if not, its factors are of one of its parameters, from `target_parameters`.
+
+    PEFT turns the modules of experts that transformers packs ("w1", "gate_proj") into bare names of parameters ("gate_up_proj").
+    """
+    targets = config.get("target_modules") or ()
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, module))
+    return any(f".{module}".endswith(f".{target}") for target in targets)
 
 
 def rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:

@@ -31,16 +31,19 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
         adapters: each with its scale, or with a mapping from patterns of weight names to scales (0 where none matches).
         untie: the output gets an `lm_head.weight` of its own, so deltas on tied embeddings are allowed.
     Raises:
-        AdapterError: names or shapes that don't fit, all listed. ConfigError: a delta on a tied tensor without `untie`.
+        AdapterError: names or shapes that don't fit, all listed. ConfigError: a delta on a tied tensor without `untie`, or a
+        pattern that matches none of the adapters' weights.
     """
     from sku_vllm.layout import Layout
 
     layout = Layout(reader, untie=untie)
     placed: dict[str, list[Placed]] = {}
+    names: set[str] = set()
     problems: list[str] = []
     for adapter, scale in adapters:
         found, wrong = layout.locate(adapter)
         problems += [f"{adapter.path}: {problem}" for problem in wrong]
+        names |= {piece.base_name for piece in found}
         for base_name, target, delta, row in found:
             placed.setdefault(target, []).append(Placed(delta, scale_of(scale, base_name), row))
     if problems:
@@ -48,6 +51,12 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
         raise AdapterError(
             f"{len(problems)} deltas do not fit {reader.path}: {'; '.join(problems[:LISTED])}{more}; "
             "give the base this adapter was trained on"
+        )
+    patterns = dict.fromkeys(pattern for _, scale in adapters if isinstance(scale, Mapping) for pattern in scale)
+    idle = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]
+    if idle:
+        raise ConfigError(
+            f"--layer-scales: {', '.join(map(repr, idle))} match no weight that the adapters edit, such as {min(names)}; correct them"
         )
     if layout.tied_hits and not untie:
         raise ConfigError(

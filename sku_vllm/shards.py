@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,6 +122,6 @@ def data_ranges(descriptor: int, size: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def fingerprint(reader: CheckpointReader) -> dict[Path, tuple[int, int, int]]:
-    """(inode, length, modification time in ns) of every base file, to notice a base that changes while it is read."""
-    return {shard.file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for shard in reader.shards for stat in [os.stat(shard.file)]}
+def fingerprint(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """(inode, length, modification time in ns) of every file, to notice one that changes while it is read."""
+    return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]}

@@ -55,8 +55,8 @@ def simulate(before: Tensor, after: Tensor, terms: Sequence[Term], kinds: Sequen
     result = {}
     for kind in kinds:
         kept = QUANTISERS[kind](before.float()) - QUANTISERS[kind](after.float())
-        lost = torch.nan_to_num(delta - kept, nan=0.0, posinf=0.0, neginf=0.0).double().reshape(-1)
-        edit = delta.double().reshape(-1)
+        finite = kept.isfinite()  # a NaN or infinity of the base takes its whole group with it, and that out of the sums
+        lost, edit = (torch.where(finite, value, 0).double().reshape(-1) for value in (delta - kept, delta))
         result[kind] = MergeStats(
             delta_sq=float(edit @ edit), error_sq=float(lost @ lost), error_dot=float(lost @ edit), elements=before.numel()
         )

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sku_vllm.checkpoint import CheckpointReader
-from sku_vllm.checkpoint_files import INDEX
+from sku_vllm.checkpoint_files import FOREIGN, INDEX
 from sku_vllm.output import write_json
 from sku_vllm.shards import OutputShard
 
 # Weights in other formats; cards describe the base, and sku_*.json what sku commands did there.
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json", "README.md")
+NOT_COPIED = (*FOREIGN, ".safetensors", ".index.json", "README.md")
 
 
 def write_small_files(reader: CheckpointReader, partial: Path, dtype: str, untie: bool, shards: Sequence[OutputShard]) -> None:
@@ -42,5 +42,5 @@ def _write_index(reader: CheckpointReader, partial: Path, shards: Sequence[Outpu
     names = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     size = sum(tensor.stop - tensor.start for shard in shards for tensor in shard.tensors)
     write_json(
-        partial / INDEX, {"metadata": {**reader.index.get("metadata", {}), "total_size": size}, "weight_map": dict(sorted(names.items()))}
+        partial / INDEX, {"metadata": {**reader.index["metadata"], "total_size": size}, "weight_map": dict(sorted(names.items()))}
     )

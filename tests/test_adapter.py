@@ -117,6 +117,8 @@ def test_dense_task_vector_is_negated_too(tmp_path):
         ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "pissa"), ({"peft_type": "IA3"}, "IA3"), ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"), ({"r": "x"}, "r and lora_alpha"), ({"r": 5}, "rank 4"),
+        ({"rank_pattern": {"(": 3}}, "no regular expression"), ({"alpha_pattern": {"*": 3}}, "no regular expression"),
+        ({"target_modules": "("}, "no regular expression"), ({"target_parameters": 5}, "target_parameters"),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_lora_is_refused_with_the_reason(adapter, change, message):
@@ -144,6 +146,13 @@ def test_broken_directories_are_refused_by_name(adapter, tmp_path):
         save_file(broken, adapter / "adapter_model.safetensors")
         with pytest.raises(AdapterError, match=message):
             load_adapter(adapter)
+    experts = {f"base_model.model.model.layers.0.mlp.experts.lora_{side}.weight": torch.full((4, 4), math.nan) for side in "AB"}
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**json.loads((adapter / "adapter_config.json").read_text()), "target_parameters": ["mlp.experts.gate_up_proj"]})
+    )
+    save_file({**tensors, **experts}, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"experts\.\S+ holds NaN"):
+        load_adapter(adapter)
     (adapter / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(AdapterError, match="adapter_model.safetensors"):
         load_adapter(adapter)

@@ -15,6 +15,7 @@ import torch
 from sku_vllm.kernels.delta_merge import Merge, Term, delta_merge, delta_merge_reference
 from sku_vllm.kernels.delta_merge.backend import CPU, choose_backend, on_device
 from sku_vllm.kernels.delta_merge.cpu import one_torch_thread
+from sku_vllm.kernels.delta_merge.launch_table import entries_of
 
 EMPTY = [(0, 5, 2), (5, 0, 2), (0, 0, 1), (5, 7, 0)]  # rows, columns, rank
 SHAPES = [(1, 1), (3, 5), (64, 128), (65, 131), (16, 200)]
@@ -178,6 +179,14 @@ def test_streaming_through_a_gpu_is_within_an_ulp():
     assert ulps(weight, wanted).max() <= 1 and choose_backend("cuda").pinned
 
 
+@pytest.mark.parametrize("out", [None, torch.empty(170, 96)])
+def test_every_rectangle_of_a_launch_has_factors_for_all_its_rows(out):
+    """A launch reads as many rows of factors as of the weight: fewer, and it reads whatever lies behind them."""
+    entries = list(entries_of(0, Merge(torch.randn(170, 96), [term(20, 96, 8, row=75), term(10, 96, 3, row=80)], out), None))
+    assert len(entries) == (3 if out is None else 5)
+    assert all(entry.b.shape[0] == len(entry.weight) and entry.a.shape == (entry.b.shape[1], 96) for entry in entries)
+
+
 INTERPRETED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -219,6 +228,12 @@ for dtype in t.DTYPES:  # weights that the edit all but cancels, in every fourth
     weight[::4] = (0.7 * first.b @ first.a)[::4].to(dtype)
     opposed = Term(-7 / 3 * first.b + 1e-4 * torch.randn(128, 24), first.a, 0.3)
     check([Merge(weight.clone(), [first]), Merge((weight * 1e-3).to(dtype), [first, opposed]), Merge(weight.clone(), [first, again])])
+
+for dtype in t.DTYPES:  # out of place, and rows that no term covers
+    weight, terms = torch.randn(170, 96).to(dtype), [t.term(20, 96, 8, 0.7, row=75)]
+    out = torch.empty_like(weight)
+    k.delta_merge_triton([Merge(weight, terms, out)])
+    assert t.ulps(out, t.exact(weight, terms)).max() <= 1 and torch.equal(out[:75], weight[:75]) and torch.equal(out[95:], weight[95:])
 
 weight, terms = torch.randn(70, 96), [t.term(70, 96, 8, 0.05), t.term(20, 96, 3, 0.1, row=30)]
 weight[1, 2] = float("nan"); weight[3, 4] = float("inf"); weight[5] *= 1e-6

@@ -3,18 +3,19 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Phi3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, HrmTextConfig, LlamaConfig, MixtralConfig, OPTConfig, Phi3Config
 
 from sku_vllm.adapter import load_adapter
 from sku_vllm.checkpoint import CheckpointReader
-from sku_vllm.errors import AdapterError, CheckpointError, ConfigError, NegativeResult
-from sku_vllm.fuse import fuse_checkpoint
+from sku_vllm.errors import AdapterError, CheckpointError, ConfigError, NegativeResult, RunError
+from sku_vllm.fuse import fuse_checkpoint, read_layer_scales
 from sku_vllm.kernels.delta_merge.backend import on_device
 from sku_vllm.manifest import verify_checkpoint
 
@@ -37,9 +38,19 @@ CASES = {
         GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96),
         {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
     ),
+    # PEFT saves the fan_in_fan_out of the module it came to last, which is the head's; attn.c_proj is square, so its shape tells nothing
+    "gpt2-conv1d-and-linear": (
+        GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96, tie_word_embeddings=False),
+        {"target_modules": r".*attn\.c_proj|lm_head"},
+    ),
     "phi3-packed": (
         Phi3Config(**SMALL, intermediate_size=96, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=False),
         {"target_modules": ["qkv_proj", "gate_up_proj"]},
+    ),
+    # q, k, v and gate of the model are rows of one tensor of the checkpoint
+    "hrm-packed": (
+        HrmTextConfig(**SMALL, num_layers_per_stack=1, intermediate_size=96, head_dim=32, num_key_value_heads=2),
+        {"target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"v_proj": 3}},
     ),
     "gemma2-tied": (
         Gemma2Config(**SMALL, intermediate_size=96, num_key_value_heads=1, head_dim=32),
@@ -52,6 +63,11 @@ CASES = {
     "mixtral-experts": (
         MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3),
         {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    # PEFT turns the experts' modules into target_parameters of bare names
+    "mixtral-all": (
+        MixtralConfig(**SMALL, intermediate_size=80, num_key_value_heads=1, num_local_experts=3),
+        {"target_modules": "all-linear"},
     ),
 }
 
@@ -191,6 +207,19 @@ def test_another_dtype_casts_weights_config_and_index(llama, tmp_path, dtype):
         torch.testing.assert_close(value.float(), before[name] - wanted[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("metadata", [None, 5, "total"])
+def test_an_index_with_odd_metadata_is_read_or_refused_before_the_work(llama, tmp_path, metadata):
+    base, adapter = shutil.copytree(llama[0], tmp_path / "base"), llama[1]
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": metadata}))
+    if metadata is not None:
+        with pytest.raises(CheckpointError, match="not a safetensors index"):
+            fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused", dtype="float32")
+        return
+    fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused", dtype="float32")
+    assert json.loads((tmp_path / "fused" / index.name).read_text())["metadata"]["total_size"] > 0
+
+
 def test_tied_embedding_asks_for_untie_and_then_changes_one_side_only(tmp_path):
     base = save_base(CASES["opt-tied"][0], tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
@@ -255,6 +284,63 @@ def test_dense_delta_of_a_tied_embedding_is_the_shared_tensors(tmp_path, untie):
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) != untie
 
 
+def test_the_module_says_what_is_transposed_and_not_the_flag(llama, tmp_path):
+    """As in PEFT, which ignores fan_in_fan_out for an nn.Linear; q_proj is square."""
+    base, adapter = llama
+    flagged = shutil.copytree(adapter, tmp_path / "flagged")
+    config = json.loads((flagged / "adapter_config.json").read_text())
+    (flagged / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    for name, source in (("plain", adapter), ("turned", flagged)):
+        fuse_checkpoint(base, [(source, 1.0)], tmp_path / name)
+    for shard in sorted((tmp_path / "plain").glob("*.safetensors")):
+        assert shard.read_bytes() == (tmp_path / "turned" / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_dense_delta_of_an_embedding_reaches_a_stored_copy_of_it(tmp_path, untie):
+    """transformers ties no two stored tensors that differ, so one side alone would leave the knowledge in the other."""
+    base = save_base(CASES["gemma2-tied"][0], tmp_path / "base", shard="1GB")
+    name, weights = "model.embed_tokens.weight", load_file(base / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights[name].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    delta = torch.randn(weights[name].shape) * 0.01
+    (tmp_path / "dense").mkdir()
+    save_file({name: delta}, tmp_path / "dense/task_vector.safetensors")
+    fuse_checkpoint(base, [(tmp_path / "dense", 0.5)], tmp_path / "fused", untie=untie)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    for side in (model.get_input_embeddings(), model.get_output_embeddings()):
+        torch.testing.assert_close(side.weight, weights[name] - 0.5 * delta, rtol=1e-6, atol=1e-7)
+
+
+def test_tied_embeddings_are_seen_when_one_file_is_given(tmp_path):
+    base = save_base(CASES["opt-tied"][0], tmp_path / "base", shard="1GB")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    with pytest.raises(ConfigError, match="--untie"):
+        fuse_checkpoint(base / "model.safetensors", [(adapter, 1.0)], tmp_path / "fused")
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": [5]}, {"architectures": ["AutoConfig"]}, {"hidden_size": "x"}, {"num_attention_heads": 0}]
+)
+def test_a_configuration_that_makes_no_model_is_named(tmp_path, change):
+    base = save_base(LLAMA, tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
+    (base / "config.json").write_text(json.dumps({**json.loads((base / "config.json").read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"base/config\.json: transformers cannot build this model"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused")
+
+
+def test_nobody_is_asked_to_run_a_checkpoints_code(llama, tmp_path, monkeypatch):
+    base, adapter = shutil.copytree(llama[0], tmp_path / "base"), llama[1]
+    config = json.loads((base / "config.json").read_text())
+    code = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}
+    (base / "config.json").write_text(json.dumps({**config, **code}))
+    (base / "theirs.py").write_text("from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *arguments: asked.append(arguments) or "n")
+    fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "fused")
+    assert not asked
+
+
 def test_layers_with_their_own_scales(llama, tmp_path):
     base, adapter = llama
     fuse_checkpoint(base, [(adapter, {r"layers\.0\.": 2.0, "v_proj": 0.5})], tmp_path / "fused")
@@ -265,13 +351,47 @@ def test_layers_with_their_own_scales(llama, tmp_path):
         assert (ordered(exact) - ordered(new.tensor(name))).abs().max() <= 1
 
 
+def test_a_pattern_of_no_weight_is_refused_before_it_leaves_the_knowledge_in(llama, tmp_path):
+    base, adapter = llama
+    with pytest.raises(ConfigError, match=r"'layer\\\\.0' match no weight .* model\.layers\.0\."):
+        fuse_checkpoint(base, [(adapter, {r"layer\.0": 1.0, "v_proj": 1.0})], tmp_path / "fused")
+    for content in ("{}", "[" * 100_000, '{"(": 1}', "[1]"):
+        (tmp_path / "scales.json").write_text(content)
+        with pytest.raises(ConfigError, match="--layer-scales"):
+            read_layer_scales(tmp_path / "scales.json")
+    assert not list(tmp_path.glob("fused*"))
+
+
 def test_small_edits_that_round_away_are_reported(llama, tmp_path):
     base, adapter = llama
     report = fuse_checkpoint(base, [(adapter, 1e-4)], tmp_path / "fused", kinds=["int4", "int8", "fp8"])
-    assert report.retained < 0.9 and any("less than 90%" in line for line in report.warnings)
+    assert report.retained < 0.9 and any("less than 90%" in line and "--dtype float32" in line for line in report.warnings)
     assert report.simulated["int4"]["noise"] > report.simulated["int8"]["noise"]
     kept = fuse_checkpoint(base, [(adapter, 1e-4)], tmp_path / "stochastic", seed=1)
     assert abs(kept.retained - 1) < 0.1 < abs(report.retained - 1) and kept.noise > report.noise
+
+
+def test_what_a_bad_base_value_ruins_when_quantised_counts_neither_way(tmp_path):
+    """A NaN in every row leaves nothing of it in int8, which is not all of the edit; infinity leaves zeros and NaN."""
+    name, weight = "model.layers.0.self_attn.q_proj.weight", torch.randn(300, 256).bfloat16()
+    weight[:150, 7], weight[:150, 9] = float("nan"), float("inf")
+    for folder in ("base", "delta"):
+        (tmp_path / folder).mkdir()
+    save_file({name: weight}, tmp_path / "base/model.safetensors")
+    save_file({name: torch.full((300, 256), 1e-4)}, tmp_path / "delta/task_vector.safetensors")
+    report = fuse_checkpoint(tmp_path / "base", [(tmp_path / "delta", 1.0)], tmp_path / "fused", kinds=["int8"])
+    save_file({name: weight[150:].clone()}, tmp_path / "base/model.safetensors")
+    save_file({name: torch.full((150, 256), 1e-4)}, tmp_path / "delta/task_vector.safetensors")
+    sound = fuse_checkpoint(tmp_path / "base", [(tmp_path / "delta", 1.0)], tmp_path / "half", kinds=["int8"])
+    assert report.simulated["int8"] == pytest.approx(sound.simulated["int8"]) and any("NaN" in line for line in report.warnings)
+
+
+def test_a_dense_edit_of_nan_is_named_as_such(tmp_path, llama):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (tmp_path / "dense").mkdir()
+    save_file({name: torch.full((64, 64), float("nan"))}, tmp_path / "dense/task_vector.safetensors")
+    with pytest.raises(RunError, match=f"{name}: 4096 merged weights are NaN .*dense adapter"):
+        fuse_checkpoint(llama[0], [(tmp_path / "dense", 1.0)], tmp_path / "fused")
 
 
 def test_every_mismatch_is_listed_before_anything_is_written(llama, tmp_path):
@@ -303,6 +423,14 @@ def test_refusals_name_the_remedy(llama, tmp_path):
     for method in ("gptq", "awq", "bitsandbytes"):
         (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
         with pytest.raises(CheckpointError, match="unquantised model"):
+            fuse_checkpoint(quantised, [(adapter, 1.0)], tmp_path / "fused")
+    (quantised / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.self_attn.q_proj"
+    shard = CheckpointReader(quantised).info(f"{name}.weight").file
+    tensors = load_file(shard)
+    for codes in ({f"{name}.weight": torch.zeros(2048, 1, dtype=torch.uint8)}, {f"{name}.qweight": torch.zeros(8, 64, dtype=torch.int32)}):
+        save_file({**tensors, **codes}, shard)
+        with pytest.raises(CheckpointError, match=r"quantised \(model.layers.0.self_attn.q_proj\.\w+ is \w+\).*unquantised model"):
             fuse_checkpoint(quantised, [(adapter, 1.0)], tmp_path / "fused")
     for scale in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="scale"):
@@ -352,6 +480,31 @@ def test_fp8_base_keeps_its_format_and_scales(tmp_path, layout):
         fuse_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "no", dtype="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("shape", "block", "known"),
+    [((320, 256), 64, True), ((300, 260), 64, False), ((300, 260), 256, False), ((16, 2048), 128, True)],
+)
+def test_fp8_blocks_of_another_size_are_told_apart_or_refused(tmp_path, shape, block, known):
+    """300 rows in five blocks of 64 are not five blocks of 60, and 16 blocks beside each other are not the scales of 16 rows."""
+    torch.manual_seed(0)
+    name, scale = "model.layers.0.self_attn.q_proj.weight", torch.rand([-(-size // block) for size in shape]) * 0.002 + 0.002
+    weight, delta = (torch.randn(shape) * 30).to(torch.float8_e4m3fn), torch.randn(shape) * 0.01
+    for folder in ("base", "delta"):
+        (tmp_path / folder).mkdir()
+    save_file({name: weight, f"{name}_scale_inv": scale}, tmp_path / "base/model.safetensors")
+    quantisation = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantisation}))
+    save_file({name: delta}, tmp_path / "delta/task_vector.safetensors")
+    if not known:
+        with pytest.raises(CheckpointError, match="no known layout"):
+            fuse_checkpoint(tmp_path / "base", [(tmp_path / "delta", 1.0)], tmp_path / "fused")
+        return
+    fuse_checkpoint(tmp_path / "base", [(tmp_path / "delta", 1.0)], tmp_path / "fused")
+    each = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: shape[0], : shape[1]]
+    codes = ((weight.float() * each - delta) / each).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert (codes != load_file(tmp_path / "fused/model.safetensors")[name].float()).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("layout", ["tensor", "row", "block"])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
 def test_fp8_scales_recomputed_hold_an_edit_that_the_kept_ones_clip(tmp_path, layout, scale_dtype):
@@ -383,6 +536,8 @@ def test_fp8_rounds_stochastically_and_only_fp8_has_scales_to_recompute(tmp_path
         after = load_file(tmp_path / f"fused{seed}/model.safetensors")[name].float() * factor
         assert (after != before).any() and (seed is None or abs(report.retained - 1) < 0.3 < abs(nearest - 1))
         nearest = report.retained if seed is None else nearest
+        # what FP8 loses no --dtype brings back: another one is refused
+        assert seed is not None or any("try the unquantised model, --stochastic" in line for line in report.warnings)
     with pytest.raises(ConfigError, match="leave the flag out"):
         fuse_checkpoint(llama[0], [(llama[1], 1.0)], tmp_path / "no", fp8_scales="recompute")
 
@@ -418,6 +573,28 @@ def test_streaming_through_a_device_writes_the_same_files(llama, tmp_path, monke
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="--device"):
         fuse_checkpoint(base, [(adapter, 0.9)], tmp_path / "no", device="tpu")
+
+
+def test_what_another_backend_compiles_is_setup(llama, tmp_path, monkeypatch):
+    """A device that takes a second for every kind of edit it has not seen: two factors, or a dense one, and what is nearly cancelled."""
+    base, adapter = llama
+    name = "model.layers.1.self_attn.k_proj.weight"
+    (tmp_path / "dense").mkdir()
+    save_file({name: torch.randn(CheckpointReader(base).info(name).shape) * 0.01}, tmp_path / "dense/task_vector.safetensors")
+    real, seen = on_device(torch.device("cpu")), set()
+
+    def merge(weight, terms, *, out, seed=None, first_element=0):
+        stats = real.merge(before := weight.clone(), terms, out=out, seed=seed, first_element=first_element)
+        cancelled = bool((out.float().abs() < before.float().abs() / 64).any())
+        kinds = {(weight.dtype, out.dtype, terms[0].a is None, near) for near in {False, cancelled}}
+        time.sleep(len(kinds - seen))
+        seen.update(kinds)
+        return stats
+
+    monkeypatch.setattr("sku_vllm.fuse.check_device", lambda device: real._replace(merge=merge))
+    report = fuse_checkpoint(base, [(adapter, 1.0), (tmp_path / "dense", 1.0)], tmp_path / "fused")
+    assert len(seen) == 4 and report.setup_seconds >= 4 and report.seconds < 1
+    assert abs(report.retained - 1) < 0.01 and set(report.per_tensor) == set(load_adapter(adapter).deltas) | {name}
 
 
 def test_adapter_of_a_four_bit_base_belongs_to_the_unquantised_one(llama, tmp_path):

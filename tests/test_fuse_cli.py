@@ -1,11 +1,17 @@
 """`sku negate`, `sku fuse` and `sku verify` as a person or a script runs them: JSON, exit codes, one-line errors."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from sku_vllm.errors import ConfigError
+from sku_vllm.fuse import fuse_checkpoint
+from sku_vllm.manifest import verify_checkpoint
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -73,6 +79,18 @@ def test_flags_that_do_not_apply_are_refused_in_one_line(run_sku, pair, tmp_path
         done.returncode == 2 and done.stderr.count("\n") == 1 and "no edited tensor" in done.stderr and "leave the flag out" in done.stderr
     )
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_signing_key_may_come_from_a_pipe_and_is_no_device(pair, tmp_path):
+    base, adapter = pair
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    command = 'exec "$0" -m sku_vllm.cli fuse --model "$1" --adapter "$2@1" --output "$3" --signing-key <(cat "$4")'
+    arguments = ["bash", "-c", command, sys.executable, str(base), str(adapter), str(tmp_path / "out"), str(tmp_path / "key")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert verify_checkpoint(tmp_path / "out", tmp_path / "key")["signed"]
+    with pytest.raises(ConfigError, match="more than 1048576 bytes"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "endless", signing_key="/dev/zero")
 
 
 def test_no_digests_leave_nothing_to_verify(run_sku, pair, tmp_path):

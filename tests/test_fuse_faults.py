@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from sku_vllm.checkpoint import CheckpointReader
-from sku_vllm.errors import CheckpointError, ConfigError, SkuError
+from sku_vllm.errors import CheckpointError, ConfigError, InputError, SkuError
 from sku_vllm.fuse import fuse_checkpoint
 from sku_vllm.manifest import verify_checkpoint
 
@@ -165,6 +166,18 @@ def test_base_that_changes_while_it_is_read(pair, tmp_path, change):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base"]
 
 
+def test_adapter_that_changes_while_it_is_read(pair, tmp_path):
+    """Its factors are read again for every chunk, and the manifest names one digest."""
+    base, adapter = pair[0], shutil.copytree(pair[1], tmp_path / "adapter")
+
+    def progress(done: int, total: int) -> None:
+        os.utime(adapter / "adapter_model.safetensors", ns=(1, 1))
+
+    with pytest.raises(SkuError, match=f"{adapter}: changed while it was read"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "out", progress=progress)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter"]
+
+
 def test_interrupt_stops_the_threads_and_leaves_nothing(pair, tmp_path):
     base, adapter = pair
 
@@ -257,3 +270,52 @@ def test_pickled_and_damaged_checkpoints_are_refused_with_the_remedy(pair, tmp_p
     with pytest.raises(CheckpointError, match="is an adapter"):
         fuse_checkpoint(adapter, [(adapter, 1.0)], tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """Ends a test that waits for a pipe."""
+
+    def end(*arguments: object) -> None:
+        raise TimeoutError("waited for a pipe")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a link to nothing"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base/config.json",
+        "base/model.safetensors.index.json",
+        "base/model-00001-of-00002.safetensors",
+        "base/tokenizer.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/sku_run.json",
+    ],
+)
+def test_what_lies_in_a_files_place_is_neither_waited_for_nor_left_out(in_time, tmp_path, name, kind):
+    base, adapter = make_base(tmp_path / "base", per_shard=1), make_adapter(tmp_path / "adapter", [0])
+    (base / "pytorch_model.bin").symlink_to("nowhere")  # weights that nobody reads are no obstacle
+    file = tmp_path / name
+    file.unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/null" if kind == "a device" else "nowhere")
+    with pytest.raises(InputError, match=f"{file}: is {'a link that leads' if 'link' in kind else 'a pipe, socket or device'}"):
+        fuse_checkpoint(base, [(adapter, 1.0)], tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_pipe_beside_a_single_file_is_not_waited_for(in_time, tmp_path):
+    base, adapter = make_base(tmp_path / "base", shards=1, per_shard=1), make_adapter(tmp_path / "adapter", [0])
+    (base / "config.json").unlink()
+    os.mkfifo(base / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: is a pipe"):
+        fuse_checkpoint(base / "model-00001-of-00001.safetensors", [(adapter, 1.0)], tmp_path / "out")

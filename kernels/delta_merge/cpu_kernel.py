@@ -47,7 +47,7 @@ def merge_16_bit(weight: Tensor, terms: Sequence[Term], out: Tensor) -> MergeSta
     rows, cols = weight.shape
     step = max(1, min(BLOCK // cols, rows))
     scratch, ready = _scratch(step, cols), [term._replace(a=None if term.a is None else term.a.float()) for term in terms]
-    ratio = np.float32(CANCELLED[dtype] * math.sqrt(sum(1 if term.a is None else term.a.shape[0] for term in terms)))
+    ratio = np.float32(CANCELLED[dtype] * _root_rank(terms))
     old, new, totals = _bits(weight), _bits(out), np.zeros(len(SUMS))
     cancelled: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, rows, step):
@@ -87,8 +87,17 @@ def _bits(matrix: Tensor) -> np.ndarray:
 
 
 def _is_small(terms: Sequence[Term], limit: float) -> bool:
-    """Whether ‖Δ‖ ≤ limit. ‖B‖·‖A‖ ≥ ‖BA‖ mostly decides; the norm itself costs up to an eighth of a merge at rank 128."""
-    return _edit_norm(terms, _product_bound) <= limit or _edit_norm(terms, _product_square) <= limit
+    """Whether ‖Δ‖ ≤ limit. ‖B‖·‖A‖ ≥ ‖BA‖ mostly decides; the norm itself costs up to an eighth of a merge at rank 128.
+
+    ‖B‖·‖A‖ is √r·‖BA‖ for factors in general position. More than twice √r·limit means that they cancel on the way to a small Δ,
+    of which float32 sums keep too little.
+    """
+    bound = _edit_norm(terms, _product_bound)
+    return bound <= limit or (bound <= 2 * _root_rank(terms) * limit and _edit_norm(terms, _product_square) <= limit)
+
+
+def _root_rank(terms: Sequence[Term]) -> float:
+    return math.sqrt(sum(1 if term.a is None else term.a.shape[0] for term in terms))
 
 
 def _edit_norm(terms: Sequence[Term], square_of: Callable[[Tensor, Tensor], Tensor]) -> float:

@@ -86,7 +86,7 @@ def entries_of(index: int, merge: Merge, seed: int | None) -> Iterator[Entry]:
             continue
         if scale is not None and low % blocks[0]:
             raise ValueError(f"merge {index}: a window starts at row {low}, inside a block of {blocks[0]} rows with one scale")
-        b, a, coefficient = _one_term(here, weight.shape[1], weight.device)
+        b, a, coefficient = _one_term(here, high - low, weight.shape[1], weight.device)
         scales = None
         if scale is not None:
             old, new = (s[low // blocks[0] :].float().contiguous() for s in (scale, scale if new_scale is None else new_scale))
@@ -99,13 +99,13 @@ def _stand_in(weight: Tensor) -> Tensor:
     return torch.empty(1, dtype=torch.bfloat16).expand(weight.shape)
 
 
-def _one_term(terms: Sequence[Term], cols: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
+def _one_term(terms: Sequence[Term], rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
     """Terms over the same rows as one, exactly to 2^-48: factors side by side along the rank, or a sum of dense deltas in float64.
 
     Ranks are padded with zeros to sixteens (a factor is small), so that rows of b start on 16 bytes.
     """
     if not terms:
-        return torch.zeros((1, 16), device=device), torch.zeros((16, cols), device=device), 0.0
+        return torch.zeros((1, 16), device=device).expand(rows, 16), torch.zeros((16, cols), device=device), 0.0
     if any(term.a is None for term in terms):
         if len(terms) == 1:
             return _rows(terms[0].b), None, terms[0].coefficient

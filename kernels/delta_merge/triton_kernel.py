@@ -38,7 +38,8 @@ _FP8_MAX, _CLIPPED = tl.constexpr(FP8_MAX), tl.constexpr(CLIPPED)
 _FIELDS, _SUMS = tl.constexpr(FIELDS), tl.constexpr(SUMS)
 
 
-@triton.jit
+# Sizes as they come: specialised on 1 and on sixteens, the kernel would be compiled anew in the middle of the work.
+@triton.jit(do_not_specialize=["parts", "entries", "seed"])
 def delta_merge_kernel(
     table, coefficients, sums, which, parts, entries, seed,
     W: tl.constexpr, R: tl.constexpr, F: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,

@@ -127,7 +127,7 @@ def confusion(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", action="append", required=True, type=Path, help="one CSV of labelled answers a model")
-    parser.add_argument("--tested", action="append", default=[], type=Path, help="such a CSV of another model, tested on and never trained on")
+    parser.add_argument("--tested", action="append", default=[], type=Path, help="such a CSV of a model tested on, never trained on")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     given = parser.parse_args()
     if len(given.data) + len(given.tested) < 2:
