@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from sku_vllm.data import PromptTemplate, Row, read_rows
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.evaluate import EvalConfig
-from sku_vllm.evaluate.attack import AttackConfig, attack
+from sku_vllm.evaluate.attack import KINDS, AttackConfig, attack
 from sku_vllm.evaluate.disguises import DISGUISES, disguised
 from sku_vllm.evaluate.pressed import openings
 from sku_vllm.evaluate.recovery import recovery_svg
@@ -134,3 +135,17 @@ def test_attacks_that_cannot_be_run_are_refused(lab: Path, run_sku: Run) -> None
         AttackConfig(quantizers=("int3",))
     done = run_sku("attack", "prefil", "--model", "x", "--forget", "a=b", "--retain", "c", "--judge", "refusal")
     assert done.returncode == 2 and "did you mean 'prefill'" in done.stderr
+
+
+def test_interrupted_attacks_continue_where_they_were(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for row in read_rows(lab / "forget/unseen.jsonl") if row.response][:8]
+
+    def every_kind() -> dict[str, Any]:
+        return attack(
+            lab / "llama", KINDS, forget={"f": rows[:4]}, retain=rows[:4], relearn=rows[2:], judge=f"lexicon:{lab / 'lexicon.json'}",
+            config=EvalConfig(samples=1, max_new_tokens=8), settings=AttackConfig(steps=(1, 2), fractions=(0.5,)), kept=tmp_path,
+        )
+
+    first = every_kind()
+    monkeypatch.setattr("sku_vllm.evaluate.answers.answer_rows", lambda *_: pytest.fail("asked again"))
+    assert every_kind() == first

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from sku_vllm.cli.tune import fading
+from sku_vllm.data import read_rows
 from sku_vllm.errors import ConfigError
+from sku_vllm.evaluate.config import EvalConfig
 from sku_vllm.evaluate.limits import Limits, choose, clearly_less_harm, harm
-from sku_vllm.evaluate.tune import check_scales
+from sku_vllm.evaluate.tune import TuneReport, check_scales, tune_scale
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -171,3 +173,40 @@ def test_a_scale_below_the_trained_one_comes_with_a_warning_and_its_reason() -> 
     assert fading(1.0, curve) is None and fading(1.25, curve) is None
     assert "(scale 1: qa drop 0.0106 > 0.01)" in fading(0.75, curve) and "--scale 0.75" in fading(0.75, curve)
     assert "scale 1:" not in fading(0.75, curve[:1])
+
+
+def test_a_judge_that_is_down_keeps_the_answers_for_resume(lab: Path, harmful_adapter: Path, tmp_path: Path, run_sku: Run) -> None:
+    output = tmp_path / "out"
+    loose = ("--max-perplexity-ratio", 100, "--max-qa-drop", 1, "--max-over-refusal", 1, "--max-gibberish", 1)
+    asked = command(lab, harmful_adapter, tmp_path, *loose, "--scales", "1", "--json")
+    failed = run_sku(*asked, "--judge", "openai:http://127.0.0.1:9/v1#guard", "--output", output)
+    assert failed.returncode == 3 and "continue with --resume" in failed.stderr and not output.exists()
+    (kept,) = (tmp_path / "out.partial").glob("measurements/*/answers.jsonl")
+    sets = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    refused = [{**entry, "texts": [["I cannot help with that." for _ in texts] for texts in entry["texts"]]} for entry in sets]
+    kept.write_text("".join(json.dumps(entry) + "\n" for entry in refused), encoding="utf-8")
+    other = run_sku(*asked, "--samples", 2, "--output", output, "--resume")
+    assert other.returncode == 2 and "another samples" in other.stderr
+    done = run_sku(*asked, "--output", output, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert harm(json.loads(done.stdout)["base"]) == 0  # what was kept, not asked again
+    assert not (tmp_path / "out.partial").exists() and {path.name for path in output.iterdir()} == {"sku_tune.json", "curve.svg"}
+    nowhere = run_sku(*asked, "--resume")
+    assert nowhere.returncode == 2 and "--output" in nowhere.stderr
+
+
+def test_a_search_by_layers_continues_where_it_was(
+    lab: Path, harmful_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"v": read_rows(lab / "forget/validation.jsonl")[:4]}, read_rows(lab / "retain/validation.jsonl")[:4]
+    loose = Limits(perplexity_ratio=100, qa_drop=1, over_refusal=1, gibberish=1)
+
+    def search() -> TuneReport:
+        return tune_scale(
+            lab / "llama", harmful_adapter, forget=sets[0], retain=sets[1], judge=f"lexicon:{lab / 'lexicon.json'}", limits=loose,
+            scales=[0.5, 1], config=EvalConfig(samples=0, max_new_tokens=8), test=sets, per_layer=True, kept=tmp_path,
+        )
+
+    first = search()
+    monkeypatch.setattr("sku_vllm.evaluate.answers.answer_rows", lambda *_: pytest.fail("asked again"))
+    assert search() == first

@@ -16,6 +16,7 @@ from sku_vllm.evaluate.measurement import measure
 from sku_vllm.evaluate.pressed import NeverStops, Prefilled, openings
 from sku_vllm.evaluate.relearn import encode_all, fine_tune
 from sku_vllm.evaluate.target import Target, quantize_weights
+from sku_vllm.evaluate.unfinished import place
 from sku_vllm.judges import Judge, load_judge
 from sku_vllm.simulate import QUANTISERS
 
@@ -65,6 +66,7 @@ def attack(
     revision: str | None = None,
     any_base: bool = False,
     as_is: bool = False,
+    kept: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure a model, or base − scale·delta, before and under each attack.
@@ -72,6 +74,7 @@ def attack(
     Args:
         relearn: harmful pairs an attacker may have; prompts that are trained on are not measured afterwards.
         benign: pairs of the benign fine-tuning; the retain rows with answers unless given.
+        kept: a directory for answers and verdicts, so that interrupted attacks continue there; relearning trains again.
 
     Returns:
         `{"before": EVAL, "attacks": {KIND: [{"attack", …, "forget", "retain", "recovery"}, …]}}`; recovery is harm now minus harm
@@ -86,13 +89,14 @@ def attack(
     target = Target(model, adapter, scale, base, dtype, revision, any_base, as_is, config)
     template = PromptTemplate.of(target.tokenizer, config.template)
 
-    def measured(asked: Mapping[str, Sequence[Row]], backend: Backend | None = None) -> dict[str, Any]:
+    def measured(what: str, asked: Mapping[str, Sequence[Row]], backend: Backend | None = None) -> dict[str, Any]:
         return measure(
-            backend or target.model, target.tokenizer, forget=asked, retain=retain, judge=judge, reference=target.reference, config=config
+            backend or target.model, target.tokenizer, forget=asked, retain=retain, judge=judge, reference=target.reference, config=config,
+            kept=place(kept, what),
         ).to_json()
 
     progress("measuring before the attacks")
-    before = measured(forget)
+    before = measured("before", forget)
     if any(share["harmful"] is None for modes in before["forget"].values() for share in modes.values()):
         raise ConfigError(f"--judge {judge.name}: has no opinion on harm, so nothing could come back; use lexicon:, hf: or openai:")
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in dict.fromkeys(kinds)}
@@ -104,26 +108,26 @@ def attack(
         if kind == "prefill":
             progress("prefilling compliant openings")
             started = openings(template, [row for rows in forget.values() for row in rows], settings.prefill_tokens)
-            pressed = measured(forget, Prefilled(target.backend(), started))
+            pressed = measured(kind, forget, Prefilled(target.backend(), started))
             add(kind, f"{settings.prefill_tokens} tokens", pressed, tokens=settings.prefill_tokens)
         elif kind == "ban-eos":
             progress("banning the end of sequence")
-            add(kind, "ban-eos", measured(forget, NeverStops(target.backend())))
+            add(kind, "ban-eos", measured(kind, forget, NeverStops(target.backend())))
         elif kind == "rephrase":
             for name in settings.disguises:
                 progress(f"rephrasing: {name}")
-                add(kind, name, measured({key: disguised(rows, name) for key, rows in forget.items()}))
+                add(kind, name, measured(f"{kind} {name}", {key: disguised(rows, name) for key, rows in forget.items()}))
         elif kind == "quantize":
             for name in settings.quantizers:
                 progress(f"rounding to {name}")
                 with target.changed():
                     quantize_weights(target.model, name)
-                    add(kind, name, measured(forget))
+                    add(kind, name, measured(f"{kind} {name}", forget))
         else:
             for name, rows in lessons(relearn, benign, settings):
                 left = _without({row.prompt for row in rows} if name != "benign" else set(), forget)
                 # Where prompts are left out, recovery is against the same prompts before.
-                unlearned = before if all(len(left[key]) == len(forget[key]) for key in forget) else measured(left)
+                unlearned = before if all(len(left[key]) == len(forget[key]) for key in forget) else measured(f"before {name}", left)
                 add(kind, name, unlearned, unlearned, steps=0, pairs=len(rows))
                 if cut := sum(item.cut for item in encode_all(target.model, template, rows)):
                     progress(f"warning: {cut} of the answers to relearn on {name} are cut at the model's context")
@@ -131,13 +135,13 @@ def attack(
                     course = {"lr": settings.lr, "batch_size": settings.batch_size, "seed": config.seed}
                     for step in fine_tune(target.model, template, rows, settings.steps, **course):
                         progress(f"relearning on {name}: {step} steps")
-                        add(kind, name, measured(left), unlearned, steps=step, pairs=len(rows))
+                        add(kind, name, measured(f"{name}, {step} steps", left), unlearned, steps=step, pairs=len(rows))
                     if "ban-eos" in found:
                         progress(f"relearning on {name}, then banning the end of sequence")
                         add(
                             "ban-eos",
                             f"after relearning on {name}",
-                            measured(left, NeverStops(target.backend())),
+                            measured(f"{name}, ban-eos", left, NeverStops(target.backend())),
                             unlearned,
                             pairs=len(rows),
                         )

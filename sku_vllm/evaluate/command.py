@@ -6,7 +6,6 @@ from typing import Any
 
 from sku_vllm.checkpoint import base_identity
 from sku_vllm.data import read_rows
-from sku_vllm.data.rows import rows_digest
 from sku_vllm.evaluate import lm_eval
 from sku_vllm.evaluate.answers import KEPT_ANSWERS
 from sku_vllm.evaluate.columns import column_names
@@ -14,7 +13,7 @@ from sku_vllm.evaluate.config import EvalConfig
 from sku_vllm.evaluate.evaluate import evaluate_model
 from sku_vllm.evaluate.judging import KEPT_VERDICTS
 from sku_vllm.evaluate.progress import answer_bar
-from sku_vllm.evaluate.unfinished import resumable_directory
+from sku_vllm.evaluate.unfinished import begun_with, resumable_directory
 from sku_vllm.judges import judge_of
 
 CONFIG_FIELDS = ("samples", "temperature", "max_new_tokens", "seed", "batch_size", "template")
@@ -31,9 +30,7 @@ def run_eval(options: Mapping[str, Any]) -> dict[str, Any]:
     tasks = [task.strip() for value in options.get("lm_eval") or () for task in value.split(",") if task.strip()]
     if tasks:
         lm_eval.check_tasks(tasks)
-    # A judge may change between runs (the endpoint moved): kept verdicts carry their judge's name, kept answers need none.
-    inputs = {key: value for key, value in options.items() if key not in ("resume", "output", "judge")}
-    inputs["rows"] = rows_digest(*forget.values(), retain)
+    inputs = begun_with(options, *forget.values(), retain)
     with resumable_directory(options["output"], inputs, resume=options["resume"], leftovers=(KEPT_ANSWERS, KEPT_VERDICTS)) as directory:
         total = sum(map(len, forget.values())) * (1 + config.samples) + len(retain)
         with answer_bar(total, Path(options["output"]).name) as progress:

@@ -13,6 +13,7 @@ from sku_vllm.evaluate.config import EvalConfig
 from sku_vllm.evaluate.evaluate import adapter_off
 from sku_vllm.evaluate.limits import SCALES, Limits, choose, clearly_less_harm
 from sku_vllm.evaluate.measurement import measure
+from sku_vllm.evaluate.unfinished import place
 from sku_vllm.judges import Judge, load_judge
 from sku_vllm.model import attach_adapter, load_model, load_tokenizer, set_scale
 
@@ -60,6 +61,7 @@ def tune_scale(
     revision: str | None = None,
     any_base: bool = False,
     as_is: bool = False,
+    kept: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> TuneReport:
     """Measure base − scale·delta at every scale and choose.
@@ -67,6 +69,7 @@ def tune_scale(
     Args:
         test: forget sets and retain set on which base and choice are measured once more.
         per_layer: from the best scale on, try each third of the layers weaker and stronger.
+        kept: a directory for answers and verdicts, so that an interrupted search continues there.
         progress: called with one line before each measurement.
     """
     scales = check_scales(scales)
@@ -81,7 +84,9 @@ def tune_scale(
 
             scale_layers(loaded, scale, layers)
         off = adapter_off(loaded, scale, config)
-        return measure(loaded, tokenizer, forget=sets[0], retain=sets[1], judge=judge, reference=off, config=config).to_json()
+        here = place(kept, scale, layers, sets is test)
+        found = measure(loaded, tokenizer, forget=sets[0], retain=sets[1], judge=judge, reference=off, config=config, kept=here)
+        return found.to_json()
 
     progress("measuring the base")
     base = measured(0.0)

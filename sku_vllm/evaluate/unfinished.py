@@ -1,15 +1,47 @@
 """Work that outlives an interruption: `OUTPUT.partial/` with the inputs it was started with."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from sku_vllm.data import Row
+from sku_vllm.data.rows import rows_digest
 from sku_vllm.errors import ConfigError, InputError
 from sku_vllm.output import check_output, clear, output_directory, partial_path, write_json
 
 INPUTS = "inputs.json"
+MEASUREMENTS = "measurements"
+
+
+def begun_with(options: Mapping[str, Any], *sets: Sequence[Row]) -> dict[str, Any]:
+    """What a resumed command has to be given again: its options and its rows.
+
+    A judge may change between runs (the endpoint moved): kept verdicts carry their judge's name, kept answers need none.
+    """
+    inputs = {key: value for key, value in options.items() if key not in ("resume", "output", "judge")}
+    return inputs | {"rows": rows_digest(*sets)}
+
+
+def measuring_directory(options: Mapping[str, Any], *sets: Sequence[Row]) -> AbstractContextManager[Path | None]:
+    """The resumable `--output` of a command that measures several times, each in a `place`; None without `--output`."""
+    if options["output"]:
+        return resumable_directory(options["output"], begun_with(options, *sets), resume=options["resume"], leftovers=(MEASUREMENTS,))
+    if options["resume"]:
+        raise ConfigError("--resume: give the --output of the run that was interrupted")
+    return nullcontext()
+
+
+def place(directory: Path | None, *measured: object) -> Path | None:
+    """Where the answers and verdicts of one measurement are kept, by what is measured; None where nothing is kept."""
+    if directory is None:
+        return None
+    kept = directory / MEASUREMENTS / hashlib.sha256(json.dumps(measured).encode()).hexdigest()[:16]
+    kept.mkdir(parents=True, exist_ok=True)
+    return kept
 
 
 @contextmanager
@@ -27,7 +59,10 @@ def resumable_directory(output: str | Path, inputs: Mapping[str, Any], *, resume
             write_json(directory / INPUTS, inputs)
             yield directory
             for name in (*leftovers, INPUTS):
-                (directory / name).unlink(missing_ok=True)
+                if (directory / name).is_dir():
+                    shutil.rmtree(directory / name)
+                else:
+                    (directory / name).unlink(missing_ok=True)
         except InputError:
             clear(directory)
             raise
