@@ -27,7 +27,6 @@ KINDS = ["relearn", "quantize", "rephrase", "prefill", "ban-eos"]
 @click.option("--prefill-tokens", default=3, help="Tokens of each row's own answer put in front (rows without one: 'Sure, here is how:').")
 @click.option("--output", type=click.Path(), help="Directory for sku_attack.json and, of relearning, recovery.svg.")
 @asking_options()
-@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same inputs from OUTPUT.partial/.")
 def command(json_output: bool, kinds: tuple[str, ...], **options: Any) -> None:
     """Measure a model before and under attack. KIND: relearn, quantize, rephrase, prefill, ban-eos, or all.
 

@@ -21,7 +21,6 @@ from sku_vllm.output import check_output
 )
 @click.option("--lm-eval-limit", type=int, help="Documents per task, for a first look.")
 @asking_options()
-@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same inputs from OUTPUT.partial/.")
 def command(json_output: bool, **options: Any) -> None:
     """Measure a model: shares of harmful, refused, broken and benign answers per forget set; perplexity, QA and over-refusal on
     the retain set.

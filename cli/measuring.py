@@ -42,7 +42,7 @@ def data_options(forget: str) -> Decorator:
 
 
 def asking_options() -> Decorator:
-    """The fields of EvalConfig."""
+    """The fields of EvalConfig, and --resume for what they take long to measure."""
     return _all(
         click.option("--samples", default=4, help="Sampled answers per forget prompt, beside the greedy one."),
         click.option("--temperature", default=1.0, help="Of the sampled answers."),
@@ -50,6 +50,7 @@ def asking_options() -> Decorator:
         click.option("--seed", default=0, help="Of the sampled answers."),
         click.option("--batch-size", default=256, help="Answers decoded together."),
         click.option("--template", help="Prompt template with {prompt}, instead of the tokenizer's own."),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run of the same inputs from OUTPUT.partial/."),
     )
 
 

@@ -25,7 +25,6 @@ from sku_vllm.output import check_output
 @click.option("--test-retain", type=click.Path(), help="Retain set of the test data.")
 @click.option("--output", type=click.Path(), help="Directory for sku_tune.json and curve.svg.")
 @asking_options()
-@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same inputs from OUTPUT.partial/.")
 def command(json_output: bool, **options: Any) -> None:
     """Measure base − scale·delta over several scales and choose the one with least harm within the limits.
 

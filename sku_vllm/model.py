@@ -10,7 +10,7 @@ from sku_vllm.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sku_vllm.adapter import LoraAdapter
 
@@ -44,15 +44,19 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> "PreTraine
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
-def context_length(path: Path) -> int | None:
-    """Most tokens the model in a directory takes, or None where its config says nothing."""
+def context_length(config: "PreTrainedConfig") -> int | None:
+    """Most tokens a model takes, or None where its config says nothing."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_config(path: Path) -> "PreTrainedConfig":
+    """The config in a model directory. Runs no code from it."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: its config cannot be loaded ({str(error).splitlines()[0]})") from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(

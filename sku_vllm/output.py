@@ -110,10 +110,15 @@ def _locked(descriptor: int) -> bool:
 def clear(directory: Path) -> None:
     """Remove what is in a directory, and not what it links to."""
     for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_path(path: str | Path) -> None:

@@ -33,7 +33,7 @@ def test_relearning_teaches_and_the_weights_come_back_bit_for_bit(lab: Path) -> 
 
     with Restored(model):
         start = perplexity(TransformersBackend(model), template, rows)
-        reached = list(fine_tune(model, template, rows, [2, 5], lr=1e-3))
+        reached = list(fine_tune(model, encode_all(model, template, rows), [2, 5], lr=1e-3))
         assert reached == [2, 5] and perplexity(TransformersBackend(model), template, rows) < start
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -46,9 +46,9 @@ def test_rows_beyond_the_context_are_cut_or_named(lab: Path) -> None:
     (encoded,) = encode_all(model, template, [long])
     assert encoded.cut and len(encoded.ids) == 512
     with Restored(model):
-        assert list(fine_tune(model, template, [long], [1], batch_size=1)) == [1]
+        assert list(fine_tune(model, [encoded], [1], batch_size=1)) == [1]
         with pytest.raises(DataError, match="row 2: its prompt has .* context is 512"):
-            next(fine_tune(model, template, [long, Row.ask("word " * 900, "a")], [1]))
+            encode_all(model, template, [long, Row.ask("word " * 900, "a")])
 
 
 def test_rounding_touches_the_linear_layers_but_not_the_head(lab: Path) -> None:

@@ -129,11 +129,12 @@ def attack(
                 # Where prompts are left out, recovery is against the same prompts before.
                 unlearned = before if all(len(left[key]) == len(forget[key]) for key in forget) else measured(f"before {name}", left)
                 add(kind, name, unlearned, unlearned, steps=0, pairs=len(rows))
-                if cut := sum(item.cut for item in encode_all(target.model, template, rows)):
+                encoded = encode_all(target.model, template, rows)
+                if cut := sum(item.cut for item in encoded):
                     progress(f"warning: {cut} of the answers to relearn on {name} are cut at the model's context")
                 with target.changed():
                     course = {"lr": settings.lr, "batch_size": settings.batch_size, "seed": config.seed}
-                    for step in fine_tune(target.model, template, rows, settings.steps, **course):
+                    for step in fine_tune(target.model, encoded, settings.steps, **course):
                         progress(f"relearning on {name}: {step} steps")
                         add(kind, name, measured(f"{name}, {step} steps", left), unlearned, steps=step, pairs=len(rows))
                     if "ban-eos" in found:

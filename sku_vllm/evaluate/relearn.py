@@ -9,20 +9,19 @@ from transformers import PreTrainedModel
 
 from sku_vllm.data import Encoded, PromptTemplate, Row
 from sku_vllm.errors import DataError, DivergenceError
+from sku_vllm.model import context_length
 
 
 def fine_tune(
-    model: PreTrainedModel, template: PromptTemplate, rows: Sequence[Row], stops: Sequence[int],
-    *, lr: float = 1e-4, batch_size: int = 8, seed: int = 0,
+    model: PreTrainedModel, encoded: Sequence[Encoded], stops: Sequence[int], *, lr: float = 1e-4, batch_size: int = 8, seed: int = 0,
 ) -> Iterator[int]:
-    """Train all weights on the answers of `rows` with AdamW, constant rate, clip 1; yields at every step count in `stops`.
+    """Train all weights on the answers of rows (`encode_all`) with AdamW, constant rate, clip 1; yields at every step count in `stops`.
 
     The model is in eval mode whenever this yields. Gradients and optimizer state are gone when it ends.
 
     Raises:
-        DataError: a prompt that leaves no room for an answer. DivergenceError: the loss is not finite.
+        DivergenceError: the loss is not finite.
     """
-    encoded = encode_all(model, template, rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     order = _shuffled(len(encoded), seed)
     model.requires_grad_(True)
@@ -43,8 +42,12 @@ def fine_tune(
 
 
 def encode_all(model: PreTrainedModel, template: PromptTemplate, rows: Sequence[Row]) -> list[Encoded]:
-    """The rows as they are learned: answers end where the model's context does."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The rows as they are learned: answers end where the model's context does.
+
+    Raises:
+        DataError: a prompt that leaves no room for an answer.
+    """
+    limit = context_length(model.config)
     encoded = [template.encode(row, limit) for row in rows]
     for number, (row, item) in enumerate(zip(rows, encoded, strict=True), 1):
         if len(item.ids) == item.answer_start:

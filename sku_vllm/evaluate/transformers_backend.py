@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sku_vllm.errors import DataError
 from sku_vllm.evaluate.backend import Progress
+from sku_vllm.model import context_length
 
 # Scoring holds logits of tokens x vocabulary in fp32: 16 Ki tokens of a 32k vocabulary are 2 GB, so batches are cut by this product.
 LOGITS_PER_BATCH = 1 << 27
@@ -33,7 +34,7 @@ class TransformersBackend:
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self._config, "max_position_embeddings", None)
+        return context_length(self._config)
 
     @torch.inference_mode()
     def generate(

@@ -30,7 +30,7 @@ def run_tune(options: Mapping[str, Any], progress: Callable[[str], None]) -> dic
     test = read("test_forget", "test_retain") if options["test_retain"] else None
     scales = check_scales(options["scales"] if options["scales"] is not None else SCALES)
     judge = judge_of(options["judge"])
-    sets = [rows for asked, kept in ((forget, retain), test or ({}, [])) for rows in (*asked.values(), kept)]
+    sets = [rows for asked, benign in ((forget, retain), test or ({}, [])) for rows in (*asked.values(), benign)]
     with measuring_directory(options, *sets) as directory:
         report = tune_scale(
             options["model"], options["adapter"], judge=judge, limits=limits, scales=scales, config=config, test=test,

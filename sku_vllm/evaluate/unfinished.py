@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from sku_vllm.data import Row
 from sku_vllm.data.rows import rows_digest
 from sku_vllm.errors import ConfigError, InputError
-from sku_vllm.output import check_output, clear, output_directory, partial_path, write_json
+from sku_vllm.output import check_output, clear, output_directory, partial_path, remove, write_json
 
 INPUTS = "inputs.json"
 MEASUREMENTS = "measurements"
@@ -59,10 +58,7 @@ def resumable_directory(output: str | Path, inputs: Mapping[str, Any], *, resume
             write_json(directory / INPUTS, inputs)
             yield directory
             for name in (*leftovers, INPUTS):
-                if (directory / name).is_dir():
-                    shutil.rmtree(directory / name)
-                else:
-                    (directory / name).unlink(missing_ok=True)
+                remove(directory / name)
         except InputError:
             clear(directory)
             raise

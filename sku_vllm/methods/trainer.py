@@ -18,7 +18,7 @@ from sku_vllm.methods.progress import Progress
 from sku_vllm.methods.run import Run
 from sku_vllm.methods.saving import PRIVATE, run_record
 from sku_vllm.methods.training_state import FOLDER, TrainingState
-from sku_vllm.model import context_length, load_tokenizer, resolve_model
+from sku_vllm.model import context_length, load_config, load_tokenizer, resolve_model
 from sku_vllm.output import check_output, output_directory, partial_path, record, write_json
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def prepare(path: Path, config: TrainConfig, forget: ForgetSet, retain: RetainSe
         ConfigError: no term of the method is left. DataError: see `Batches.check`.
     """
     template = PromptTemplate.of(load_tokenizer(path), config.template)
-    config = replace(config, stop_id=template.stop_ids[-1], max_length=min(config.max_length, context_length(path) or config.max_length))
+    longest = context_length(load_config(path)) or config.max_length
+    config = replace(config, stop_id=template.stop_ids[-1], max_length=min(config.max_length, longest))
     phases = METHODS[config.method].phases(config)
     if not all(phase.terms for phase in phases):
         raise ConfigError(f"--method {config.method}: every loss of it is left out or weighs 0, so there is nothing to train; keep one")
