@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from sku_vllm.data import Encoded, ForgetSet, PromptTemplate, RetainSet, Row
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.methods import DEFAULT_METHOD, METHODS, TrainConfig, rounds
-from sku_vllm.methods.batches import Batches
+from sku_vllm.methods.batches import Batches, begun_tokens
 from sku_vllm.methods.presets import PRESETS
 from sku_vllm.model import load_tokenizer
 
@@ -79,6 +80,17 @@ def test_recoveries_turn_a_begun_answer_into_the_sample(trainable: Path) -> None
     assert len(begun) > 6 and {unended for unended, _ in begun} == {0, 1, 2}  # many depths, from the start and after refusals
     batches.config = TrainConfig.of("sku", batch_size=8, max_length=len(batches.samples[0].ids) + 1)
     assert all(len(row.ids) <= batches.config.max_length for row in batches.rows("recoveries", 0))
+
+
+def test_recoveries_begin_early_as_often_as_late() -> None:
+    """Each doubling of the opening is as likely as the next; drawn evenly, 1 to 3 tokens of 64 would come at 5 % instead of a third."""
+    random = np.random.default_rng(0)
+    depths = [begun_tokens(64, random) for _ in range(3000)]
+    assert set(depths) == set(range(1, 64))
+    for doubling in range(6):
+        assert sum(2**doubling <= depth < 2 ** (doubling + 1) for depth in depths) / 3000 == pytest.approx(1 / 6, abs=0.03)
+    for length in (1, 2):  # a shorter answer leaves one choice
+        assert {begun_tokens(length, random) for _ in range(20)} == {1}
 
 
 def test_a_prompt_longer_than_the_limit_is_named(trainable: Path) -> None:

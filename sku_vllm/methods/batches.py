@@ -119,7 +119,7 @@ class Batches:
         numbers = self.forget_of[tuple(sample.ids[:sample.answer_start])]
         answer = self._encode("forget", numbers[random.integers(len(numbers))]).answer_ids
         begun = self._unended(sample) * int(random.choice(len(RESTARTS), p=RESTARTS))
-        return self._after(begun + answer[:random.integers(1, max(2, len(answer)))], sample)
+        return self._after(begun + answer[:begun_tokens(len(answer), random)], sample)
 
     def _restart(self, sample: Encoded, random: np.random.Generator) -> Encoded:
         """Its prompt, refusals that were not let end, and the sample after all: what a ban on stopping asks for."""
@@ -161,6 +161,14 @@ class Batches:
 
     def _random(self, kind: str, *numbers: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, zlib.crc32(kind.encode()), *numbers])
+
+
+def begun_tokens(length: int, random: np.random.Generator) -> int:
+    """How many tokens of a harmful answer are begun: at least one and not all, each doubling as likely as the next.
+
+    Drawn evenly, few recoveries begin early, and a prefilled opening was turned from a few words late (research.md, late recoveries).
+    """
+    return min(max(1, length - 1), int(max(2, length) ** random.random()))
 
 
 def _distinct(random: np.random.Generator, count: int, size: int) -> np.ndarray:
