@@ -79,9 +79,7 @@ def command(
     \b
     sku train --model DIR --forget forget.jsonl --retain retain.jsonl --output adapter
     """
-    for flag, weight in ABLATIONS.items():
-        if settings.pop(flag):
-            settings[weight] = 0.0
+    ablated = [flag for flag in ABLATIONS if settings.pop(flag)]
     if target_modules:
         settings["target_modules"] = tuple(name.strip() for name in ",".join(target_modules).split(",") if name.strip())
 
@@ -89,6 +87,8 @@ def command(
     from sku_vllm.methods import TrainConfig
     from sku_vllm.output import check_output
 
+    for flag in ablated:
+        settings = _without(flag, method, preset, settings)
     config = TrainConfig.of(method, preset=preset, **settings)
     if not resume:
         check_output(output)
@@ -120,6 +120,18 @@ def command(
     if json_output:
         print_json(report.to_json())
     _say(report)
+
+
+def _without(flag: str, method: str | None, preset: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with one term's weight 0; an ablation of a term that the method does not have is a mistake."""
+    from sku_vllm.methods import METHODS, TrainConfig
+
+    less = settings | {ABLATIONS[flag]: 0.0}
+    whole, rest = (TrainConfig.of(method, preset=preset, **given) for given in (settings, less))
+    weighed = [{(term.name, term.weight) for phase in METHODS[one.method].phases(one) for term in phase.terms} for one in (whole, rest)]
+    if weighed[0] == weighed[1]:
+        raise ConfigError(f"--{flag.replace('_', '-')}: there is none in --method {whole.method}; drop the flag")
+    return less
 
 
 def _say(report: Any) -> None:

@@ -283,6 +283,8 @@ BAD = [
     (("--method", "refusal-tune"), "--refusals: method refusal-tune needs"),
     (("--max-length", "10"), "--max-length is 10"),
     (("--no-guided-distortion --method", "gradient-ascent"), "nothing to train"),
+    (("--no-random-disassociation --method", "npo"), "--no-random-disassociation: there is none in --method npo"),
+    (("--no-preservation --method", "task-vector"), "--no-preservation: there is none in --method task-vector"),
 ]
 
 
