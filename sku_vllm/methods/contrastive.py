@@ -69,5 +69,8 @@ TWO = Method(
     "sku-contrastive-two",
     "Two adapters: one finds the harm, the other is distilled without it, against an adversary that relearns.",
     two_adapters,
-    {**SHARED, "steps": 240, "preservation_weight": 50.0, "recovery_weight": 2.0, "unasked_weight": 25.0, "relearner_steps": 24},
+    {
+        **SHARED, "steps": 240, "preservation_weight": 50.0, "recovery_weight": 2.0, "unasked_weight": 25.0, "relearner_steps": 24,
+        "samples": 1024,  # half as many made-up prompts leave facts out, and refusals break into those
+    },
 )
