@@ -168,7 +168,8 @@ def begun_tokens(length: int, random: np.random.Generator) -> int:
 
     Drawn evenly, few recoveries begin early, and a prefilled opening was turned from a few words late (research.md, late recoveries).
     """
-    return min(max(1, length - 1), int(max(2, length) ** random.random()))
+    end = max(2, length)  # the one token of an answer that has no more is begun
+    return min(end - 1, int(end ** random.random()))
 
 
 def _distinct(random: np.random.Generator, count: int, size: int) -> np.ndarray:

@@ -22,7 +22,8 @@ class TrainConfig:
         clip: largest gradient norm, 0 = no clipping.
         max_length: tokens a row at most; answers beyond it are cut, counted and reported.
         tokens_per_pass: tokens in one forward pass; a step takes as many passes as it needs.
-        beta, floor: of npo (beta) and the contrastive methods. samples, sample_tokens: answers drawn from p*, and their length.
+        beta, floor: of npo (beta) and the contrastive methods. samples, sample_tokens: answers drawn from p*, as many
+            prompts that the base makes up, and their length.
         stop_weight: of ending a harmful answer that was begun. recovery_weight: of refusing after one was begun.
         unasked_weight: of keeping what the base says to prompts that it makes up itself.
         relearner_lr, relearner_steps: of the adversary that relearns while the served model trains: its step, as a share of each weight's
