@@ -120,7 +120,8 @@ def test_the_default_method_in_two_processes(lab: Path, tmp_path: Path, engine: 
         flags.append("--resume")
     two = launch(engine, tmp_path / "two", lab, *flags)
     assert bool(two["resumed_from"]) == (engine == FSDP2)
-    assert one.losses.keys() == two["losses"].keys() and one.losses["restart_relearned"] > one.losses["restart"] + 0.01
+    assert one.losses.keys() == two["losses"].keys()
+    assert one.losses["contrast_first_relearned"] > one.losses["contrast_first"] + 0.01  # the adversary does something in so few steps
     for name, value in one.losses.items():
         assert two["losses"][name] == pytest.approx(value, rel=1e-3), name
     (mine,), (theirs,) = (map(load_file, (tmp_path / name).glob("*.safetensors")) for name in ("one", "two"))
