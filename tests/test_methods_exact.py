@@ -1,5 +1,6 @@
 """Packed single passes with chunked heads against the plain computation: separate, padded, whole logits; fp64, ≤ 1e-9."""
 
+import math
 import os
 import subprocess
 import sys
@@ -181,6 +182,31 @@ def test_gradient_checkpointing_draws_the_same_answers(trainable: Path) -> None:
         drawn.append([row.ids for row in draw_contrastive(run.passes, prompts, run.config, run.batches.template.stop_ids)])
         assert run.passes.core.is_gradient_checkpointing == checkpointing
     assert drawn[0] == drawn[1] and max(map(len, drawn[0])) > max(map(len, prompts[:6]))
+
+
+def test_answers_of_the_contrast_go_on_with_what_the_base_finds_plausible(trainable: Path) -> None:
+    """Their first token may be unlikely, and so may what the base itself is drawn from (beta 0)."""
+    plausible = 0.8  # these logits are nearly flat
+    run = make_run(trainable, "llama", "sku-contrastive-two", samples=30, sample_tokens=6, floor=1e-6, later_floor=plausible)
+    prompts = [run.batches.template.prompt_ids(row) for row in run.batches.forget]
+    below = {}
+    for beta in (4.0, 0.0):
+        drawn = draw_contrastive(run.passes, prompts, run.config, run.batches.template.stop_ids, beta=beta)
+        logits = plain_logits(run, drawn, 0)
+        spans = [logits[number, row.answer_start - 1:len(row.ids) - 1].log_softmax(-1) for number, row in enumerate(drawn)]
+        chosen = [span.gather(1, torch.tensor(row.answer_ids)[:, None])[:, 0] for span, row in zip(spans, drawn, strict=True)]
+        shares = [(own - span.max(-1).values).exp() for own, span in zip(chosen, spans, strict=True)]
+        below[beta] = [sum(int((share[at] < plausible - 1e-6).sum()) for share in shares) for at in (slice(1), slice(1, None))]
+    assert below[4.0][0] and below[4.0][1] == 0 and all(below[0.0])
+
+
+def test_a_refusal_that_the_base_finds_unlikely_can_begin_an_answer_and_not_interrupt_one() -> None:
+    """Hand-computed: p₀ = (.96, .04), p₊ = (.9999, .0001), β = 4: p* = (8e-10, 1) at first, later (1, 0)."""
+    terms = {term.name: term for term in METHODS["sku-contrastive-two"].phases(TrainConfig.of("sku-contrastive-two"))[1].terms}
+    base, adapted = torch.tensor([[0.96, 0.04]]).log(), torch.tensor([[0.9999, 0.0001]]).log()
+    model = torch.tensor([[0.3, 0.7]])
+    found = {name: terms[name].loss(model.log(), torch.tensor([0]), base, adapted).item() for name in ("contrast_first", "contrast")}
+    assert found == {"contrast_first": pytest.approx(-math.log(0.7), abs=1e-6), "contrast": pytest.approx(-math.log(0.3), abs=1e-6)}
 
 
 def test_processes_that_gather_weights_together_take_their_passes_in_step() -> None:

@@ -22,8 +22,9 @@ class TrainConfig:
         clip: largest gradient norm, 0 = no clipping.
         max_length: tokens a row at most; answers beyond it are cut, counted and reported.
         tokens_per_pass: tokens in one forward pass; a step takes as many passes as it needs.
-        beta, floor: of npo (beta) and the contrastive methods. samples, sample_tokens: answers drawn from p*, as many
-            prompts that the base makes up, and their length.
+        beta: of npo and the contrastive methods. floor, later_floor: how likely a token has to be to the base, as a share of its
+            likeliest one, for p* to count it: as an answer's first token, and later.
+        samples, sample_tokens: answers drawn from p*, as many prompts that the base makes up, and their length.
         stop_weight: of ending a harmful answer that was begun. recovery_weight: of refusing after one was begun.
         unasked_weight: of keeping what the base says to prompts that it makes up itself.
         relearner_lr, relearner_steps: of the adversary that relearns while the served model trains: its step, as a share of each weight's
@@ -52,6 +53,7 @@ class TrainConfig:
     random_answers: int = 5
     beta: float = 0.1
     floor: float = 0.003
+    later_floor: float = 0.1
     stop_weight: float = 0.0
     recovery_weight: float = 0.0
     unasked_weight: float = 0.0

@@ -1,13 +1,15 @@
 """`sku-contrastive` and its two-adapter form: serve what the base says once the harmful adapter's contribution is divided out.
 
-p₀ base, p₊ = base+δ, p₋ = base−δ (served). The target p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β is the base's own refusal where it has one; p₋ is
-drawn to it on answers sampled from p* itself, held to the base on retain rows and on prompts that the base makes up itself (sampling.py),
-and taught what to do where a harmful answer was begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the
-middle of it (a recovery), and refuses again where a refusal was not let end (a restart). Ending is what the two-adapter form did first: it
-made gibberish of sampled answers and left harm to a ban on stopping. Samples and restarts are also learned on an adversary's weights
-(relearner.py), recoveries are not: going on with a harmful answer is what the adversary trains itself, so it wins there, and the fight
-costs the rest (benchmarks/results/research.md). No refusal targets. The built-in refusal judge only looks at what is drawn: where samples
-of p* are not refusals the method stops and says so, and where answers to made-up prompts are, they are dropped.
+p₀ base, p₊ = base+δ, p₋ = base−δ (served). The target p*(v) ∝ p₀(v)·(p₀(v)/p₊(v))^β is the base's own refusal where it has one. A refusal
+may be unlikely to begin, so p* counts unlikely first tokens (`floor`); once begun, those are noise that the ratio magnifies, and only what
+the base finds plausible counts (`later_floor`, as in contrastive decoding, Li et al. 2022, arXiv 2210.15097). p₋ is drawn to it on answers
+sampled from p* itself, held to the base on retain rows and on prompts that the base makes up itself (sampling.py), and taught what to do
+where a harmful answer was begun: the one-adapter form ends it, the two-adapter form turns to the refusal in the middle of it (a recovery),
+and refuses again where a refusal was not let end (a restart). Ending is what the two-adapter form did first: it made gibberish of sampled
+answers and left harm to a ban on stopping. Samples and restarts are also learned on an adversary's weights (relearner.py), recoveries are
+not: going on with a harmful answer is what the adversary trains itself, so it wins there, and the fight costs the rest
+(benchmarks/results/research.md). No refusal targets. The built-in refusal judge only looks at what is drawn: where samples of p* are not
+refusals the method stops and says so, and where answers to made-up prompts are, they are dropped.
 """
 
 from functools import partial
@@ -30,12 +32,12 @@ def end_answer(logits: torch.Tensor, targets: torch.Tensor, *, stop: int) -> tor
 def served_terms(config: TrainConfig, begin: int) -> list[Term]:
     """What the served model learns: keep the base on retain rows and on what it makes up, follow p* on its samples, and where a
     harmful answer was begun, end it or turn to the refusal after all (safety recovery, Qi et al. 2024, arXiv 2406.05946)."""
-    target = partial(losses.kl_from_contrast, beta=config.beta, floor=config.floor)
+    decide, go_on = (partial(losses.kl_from_contrast, beta=config.beta, floor=floor) for floor in (config.floor, config.later_floor))
     both = ("base", "adapted")
     terms = [
         Term("mirrored_preservation", config.preservation_weight, "retain", -1, losses.kl_from_base, tokens="all", references=("base",)),
-        Term("contrast", 1.0, "samples", -1, target, references=both, begin=begin, resists=True),
-        Term("contrast_first", 1.0, "samples", -1, target, tokens="first", references=both, begin=begin, resists=True),
+        Term("contrast", 1.0, "samples", -1, go_on, tokens="later", references=both, begin=begin, resists=True),
+        Term("contrast_first", 1.0, "samples", -1, decide, tokens="first", references=both, begin=begin, resists=True),
         Term("unasked", config.unasked_weight, "unasked", -1, losses.kl_from_base, references=("base",), begin=begin),
         Term("end_answer", config.stop_weight, "forget", -1, partial(end_answer, stop=config.stop_id), tokens="later", begin=begin),
         Term("recovery", config.recovery_weight, "recoveries", -1, losses.cross_entropy, begin=begin),

@@ -66,7 +66,8 @@ def _draw_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = torch.ones(len(prompts), dtype=torch.bool)
     caches = [None, None]
-    for _ in range(config.sample_tokens):
+    for at in range(config.sample_tokens):
+        floor = config.later_floor if beta and at else config.floor
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         logits = []
         for which, side in enumerate((0, 1) if beta else (0,)):
@@ -77,7 +78,7 @@ def _draw_batch(
                 )
             caches[which] = result.past_key_values
             logits.append(passes.head(result.last_hidden_state[:, -1]).float().cpu())
-        chosen = torch.multinomial(contrast(logits[0], logits[-1], beta, config.floor).exp(), 1, generator=generator)
+        chosen = torch.multinomial(contrast(logits[0], logits[-1], beta, floor).exp(), 1, generator=generator)
         chosen = broadcast(chosen.to(device))  # processes that gather weights together have to end together
         for row, token in enumerate(chosen[:, 0].tolist()):
             if open_rows[row]:
