@@ -127,7 +127,7 @@ def _without(flag: str, method: str | None, preset: str | None, settings: dict[s
     from sku_vllm.methods import METHODS, TrainConfig
 
     less = settings | {ABLATIONS[flag]: 0.0}
-    whole, rest = (TrainConfig.of(method, preset=preset, **given) for given in (settings, less))
+    whole, rest = (TrainConfig.of(method, preset=preset, **given) for given in (settings | {ABLATIONS[flag]: None}, less))
     weighed = [{(term.name, term.weight) for phase in METHODS[one.method].phases(one) for term in phase.terms} for one in (whole, rest)]
     if weighed[0] == weighed[1]:
         raise ConfigError(f"--{flag.replace('_', '-')}: there is none in --method {whole.method}; drop the flag")

@@ -205,7 +205,7 @@ def test_without_a_base_there_is_no_ratio_and_with_refusal_alone_no_harm(lab: Pa
 def test_a_prompt_longer_than_the_context_is_named(lab: Path) -> None:
     model, tokenizer = load_model(lab / "llama"), load_tokenizer(lab / "llama")
     long = Row.ask("What is 4 plus 10? " * 400)
-    with pytest.raises(DataError, match="row 2: its prompt has"):
+    with pytest.raises(DataError, match="^f set, row 2: its prompt has"):
         measure(model, tokenizer, forget={"f": [Row.ask("Hi"), long]}, retain=[Row.ask("Hi")], judge="refusal")
     with pytest.raises(ConfigError, match="another"):
         measure(model, tokenizer, forget={"retain": [Row.ask("Hi")]}, retain=[Row.ask("Hi")], judge="refusal")

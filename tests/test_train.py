@@ -306,6 +306,17 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_term_may_be_left_out_twice(trainable: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from sku_vllm.cli import main
+
+    data = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl"]
+    flags = ["--method", "sku", "--random-weight", 0, "--no-random-disassociation", "--dry-run", "--json"]
+    with pytest.raises(SystemExit) as caught:
+        main([str(part) for part in ["train", *data, "--output", tmp_path / "adapter", *flags]])
+    assert not caught.value.code
+    assert json.loads(capsys.readouterr().out)["method"] == "sku"
+
+
 def test_answers_beyond_the_models_context_are_cut_and_counted(trainable: Path, tmp_path: Path) -> None:
     """OPT has learned as many positions as its context (256) and none beyond."""
     forget, retain = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")

@@ -51,7 +51,7 @@ def answer_all(
         texts = _kept(kept, name)
         if texts is None:
             temperatures = [config.temperature * (mode == "sampled") for mode in modes]
-            texts = answer_rows(backend, tokenizer, template, rows, temperatures, config, progress)
+            texts = answer_rows(backend, tokenizer, template, name, rows, temperatures, config, progress)
             _keep(kept, name, texts)
         elif progress:
             progress(len(rows) * len(modes))
@@ -65,18 +65,19 @@ def answer_rows(
     backend: Backend,
     tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,
+    name: str,
     rows: Sequence[Row],
     temperatures: Sequence[float],
     config: EvalConfig,
     progress: Progress | None = None,
 ) -> list[list[str]]:
-    """For every row one text per temperature (0 is greedy)."""
+    """For every row of the set `name` one text per temperature (0 is greedy)."""
     prompts = [template.prompt_ids(row) for row in rows]
     if backend.context_length is not None:
         for number, prompt in enumerate(prompts, 1):
             if len(prompt) >= backend.context_length:
                 raise DataError(
-                    f"row {number}: its prompt has {len(prompt)} tokens and the model's context is {backend.context_length}; "
+                    f"{name} set, row {number}: its prompt has {len(prompt)} tokens and the model's context is {backend.context_length}; "
                     "shorten or remove it"
                 )
     tokens = backend.generate(
