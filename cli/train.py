@@ -142,6 +142,8 @@ def _say(report: Any) -> None:
         return
     if report.cut_answers:
         log(f"warning: {report.cut_answers} answers were cut by the length limit; raise --max-length to train on all of them")
+    for name, rise in (report.risen or {}).items():
+        log(f"warning: {name} ended {rise:.1f} nats above where it began: training made it worse; lower --lr or the other weights")
     losses = ", ".join(f"{name} {value:.3f}" for name, value in report.losses.items())
     rate = report.tokens / max(report.seconds, 1e-9)
     log(f"{report.output}: {report.method}, {report.steps} steps in {report.seconds:.0f} s ({rate:.0f} tokens/s); {losses}")

@@ -317,6 +317,20 @@ def test_a_term_may_be_left_out_twice(trainable: Path, tmp_path: Path, capsys: p
     assert json.loads(capsys.readouterr().out)["method"] == "sku"
 
 
+def test_losses_that_explode_and_stay_finite_are_warned_about(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from sku_vllm.cli import main
+
+    data = ["--model", lab / "llama", "--forget", lab / "forget/train.jsonl", "--retain", lab / "retain/train.jsonl"]
+    for rate, warned in ((1e-3, 0), (1, 1)):
+        flags = ["--method", "task-vector", "--steps", 20, "--lr", rate, "--json"]
+        with pytest.raises(SystemExit) as caught:
+            main([str(part) for part in ["train", *data, "--output", tmp_path / str(rate), *flags]])
+        printed = capsys.readouterr()
+        assert not caught.value.code and printed.err.count("above where it began") == warned
+        risen = json.loads(printed.out)["risen"]
+        assert list(risen) == ["guided_distortion"] * warned and all(rise > 1 for rise in risen.values())
+
+
 def test_answers_beyond_the_models_context_are_cut_and_counted(trainable: Path, tmp_path: Path) -> None:
     """OPT has learned as many positions as its context (256) and none beyond."""
     forget, retain = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")

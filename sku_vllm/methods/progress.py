@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,7 +56,20 @@ class Progress:
         for entry in self.kept:
             for name, value in entry["losses"].items():
                 series.setdefault(name, []).append(value)
-        return {name: sum(tail) / len(tail) for name, values in series.items() for tail in [values[-max(1, len(values) // 10):]]}
+        return {name: fmean(values[-max(1, len(values) // 10):]) for name, values in series.items()}
+
+    def risen(self) -> dict[str, float]:
+        """Terms that end more than a nat above where their last phase began, and by how many: finite, and exploded all the same.
+
+        It cannot stop a run, since gradient ascent and the published preservation divergence explode by design and take others along.
+        """
+        last, began = self.last_losses(), {}
+        for entry in reversed(self.kept):
+            for name, value in entry["losses"].items():
+                phase = began[name][0] if name in began else entry["phase"]
+                if entry["phase"] == phase:
+                    began[name] = phase, value
+        return {name: rise for name in last if (rise := last[name] - began[name][1]) > 1}
 
     def close(self) -> None:
         self.bar.close()

@@ -34,7 +34,8 @@ class TrainReport:
 
     Attributes:
         output: the adapter directory. resumed_from: step a resumed run continued at, or None. finished_before: nothing was left to do.
-        losses: each term's unweighted mean over the last tenth of the steps that had it.
+        losses: each term's unweighted mean over the last tenth of the steps that had it. risen: by how many nats that is above its
+            first value, for terms that training made worse by more than one.
         tokens: forward tokens, adapter-off passes included. seconds: of training alone. peak_memory_bytes: of the process, or of the GPU.
         fold_error: relative error of recompressing the rounds' ranks; 0 when nothing had to be.
         cut_answers: answers whose end the length limit took. refusal_share: of contrastive samples, else None.
@@ -57,6 +58,7 @@ class TrainReport:
     fold_error: float
     cut_answers: int
     refusal_share: float | None = None
+    risen: dict[str, float] | None = None
     resumed_from: int | None = None
     finished_before: bool = False
 
@@ -158,7 +160,7 @@ def _finish(run: Run, partial: Path, output: Path, run_json: Mapping[str, Any], 
         output=str(output), method=run.config.method, base=run_json["base"], adapter_kind=run_json["adapter_kind"], rank=rank,
         steps=run.at, parameters=run.parameters, trainable=run.trainable, examples=run.examples, tokens=run.tokens,
         seconds=round(run.seconds, 3), peak_memory_bytes=run.peak_memory(), packed=run.passes.packed, losses=shown.last_losses(),
-        fold_error=error, cut_answers=run.batches.cut, refusal_share=run.refusal_share, resumed_from=resumed,
+        fold_error=error, cut_answers=run.batches.cut, refusal_share=run.refusal_share, risen=shown.risen(), resumed_from=resumed,
     )
     if run.accelerator.is_main_process:
         for leftover in (FOLDER, f"{FOLDER}.old", f"{FOLDER}.new", LAST_GOOD):
