@@ -85,11 +85,14 @@ def command(
 
     from sku_vllm.data import load_dataset, read_rows
     from sku_vllm.methods import TrainConfig
+    from sku_vllm.methods.trainer import begun_method, train_adapter
     from sku_vllm.output import check_output
 
     for flag in ablated:
         settings = _without(flag, method, preset, settings)
-    config = TrainConfig.of(method, preset=preset, **settings)
+    # A run that stepped aside for another method goes on with that.
+    stepped = begun_method(output) if resume and not (method or preset) else None
+    config = TrainConfig.of(method or stepped, preset=preset, **settings)
     if not resume:
         check_output(output)
     named = _columns(columns)
@@ -99,7 +102,6 @@ def command(
 
     from sku_vllm.methods.estimate import estimate_run
     from sku_vllm.methods.sampling import NoRefusals
-    from sku_vllm.methods.trainer import train_adapter
 
     speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
     if dry_run:

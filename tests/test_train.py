@@ -270,6 +270,36 @@ def test_the_command_reports_and_warns(trainable: Path, tmp_path: Path, run_sku:
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "not empty" in refused.stderr
 
 
+def test_a_run_that_stepped_aside_and_was_killed_resumes_with_the_same_command(
+    trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from sku_vllm.cli import main
+    from sku_vllm.methods.run import Run
+
+    class Killed(BaseException):
+        pass
+
+    step = Run.step
+
+    def killed(run: Run) -> dict:
+        if run.config.method == "sku-mirrored" and run.at == 2:
+            raise Killed
+        return step(run)
+
+    data = ["--model", trainable / "llama", "--forget", trainable / "forget.jsonl", "--retain", trainable / "retain.jsonl"]
+    flags = ["--steps", 4, "--rounds", 1, "--save-seconds", 0, "--resume", "--json"]
+    command = [str(part) for part in ["train", *data, "--output", tmp_path / "adapter", *flags]]
+    monkeypatch.setattr(Run, "step", killed)
+    with pytest.raises(Killed):
+        main(command)
+    monkeypatch.setattr(Run, "step", step)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    report = json.loads(capsys.readouterr().out)
+    assert not caught.value.code and report["method"] == "sku-mirrored" and report["resumed_from"] == 2 and report["steps"] == 4
+
+
 BAD = [
     (("--method", "skuu"), "--method skuu: unknown"),
     (("--forget", "nowhere.jsonl"), "nowhere.jsonl: no such file"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LAST_GOOD = "last-good"
+BEGUN = "train_config.json"  # what a resumed run has to be given again
 SAVE_SECONDS = 60.0
 
 
@@ -111,6 +112,12 @@ def train_adapter(
     return report
 
 
+def begun_method(output: str | Path) -> str | None:
+    """The method of the unfinished run that `resume` would continue; None where there is none."""
+    begun = partial_path(output) / BEGUN
+    return json.loads(begun.read_text(encoding="utf-8")).get("method") if begun.is_file() else None
+
+
 def prepare(path: Path, config: TrainConfig, forget: ForgetSet, retain: RetainSet | None, refusals: Sequence[Row]) -> Batches:
     """The rows of every step, checked; `config` in them also knows the token that ends an answer, which the contrastive methods train,
     and no rows longer than the model's context.
@@ -177,7 +184,7 @@ def _begin(run: Run, base: str, partial: Path, resume: bool, accelerator: "Accel
     Raises:
         ConfigError: it was begun with other settings, another base or other rows.
     """
-    begun = partial / "train_config.json"
+    begun = partial / BEGUN
     mine = json.loads(json.dumps({**run.config.to_json(), "base_identity": base, "rows": run.batches.digest}))
     if not resume or not begun.is_file():
         if accelerator.is_main_process:
