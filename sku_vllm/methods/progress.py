@@ -63,13 +63,12 @@ class Progress:
 
         It cannot stop a run, since gradient ascent and the published preservation divergence explode by design and take others along.
         """
-        last, began = self.last_losses(), {}
-        for entry in reversed(self.kept):
+        firsts: dict[tuple[int, str], float] = {}
+        for entry in self.kept:
             for name, value in entry["losses"].items():
-                phase = began[name][0] if name in began else entry["phase"]
-                if entry["phase"] == phase:
-                    began[name] = phase, value
-        return {name: rise for name in last if (rise := last[name] - began[name][1]) > 1}
+                firsts.setdefault((entry["phase"], name), value)
+        began = {name: value for (_, name), value in firsts.items()}  # a later phase's takes the place of an earlier one's
+        return {name: rise for name, last in self.last_losses().items() if (rise := last - began[name]) > 1}
 
     def close(self) -> None:
         self.bar.close()

@@ -35,8 +35,8 @@ class TrainReport:
 
     Attributes:
         output: the adapter directory. resumed_from: step a resumed run continued at, or None. finished_before: nothing was left to do.
-        losses: each term's unweighted mean over the last tenth of the steps that had it. risen: by how many nats that is above its
-            first value, for terms that training made worse by more than one.
+        losses: each term's unweighted mean over the last tenth of the steps that had it. risen: by how many nats that is above where
+            the term's last phase began, for terms that training made worse by more than one.
         tokens: forward tokens, adapter-off passes included. seconds: of training alone. peak_memory_bytes: of the process, or of the GPU.
         fold_error: relative error of recompressing the rounds' ranks; 0 when nothing had to be.
         cut_answers: answers whose end the length limit took. refusal_share: of contrastive samples, else None.
@@ -114,8 +114,7 @@ def train_adapter(
 
 def begun_method(output: str | Path) -> str | None:
     """The method of the unfinished run that `resume` would continue; None where there is none."""
-    begun = partial_path(output) / BEGUN
-    return json.loads(begun.read_text(encoding="utf-8")).get("method") if begun.is_file() else None
+    return (_begun(partial_path(output)) or {}).get("method")
 
 
 def prepare(path: Path, config: TrainConfig, forget: ForgetSet, retain: RetainSet | None, refusals: Sequence[Row]) -> Batches:
@@ -184,13 +183,12 @@ def _begin(run: Run, base: str, partial: Path, resume: bool, accelerator: "Accel
     Raises:
         ConfigError: it was begun with other settings, another base or other rows.
     """
-    begun = partial / BEGUN
     mine = json.loads(json.dumps({**run.config.to_json(), "base_identity": base, "rows": run.batches.digest}))
-    if not resume or not begun.is_file():
+    theirs = _begun(partial) if resume else None
+    if theirs is None:
         if accelerator.is_main_process:
-            write_json(begun, mine)
+            write_json(partial / BEGUN, mine)
         return None
-    theirs = json.loads(begun.read_text(encoding="utf-8"))
     changed = sorted(key for key in mine if mine[key] != theirs.get(key))
     if changed:
         key = "method" if "method" in changed else changed[0]  # whose defaults the other keys follow
@@ -203,6 +201,12 @@ def _begin(run: Run, base: str, partial: Path, resume: bool, accelerator: "Accel
         return None
     run.load(state)
     return run.at
+
+
+def _begun(partial: Path) -> dict[str, Any] | None:
+    """What the run in `partial` was given, None where none was begun."""
+    path = partial / BEGUN
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 class _partial:
