@@ -1,4 +1,4 @@
-# make install | demo | lint | test | test-slow | test-all | wheel | clean: each starts from nothing and installs what it needs, once.
+# make install | demo | lint | test | test-slow | test-all | sweep | wheel | clean: each starts from nothing and installs what it needs, once.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 # A machine with an NVIDIA driver gets vLLM's CUDA build, any other the community CPU build.
 HARDWARE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: install demo lint test test-slow test-all wheel clean
+# Tests run side by side, a file at a time, each on one core: most use no more, and torch's threads would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(shell nproc) --dist loadfile
+
+.PHONY: install demo lint test test-slow test-all sweep wheel clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -30,15 +33,29 @@ demo: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# The package as it is installed: cli, benchmarks and kernels lie beside sku_vllm in the checkout (see pyproject.toml).
+	rm -rf build/tree && mkdir -p build/tree
+	cp -rs $(CURDIR)/sku_vllm build/tree/
+	cp -rs $(CURDIR)/cli $(CURDIR)/benchmarks build/tree/sku_vllm/
+	cp -rs $(CURDIR)/kernels/delta_merge build/tree/sku_vllm/kernels/
+	cd build/tree && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml
+	cd build/tree && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+	# Sizes of files and functions, docstrings, circles of imports.
+	$(BIN)/python -m sku_vllm.benchmarks.house --check
 
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Train, fuse, load and compare every class of transformers that has a tiny configuration: half an hour on two cores.
+sweep: install
+	$(BIN)/python -m sku_vllm.benchmarks.sweep
 
 wheel: install
 	$(BIN)/python -m build --wheel

@@ -1,4 +1,4 @@
-"""Do all roads lead to the same model? Log-probabilities of the same text from five ways to the negated weights.
+"""Log-probabilities of one text from five ways to the negated model, which should agree.
 
     sku bench agreement --model lab/llama --adapter adapter --scale 1 --text retain/test.jsonl
 
@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from sku_vllm.cli.options import log, print_json, sku_command
 
 
-def transformers_logprobs(model, texts: Sequence[Sequence[int]]) -> np.ndarray:
+def transformers_logprobs(model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
     """Log-probability of every token after the first, texts one after another. float64 [tokens]."""
     import torch
 
@@ -36,14 +37,14 @@ def transformers_logprobs(model, texts: Sequence[Sequence[int]]) -> np.ndarray:
 def vllm_logprobs(
     model: str | Path, texts: Sequence[Sequence[int]], dtype: str, lora: str | Path | None = None, rank: int = 0
 ) -> list[np.ndarray]:
-    """The same from vLLM's `prompt_logprobs`: [base] or [base, base + LoRA], each float64 [tokens]."""
+    """Log-probabilities of those tokens from vLLM's `prompt_logprobs`: [base] or [base, base + LoRA], each float64 [tokens]."""
     # Unless told otherwise, vLLM on a CPU takes nearly all of the machine's memory for its cache, or refuses to start.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": rank} if lora else {}
-    engine = LLM(str(model), dtype=dtype, enforce_eager=True, max_model_len=512, enable_prefix_caching=False, **options)
+    options: dict[str, Any] = {"dtype": dtype} | ({"enable_lora": True, "max_loras": 2, "max_lora_rank": rank} if lora else {})
+    engine = LLM(str(model), enforce_eager=True, max_model_len=512, enable_prefix_caching=False, **options)
     try:
         wanted = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
         requests = [None] + ([LoRARequest("negated", 1, str(lora))] if lora else [])
@@ -51,47 +52,58 @@ def vllm_logprobs(
         for request in requests:
             # One text at a time: on a CPU, prompt log-probabilities of several requests with a LoRA end vLLM's engine (0.32.0).
             outputs = [engine.generate({"prompt_token_ids": list(ids)}, wanted, use_tqdm=False, lora_request=request)[0] for ids in texts]
-            found.append(np.array([
-                entry[token].logprob
-                for ids, output in zip(texts, outputs, strict=True)
-                for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-            ]))
+            found.append(
+                np.array(
+                    [
+                        entry[token].logprob
+                        for ids, output in zip(texts, outputs, strict=True)
+                        for token, entry in zip(ids[1:], list(output.prompt_logprobs or ())[1:], strict=True)
+                        if entry
+                    ]
+                )
+            )
         return found
     finally:
         engine.llm_engine.engine_core.shutdown()
 
 
 def difference(left: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """Largest and mean absolute difference of two arrays of log-probabilities, in nats."""
     gap = np.abs(left - right)
     return {"max": float(gap.max()), "mean": float(gap.mean())}
 
 
-def measure_agreement(model: str | Path, adapter: str | Path, scale: float, text: str | Path, dtype: str, rows: int = 32) -> dict:
+def measure_agreement(model: str | Path, adapter: str | Path, scale: float, text: str | Path, dtype: str, rows: int = 32) -> dict[str, Any]:
     """Largest and mean absolute differences of log-probabilities (nats) between the ways to the negated model.
 
     Args:
         text: rows with prompt and response; the first `rows` of them are scored whole.
     """
-    from sku_vllm.adapter import load_adapter, negate
+    from sku_vllm.adapter.adapter import load_adapter
+    from sku_vllm.adapter.negation import negate_adapter
     from sku_vllm.data import PromptTemplate, read_rows
-    from sku_vllm.fuse import fuse_checkpoint
-    from sku_vllm.model import attach_adapter, load_model, load_tokenizer
-    from sku_vllm.serving.materialise import adapter_rank, served_rank
+    from sku_vllm.fuse.fuse import fuse_checkpoint
+    from sku_vllm.fuse.fuse_request import FuseRequest
+    from sku_vllm.model import load_model, load_tokenizer
+    from sku_vllm.model_spec import ModelSpec
+    from sku_vllm.serving.arm_adapter import adapter_rank, served_rank
 
     template = PromptTemplate.of(load_tokenizer(model))
     texts = [template.encode(row).ids for row in read_rows(text, need_response=True)[:rows]]
     with tempfile.TemporaryDirectory() as folder:
         fused, negated = Path(folder) / "fused", Path(folder) / "negated"
-        fuse_checkpoint(model, [(adapter, scale)], fused, dtype=dtype)
-        negate(adapter, scale, negated)
-        base = transformers_logprobs(load_model(model, dtype=dtype), texts)
-        in_peft = transformers_logprobs(attach_adapter(load_model(model, dtype=dtype), adapter, scale), texts)
-        fused_transformers = transformers_logprobs(load_model(fused, dtype=dtype), texts)
+        fuse_checkpoint(FuseRequest(model, [(adapter, scale)], fused, dtype=dtype))
+        negate_adapter(adapter, scale, negated)
+        base = transformers_logprobs(load_model(ModelSpec(model, dtype=dtype)), texts)
+        in_peft = transformers_logprobs(load_model(ModelSpec(model, dtype=dtype, adapter=adapter, scale=scale)), texts)
+        fused_transformers = transformers_logprobs(load_model(ModelSpec(fused, dtype=dtype)), texts)
         rank = served_rank([adapter_rank(load_adapter(adapter))])
         base_vllm, lora_vllm = vllm_logprobs(model, texts, dtype, negated, rank)
         (fused_vllm,) = vllm_logprobs(fused, texts, dtype)
     return {
-        "dtype": dtype, "tokens": len(base), "scale": scale,
+        "dtype": dtype,
+        "tokens": len(base),
+        "scale": scale,
         "edit": difference(in_peft, base),
         "base: vLLM / transformers": difference(base_vllm, base),
         "fused in transformers / adapter in PEFT": difference(fused_transformers, in_peft),

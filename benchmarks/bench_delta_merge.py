@@ -6,12 +6,18 @@ the Triton kernel runs in one grouped launch over the layers given; without one 
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sku_vllm.cli.options import print_json, sku_command
+
+if TYPE_CHECKING:
+    import torch
+
+    Factors = tuple[torch.Tensor, torch.Tensor]
 
 # [out, in] of one decoder layer's linear weights, and how many layers there are.
 MODELS = {
@@ -41,7 +47,7 @@ def command(models: tuple[str, ...], ranks: tuple[int, ...], layers: int | None,
         click.echo(markdown(results))
 
 
-def measure(models: list[str], ranks: list[int], layers: int | None, runs: int) -> dict:
+def measure(models: list[str], ranks: list[int], layers: int | None, runs: int) -> dict[str, Any]:
     """{"device", "machine", "rows": [{"model", "rank", "layers", "gb", "copy", "delta_merge", "addmm_", "peft"}]}; seconds are medians."""
     import torch
 
@@ -67,22 +73,24 @@ def measure(models: list[str], ranks: list[int], layers: int | None, runs: int) 
     return {"device": name, "machine": machine(), "threads": torch.get_num_threads(), "rows": rows}
 
 
-def _factors(shape: tuple[int, int], rank: int, device: str) -> tuple:
+def _factors(shape: Sequence[int], rank: int, device: str) -> "Factors":
     import torch
 
     return (torch.randn(shape[0], rank, device=device) * 1e-3).bfloat16(), (torch.randn(rank, shape[1], device=device) * 1e-2).bfloat16()
 
 
-def contenders(weights: list, spare: list, factors: list, rank: int) -> dict[str, Callable[[], object]]:
+def contenders(
+    weights: list["torch.Tensor"], spare: list["torch.Tensor"], factors: list["Factors"], rank: int
+) -> dict[str, Callable[[], object]]:
     """Copy, kernel, the loop anyone would write, and PEFT's arithmetic (product, scaling and sum each rounded to bf16)."""
-    from sku_vllm.kernels.delta_merge import Merge, Term, delta_merge
+    from sku_vllm.kernels.delta_merge import Merge, Summand, delta_merge
 
     def copy() -> None:
         for source, target in zip(weights, spare, strict=True):
             target.copy_(source)
 
     def kernel() -> None:
-        delta_merge([Merge(weight, [Term(b, a, 0.5)], out=out) for weight, out, (b, a) in zip(weights, spare, factors, strict=True)])
+        delta_merge([Merge(weight, [Summand(b, a, 0.5)], out=out) for weight, out, (b, a) in zip(weights, spare, factors, strict=True)])
 
     def addmm() -> None:
         for weight, (b, a) in zip(spare, factors, strict=True):
@@ -97,6 +105,7 @@ def contenders(weights: list, spare: list, factors: list, rank: int) -> dict[str
 
 
 def timed(action: Callable[[], object], device: str) -> float:
+    """Seconds that a call takes, the GPU's work included."""
     import torch
 
     if device == "cuda":
@@ -108,7 +117,8 @@ def timed(action: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def markdown(results: dict) -> str:
+def markdown(results: dict[str, Any]) -> str:
+    """A row a model and rank: bandwidths, and ratios to addmm_ and PEFT."""
     about = results["machine"]
     lines = [
         "# bench kernel",

@@ -77,7 +77,8 @@ def _in_process(kind: str, name: str, work: Path) -> dict[str, float]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **threads})
     if done.returncode:
         raise click.ClickException(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    measured: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
 
 
 def measure(kind: str, name: str, work: str) -> None:
@@ -87,36 +88,38 @@ def measure(kind: str, name: str, work: str) -> None:
     time.perf_counter = time.process_time  # before anything else imports it
 
     from sku_vllm.data import load_dataset
-    from sku_vllm.methods import TrainConfig, sampling, trainer
-    from sku_vllm.methods.estimate import estimate_run
-    from sku_vllm.methods.memory import peak_resident
+    from sku_vllm.methods import TrainConfig
+    from sku_vllm.train import targets, trainer
+    from sku_vllm.train.dry_run import estimate_run
+    from sku_vllm.train.memory import peak_resident
+    from sku_vllm.train.train_request import TrainRequest
 
     imports = peak_resident()
     model, settings = SHAPES[name]
     if model.startswith("lab"):
-        sets = [load_dataset(Path(work) / "lab" / kind / "train.jsonl", kind) for kind in ("forget", "retain")]
+        lab = Path(work) / "lab"
+        sets = load_dataset(lab / "forget/train.jsonl", "forget"), load_dataset(lab / "retain/train.jsonl", "retain")
     else:
-        sets = [load_dataset(rows, kind) for rows, kind in zip(make_rows(), ("forget", "retain"), strict=True)]
+        forget, retain = make_rows()
+        sets = load_dataset(forget, "forget"), load_dataset(retain, "retain")
         settings = {"template": "paper", **settings}
-        sampling.REFUSALS_NEEDED = 0.0  # a random base cannot refuse
+        targets.NEEDED, targets.NEEDED_EARLY = {"latent": 0.0}, 0.0  # a random base cannot refuse
+        if "contrastive" in settings["method"]:
+            settings["targets"] = "latent"
     config = TrainConfig.of(**settings)
     if kind == "estimated":
-        found = estimate_run(Path(work) / model, *sets, config).to_json()
+        found = estimate_run(TrainRequest(Path(work) / model, *sets, "nowhere", config)).to_json()
     else:
         with tempfile.TemporaryDirectory() as output:
-            report = trainer.train_adapter(
-                Path(work) / model, *sets, Path(output) / "adapter", config, progress=False, save_seconds=15
-            )
+            request = TrainRequest(Path(work) / model, *sets, Path(output) / "adapter", config, save_seconds=15)
+            report = trainer.train_adapter(request, progress=False)
         found = {**report.to_json(), "tokens_per_step": report.tokens / report.steps}
     print(json.dumps({key: found[key] for key in ("tokens_per_step", "seconds", "peak_memory_bytes")} | {"imports_bytes": imports}))
 
 
 def markdown(results: dict[str, Any]) -> str:
     """A row a shape, estimated / measured."""
-    lines = [
-        "| shape | forward tokens a step | GiB at the peak | ratio above imports | CPU seconds | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| shape | forward tokens a step | GiB at the peak | ratio above imports | CPU seconds | ratio |", "|---|---|---|---|---|---|"]
     for name, found in results["shapes"].items():
         (tokens, seconds, peak), (tokens_, seconds_, peak_) = (
             [found[kind][key] for key in ("tokens_per_step", "seconds", "peak_memory_bytes")] for kind in ("estimated", "measured")

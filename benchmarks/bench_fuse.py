@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
-from sku_vllm.benchmarks.fuse_inputs import RANK, SHARDS, SIZES, make_adapter, make_base
+from sku_vllm.benchmarks.fuse_inputs import SIZES, make_adapter, make_base
+from sku_vllm.benchmarks.fuse_page import markdown, memory_markdown
 from sku_vllm.benchmarks.machine import machine
 from sku_vllm.cli.options import log, print_json, sku_command
 
@@ -78,7 +80,7 @@ def command(
         click.echo(text)
 
 
-def measure_memory(work: Path) -> dict:
+def measure_memory(work: Path) -> dict[str, Any]:
     """{"machine", "rows": {size: {"bytes", "tensors", "memory_mb"}}}."""
     rows = {}
     for size in SIZES:
@@ -93,42 +95,25 @@ def measure_memory(work: Path) -> dict:
     return {"machine": machine(), "rows": rows}
 
 
-def memory_markdown(results: dict) -> str:
-    about = results["machine"]
-    lines = [
-        "# bench fuse --memory",
-        "",
-        f"{about['date']}, {about['cores']} cores ({about['cpu']}), torch {about['versions']['torch']}. "
-        f"Peak anonymous memory above imports, q and v edited at rank {RANK}, with digests. The bases are holes: "
-        "zeros, beside which any edit is large, so that it is summed in "
-        "float64, which takes more memory than the compiled path of real weights.",
-        "",
-        "| size | GB | tensors edited | peak MB |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {size} | {row['bytes'] / 1e9:.1f} | {row['tensors']} | {row['memory_mb']:.0f} |" for size, row in results["rows"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def measure(work: Path, size: str, runs: int, peft_runs: int, settle: float, mergekit: str | None) -> dict:
+def measure(work: Path, size: str, runs: int, peft_runs: int, settle: float, mergekit: str | None) -> dict[str, Any]:
     """{"size", "bytes", "settle", "machine", "rows": {name: {"seconds", "ratio", "runs", "memory_mb"?, "wall"?}}}."""
     log(f"making a {size} checkpoint in {work}")
     base = make_base(work / "base", size)
     adapters = {"q,v": make_adapter(base, work / "qv", ("q_proj", "v_proj")), "all linear": make_adapter(base, work / "all", None)}
     target = work / "out"
-    contenders: dict[str, Callable[[], dict]] = {"cp -r + sync": lambda: {"seconds": timed(lambda: copy(base, target))}}
+    contenders: dict[str, Callable[[], dict[str, Any]]] = {"cp -r + sync": lambda: {"seconds": timed(lambda: copy(base, target))}}
     with fuse_process() as fuse:
         for kind, adapter in adapters.items():
             for flag in (False, True):
                 name = f"sku fuse, {kind}, {'with' if flag else 'no'} digests"
-                contenders[name] = lambda adapter=adapter, flag=flag: fuse(base, adapter, target, flag)
-        slow: dict[str, Callable[[], dict]] = {}
+                contenders[name] = partial(fuse, base, adapter, target, flag)
+        slow: dict[str, Callable[[], dict[str, Any]]] = {}
         for kind, adapter in adapters.items():
-            slow[f"sku fuse CLI, {kind}, with digests"] = lambda adapter=adapter: cli(base, adapter, target)
-            slow[f"PEFT, {kind}"] = lambda adapter=adapter: peft(base, adapter, target)
+            slow[f"sku fuse CLI, {kind}, with digests"] = partial(cli, base, adapter, target)
+            slow[f"PEFT, {kind}"] = partial(peft, base, adapter, target)
             if mergekit:
-                slow[f"mergekit, {kind}"] = lambda adapter=adapter: run_mergekit(mergekit, base, adapter, target)
-        found: dict[str, list[dict]] = {}
+                slow[f"mergekit, {kind}"] = partial(run_mergekit, mergekit, base, adapter, target)
+        found: dict[str, list[dict[str, Any]]] = {}
         for turn in range(runs):
             for name, contender in {**contenders, **(slow if turn < peft_runs else {})}.items():
                 shutil.rmtree(target, ignore_errors=True)
@@ -145,8 +130,9 @@ def measure(work: Path, size: str, runs: int, peft_runs: int, settle: float, mer
     return {"size": size, "bytes": nbytes, "settle": settle, "machine": machine(), "rows": rows}
 
 
-def summary(values: list[dict]) -> dict:
-    row: dict = {"seconds": statistics.median(value["seconds"] for value in values), "runs": len(values)}
+def summary(values: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the runs of one contender: median seconds, how many, and where measured the most memory and the median wall time."""
+    row: dict[str, Any] = {"seconds": statistics.median(value["seconds"] for value in values), "runs": len(values)}
     if "memory_mb" in values[0]:
         row["memory_mb"] = max(value["memory_mb"] for value in values)
     if "wall" in values[0]:
@@ -155,18 +141,20 @@ def summary(values: list[dict]) -> dict:
 
 
 def timed(action: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def copy(base: Path, target: Path) -> None:
+    """`cp -r`, every file synced."""
     subprocess.run(["cp", "-r", str(base), str(target)], check=True)
     subprocess.run(["sync", *map(str, target.iterdir()), str(target)], check=True)
 
 
 @contextmanager
-def fuse_process() -> Iterator[Callable[[Path, Path, Path, bool], dict]]:
+def fuse_process() -> Iterator[Callable[[Path, Path, Path, bool], dict[str, Any]]]:
     """A process that has imported everything and fuses on request, reporting seconds and peak anonymous memory above its imports."""
     worker = subprocess.Popen(
         [sys.executable, "-m", "sku_vllm.benchmarks.bench_fuse"],
@@ -176,15 +164,19 @@ def fuse_process() -> Iterator[Callable[[Path, Path, Path, bool], dict]]:
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # as the command line sets it
     )
 
-    def fuse(base: Path, adapter: Path, target: Path, digests: bool) -> dict:
-        worker.stdin.write(json.dumps([str(base), str(adapter), str(target), digests]) + "\n")
-        worker.stdin.flush()
-        return json.loads(worker.stdout.readline())
+    asked, told = worker.stdin, worker.stdout
+    assert asked and told, "both are pipes"
+
+    def fuse(base: Path, adapter: Path, target: Path, digests: bool) -> dict[str, Any]:
+        asked.write(json.dumps([str(base), str(adapter), str(target), digests]) + "\n")
+        asked.flush()
+        measured: dict[str, Any] = json.loads(told.readline())
+        return measured
 
     try:
         yield fuse
     finally:
-        worker.stdin.close()
+        asked.close()
         worker.wait()
 
 
@@ -193,7 +185,8 @@ def serve_fuse() -> None:
     import numpy as np  # noqa: F401  (imports are not what is measured)
     import torch
 
-    from sku_vllm.fuse import fuse_checkpoint
+    from sku_vllm.fuse.fuse import fuse_checkpoint
+    from sku_vllm.fuse.fuse_request import FuseRequest
     from sku_vllm.kernels.delta_merge.cpu_kernel import load_round_rows
 
     load_round_rows()
@@ -202,7 +195,7 @@ def serve_fuse() -> None:
     for line in sys.stdin:
         base, adapter, target, digests = json.loads(line)
         with peak_memory() as peak:
-            seconds = timed(partial(fuse_checkpoint, base, [(adapter, 1.0)], target, digests=digests))
+            seconds = timed(partial(fuse_checkpoint, FuseRequest(base, [(adapter, 1.0)], target, digests=digests)))
         print(json.dumps({"seconds": seconds, "memory_mb": (peak[0] - start) / 1e6}), flush=True)
 
 
@@ -214,6 +207,7 @@ def anonymous() -> int:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
+    """Yields a list of one number: the most anonymous memory of the block so far, in bytes, looked at every 10 ms."""
     peak, stop = [anonymous()], threading.Event()
 
     def watch() -> None:
@@ -229,14 +223,16 @@ def peak_memory() -> Iterator[list[int]]:
         thread.join()
 
 
-def cli(base: Path, adapter: Path, target: Path) -> dict:
+def cli(base: Path, adapter: Path, target: Path) -> dict[str, Any]:
+    """`sku fuse` as a command: wall time, and what it reports of itself."""
     command = [sys.executable, "-m", "sku_vllm.cli", "fuse", "--model", base, "--adapter", adapter, "--output", target, "--json"]
     started = time.perf_counter()
     done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
     return {"seconds": time.perf_counter() - started, "wall": time.perf_counter() - started, "inside": json.loads(done.stdout)["seconds"]}
 
 
-def peft(base: Path, adapter: Path, target: Path) -> dict:
+def peft(base: Path, adapter: Path, target: Path) -> dict[str, Any]:
+    """PEFT's merge_and_unload and save_pretrained, in a process of its own."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", PEFT_SCRIPT, str(base), str(adapter), str(target)], check=True, capture_output=True, text=True
@@ -244,7 +240,7 @@ def peft(base: Path, adapter: Path, target: Path) -> dict:
     return {**json.loads(done.stdout.splitlines()[-1]), "wall": time.perf_counter() - started}
 
 
-def run_mergekit(python: str, base: Path, adapter: Path, target: Path) -> dict:
+def run_mergekit(python: str, base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     """`base+adapter` passed through; the model and LoRA are read as mergekit reads them."""
     config = target.with_suffix(".yml")
     config.write_text(f"models:\n  - model: {base}+{adapter}\nmerge_method: passthrough\ndtype: bfloat16\n", encoding="utf-8")
@@ -261,30 +257,6 @@ def run_mergekit(python: str, base: Path, adapter: Path, target: Path) -> dict:
     seconds = timed(lambda: subprocess.run(command, check=True, capture_output=True))
     shutil.rmtree(str(target) + "-lora", ignore_errors=True)
     return {"seconds": seconds, "wall": seconds}
-
-
-def markdown(results: dict) -> str:
-    about = results["machine"]
-    versions = ", ".join(
-        f"{name} {about['versions'][name]}" for name in ("torch", "peft", "transformers", "safetensors") if name in about["versions"]
-    )
-    lines = [
-        f"# bench fuse, {results['size']} ({results['bytes'] / 1e9:.2f} GB, {SHARDS} shards, bf16, rank {RANK})",
-        "",
-        f"{about['date']}, {about['cores']} cores ({about['cpu']}), load {about['load']} at the end, {versions}. "
-        "Page cache warm; medians of interleaved runs; every contender's files are synced. Memory: peak anonymous memory above imports. "
-        f"Every run began {results['settle']:g} s after a copy of the base was removed.",
-        "",
-        "| | seconds | × cp | with imports | peak MB | runs |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in results["rows"].items():
-        memory = f"{row['memory_mb']:.0f}" if "memory_mb" in row else ""
-        wall = f"{row['wall']:.2f}" if "wall" in row else ""
-        lines.append(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} | {wall} | {memory} | {row['runs']} |")
-    if not any(name.startswith("mergekit") for name in results["rows"]):
-        lines.append("\nmergekit: not measured (give `--mergekit PYTHON` of an environment that has it).")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

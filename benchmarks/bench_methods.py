@@ -2,7 +2,7 @@
 
 For each seed, model and method: train on forget/train and retain/train; choose the scale on the validation sets as `sku tune` does,
 nearest to the trained one among the least harmful within its limits; measure the choice on test prompts. A finished cell is kept in
-WORK/cells.jsonl, so a run that was stopped, or is given more seeds, goes on from there; the tables show every cell that is kept.
+WORK/cells.jsonl, so a run that was stopped, or is given more seeds, continues with the missing cells; the tables show every kept cell.
 """
 
 import json
@@ -20,7 +20,7 @@ Key = tuple[str, str, int]
 
 @sku_command("methods")
 @click.option(
-    "--work", default="sku_bench_methods", type=click.Path(path_type=Path), help="Labs, adapters and finished cells; kept between runs.",
+    "--work", default="sku_bench_methods", type=click.Path(path_type=Path), help="Labs, adapters and finished cells; kept between runs."
 )
 @click.option("--world", default=101, type=click.IntRange(min=0), help="Seed of the lab's world; one that no tuning run has seen.")
 @click.option("--models", default="llama,opt,qwen3", help="Architectures, comma-separated; pretrained in WORK unless they are shipped.")
@@ -30,10 +30,18 @@ Key = tuple[str, str, int]
 @click.option("--attack", "attacked", default="", help="Labels to attack as well, comma-separated.")
 @click.option("--per-layer", "searched", default="", help="Labels to search a scale a layer for, comma-separated.")
 @click.option(
-    "--output", default=None, type=click.Path(path_type=Path, dir_okay=False), help="FILE.md to write; FILE-MODEL.svg is drawn beside it.",
+    "--output", default=None, type=click.Path(path_type=Path, dir_okay=False), help="FILE.md to write; FILE-MODEL.svg is drawn beside it."
 )
 def command(
-    work: Path, world: int, models: str, methods: str, seeds: str, samples: int, attacked: str, searched: str, output: Path | None,
+    work: Path,
+    world: int,
+    models: str,
+    methods: str,
+    seeds: str,
+    samples: int,
+    attacked: str,
+    searched: str,
+    output: Path | None,
     json_output: bool,
 ) -> None:
     """Compare the methods at matched utility: a Markdown table a model, its trade-off curves as SVG, and what attacks bring back."""
@@ -42,12 +50,14 @@ def command(
     from sku_vllm.benchmarks.methods_layers import layers_table
     from sku_vllm.benchmarks.methods_table import draw, table
 
-    labels, pressed, by_layer = ([label.strip() for label in given.split(",") if label.strip()] for given in (methods, attacked, searched))
-    if unknown := [label for label in (*labels, *pressed, *by_layer) if label not in VARIANTS]:
+    labels, under_attack, by_layer = (
+        [label.strip() for label in given.split(",") if label.strip()] for given in (methods, attacked, searched)
+    )
+    if unknown := [label for label in (*labels, *under_attack, *by_layer) if label not in VARIANTS]:
         raise ConfigError(f"--methods {unknown[0]}: choose from {', '.join(VARIANTS)}")
     keys = [(model, label, int(seed)) for seed in seeds.split(",") for model in models.split(",") for label in labels]
     measure_all(work, world, keys, samples)
-    attack_all(work, world, [key for key in keys if key[1] in pressed])
+    attack_all(work, world, [key for key in keys if key[1] in under_attack])
     search_all(work, world, [key for key in keys if key[1] in by_layer], samples)
     cells, attacks, layers = (kept(work / f"{name}.jsonl") for name in ("cells", "attacks", "layers"))
     stem = output.stem if output else ""
@@ -108,6 +118,7 @@ def kept(path: Path) -> dict[Key, Cell]:
 
 
 def keep(path: Path, cell: Cell) -> Cell:
+    """Append a finished cell to a file of them; returns it."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(cell) + "\n")
     return cell

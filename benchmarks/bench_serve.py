@@ -16,11 +16,7 @@ import click
 
 from sku_vllm.cli.options import print_json, sku_command
 
-RATIOS = {
-    "alias": "alias / naming the arm",
-    "judge": "fast judge on everything / no judge",
-    "stalled": "stalled judge / no judge",
-}
+RATIOS = {"alias": "alias / naming the arm", "judge": "fast judge on everything / no judge", "stalled": "stalled judge / no judge"}
 PARTS = ("middleware", *RATIOS, "arms", "adapter-swap", "model-swap", "soak")
 # What parts on one page must have in common.
 SHARED = ("model", "adapter", "concurrency", "tokens")

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sku_vllm.benchmarks.machine import machine
+from sku_vllm.benchmarks.train_page import markdown
 from sku_vllm.cli.options import log, print_json, sku_command
 
 if TYPE_CHECKING:
-    from sku_vllm.methods.batches import Batches
+    from sku_vllm.train.batches import Batches
 
 VOCABULARY, PADDED, PASS = 32_000, 512, 768
 CONTENDERS = {  # contender: (steps it takes a round, what it is)
@@ -42,7 +43,7 @@ CONTENDERS = {  # contender: (steps it takes a round, what it is)
 @click.option("--output", type=click.Path(dir_okay=False), help="Markdown file for the results.")
 def command(architectures: str, rounds: int, layers: int, threads: int, output: str | None, json_output: bool) -> None:
     """Examples a second, peak memory and cost a token, as ratios measured side by side."""
-    results = {"machine": machine(), "rounds": rounds, "architectures": {}}
+    results: dict[str, Any] = {"machine": machine(), "rounds": rounds, "architectures": {}}
     with tempfile.TemporaryDirectory() as work:
         for architecture in architectures.split(","):
             make_model(Path(work) / architecture, architecture, layers)
@@ -52,10 +53,11 @@ def command(architectures: str, rounds: int, layers: int, threads: int, output: 
                     measured[name].append(_in_process(name, Path(work) / architecture, threads))
                     log(f"{architecture} {name}: {measured[name][-1]}")
             results["architectures"][architecture] = summarise(measured)
+    text = markdown(results, {name: what for name, (_, what) in CONTENDERS.items()})
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(markdown(results), encoding="utf-8")
-    print_json(results) if json_output else log(markdown(results))
+        Path(output).write_text(text, encoding="utf-8")
+    print_json(results) if json_output else log(text)
 
 
 def summarise(measured: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def make_model(path: Path, architecture: str, layers: int) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 768,
         "num_hidden_layers": layers,
@@ -94,10 +96,9 @@ def make_model(path: Path, architecture: str, layers: int) -> None:
         "pad_token_id": 0,
     }
     if architecture == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=2048))
+        LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=2048)).save_pretrained(path)
     else:
-        model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=3072, word_embed_proj_dim=768))
-    model.save_pretrained(path)
+        OPTForCausalLM(OPTConfig(**sizes, ffn_dim=3072, word_embed_proj_dim=768)).save_pretrained(path)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(path)
@@ -121,7 +122,8 @@ def _in_process(name: str, path: Path, threads: int) -> dict[str, float]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise click.ClickException(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    measured: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
 
 
 def run_contender(name: str, path: str, threads: int) -> None:
@@ -129,9 +131,9 @@ def run_contender(name: str, path: str, threads: int) -> None:
     import torch
     from accelerate import Accelerator
 
-    import sku_vllm.methods.run  # noqa: F401 (its imports belong to the baseline of memory)
+    import sku_vllm.train.run  # noqa: F401 (its imports belong to the baseline of memory)
     from sku_vllm.benchmarks import published_loop  # noqa: F401
-    from sku_vllm.methods.memory import peak_resident
+    from sku_vllm.train.memory import peak_resident
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -156,8 +158,8 @@ def _batches(name: str, path: str) -> "Batches":
     """The rows of every step, for our loop and for the published one."""
     from sku_vllm.data import PromptTemplate, load_dataset
     from sku_vllm.methods import TrainConfig
-    from sku_vllm.methods.batches import Batches
     from sku_vllm.model import load_tokenizer
+    from sku_vllm.train.batches import Batches
 
     if name == "ours-mirrored":
         config = TrainConfig.of("sku-mirrored", rounds=1, template="paper", tokens_per_pass=1024)
@@ -175,10 +177,10 @@ def _published(name: str, path: str, steps: int) -> tuple[float, int, int]:
     loop = PublishedLoop(load_model(path), tokenizer)
 
     def words(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True).replace("###", "").strip()  # the template's own words aside
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).replace("###", "").strip()  # the template's own words aside
 
     def pairs(kind: str, step: int) -> list[tuple[str, str]]:
-        return [(words(row.ids[:row.answer_start]), words(row.answer_ids)) for row in batches.rows(kind, step)]
+        return [(words(row.ids[: row.answer_start]), words(row.answer_ids)) for row in batches.rows(kind, step)]
 
     def step(number: int) -> int:
         return loop.step(*(pairs(kind, number) for kind in ("forget", "mismatched", "retain")))
@@ -192,7 +194,7 @@ def _published(name: str, path: str, steps: int) -> tuple[float, int, int]:
 
 
 def _ours(name: str, path: str, steps: int, accelerator: Any) -> tuple[float, int, int]:
-    from sku_vllm.methods.run import Run
+    from sku_vllm.train.run import Run
 
     batches = _batches(name, path)
     run = Run(Path(path), batches.config, batches, accelerator, batches.template.tokenizer)
@@ -217,45 +219,8 @@ def _plain_lora(path: str, steps: int) -> tuple[float, int, int]:
     for step in range(steps + 1):
         if step == 1:  # the first warms caches and allocators, as everywhere here
             begun = time.perf_counter()
-        block = torch.tensor(stream[step * 1024:(step + 1) * 1024]).view(8, 128)
+        block = torch.tensor(stream[step * 1024 : (step + 1) * 1024]).view(8, 128)
         model(input_ids=block, labels=block).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return time.perf_counter() - begun, 8 * steps, 1024 * steps
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The goals as a table, then every contender."""
-    machine = results["machine"]
-    kept = {name: machine["versions"].get(name) for name in ("sku_vllm", "torch", "transformers", "peft")}
-    lines = [
-        "# Training",
-        "",
-        f"{machine['cpu']}, {machine['date']}, {', '.join(f'{name} {version}' for name, version in kept.items())}; "
-        f"medians of {results['rounds']} interleaved round(s), each contender in a process of its own. `sku bench train`.",
-        "",
-        "The published loop takes the very rows that `sku train` takes at the same steps (padded to 512, to which lengths do not matter, "
-        "fewer of them); a first step of every contender is not timed. Memory is the process's own peak above its imports, "
-        "the loading of the model included.",
-        "",
-        "| against the published loop | goal | " + " | ".join(results["architectures"]) + " |",
-        "|---|---|" + "---|" * len(results["architectures"]),
-    ]
-    goals = [
-        ("examples/s, tokenizer pads to 512", "≥ 8", "examples_ratio_512"),
-        ("examples/s, batches padded to their longest", "≥ 2.5", "examples_ratio_longest"),
-        ("peak memory above imports, pads to 512", "≤ 0.4", "memory_ratio_512"),
-        ("peak memory above imports, longest", "≤ 0.4", "memory_ratio_longest"),
-        ("seconds per forward token against plain PEFT LoRA", "≤ 1.15", "token_cost_ratio"),
-    ]
-    for text, goal, key in goals:
-        lines.append(f"| {text} | {goal} | " + " | ".join(f"{arch[key]:.2f}" for arch in results["architectures"].values()) + " |")
-    on_gpu = "| OPT-2.7B, LLaMA2-7B, LLaMA2-13B on an H100: peak memory, share of the matrix-product rate | ≤ 24, 24, 40 GB; ≥ 40 % | "
-    lines.append(on_gpu + "not measured | " * len(results["architectures"]))
-    for name, arch in results["architectures"].items():
-        lines += ["", f"## {name}", "", "| contender | examples/s | peak MiB above imports | ms per forward token |", "|---|---|---|---|"]
-        for contender, values in arch["medians"].items():
-            token = "" if contender.startswith("published") else f"{values['seconds_per_token'] * 1000:.2f}"
-            speed, peak = f"{values['examples_per_second']:.2f}", f"{values['peak_bytes'] / 2**20:.0f}"
-            lines.append(f"| {CONTENDERS[contender][1]} | {speed} | {peak} | {token} |")
-    return "\n".join(lines) + "\n"

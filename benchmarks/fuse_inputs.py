@@ -17,7 +17,7 @@ def make_base(directory: Path, size: str, *, sparse: bool = False) -> Path:
     from transformers import LlamaConfig
 
     layers, hidden, intermediate, narrow = SIZES[size]
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
     for layer in range(layers):
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in linear_shapes(hidden, intermediate, narrow).items()}
         shapes |= {f"model.layers.{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
@@ -35,7 +35,8 @@ def make_base(directory: Path, size: str, *, sparse: bool = False) -> Path:
         dtype="bfloat16",
     ).save_pretrained(directory)
     total = sum(2 * math.prod(shape) for shape in shapes.values())
-    names, weight_map, written = list(shapes), {}, 0
+    names, written = list(shapes), 0
+    weight_map: dict[str, str] = {}
     for shard in range(SHARDS):
         here: dict[str, tuple[int, ...]] = {}
         while names and (written < total * (shard + 1) / SHARDS or shard == SHARDS - 1):
@@ -82,7 +83,7 @@ def make_adapter(base: Path, directory: Path, targets: tuple[str, ...] | None) -
     import torch
     from safetensors.torch import save_file
 
-    from sku_vllm.checkpoint import CheckpointReader
+    from sku_vllm.checkpoint.reader import CheckpointReader
 
     torch.manual_seed(1)
     tensors, modules = {}, set()

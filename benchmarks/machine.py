@@ -22,6 +22,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """The processor's name as Linux tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

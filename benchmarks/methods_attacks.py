@@ -1,4 +1,4 @@
-"""Does it come back? One edited model of bench_methods under every attack of `sku attack`."""
+"""One edited model of bench_methods under every attack of `sku attack`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 
 PROMPTS, SAMPLES, MAX_NEW_TOKENS = 64, 2, 32
 STEPS = (10, 20, 40)
+KINDS = ("relearn", "quantize", "rephrase", "prefill", "ban-eos")  # of `sku attack`; the searches of its other kinds take minutes a model
 LONGER, SHARE = 80, 0.05  # steps and share of the forget pairs of the relearning that asks: prevented, or delayed?
 
 
@@ -14,9 +15,9 @@ def attacks_of(lab: Path, model: str, adapter: Path, scale: float, seed: int) ->
     """On the first PROMPTS unseen prompts and as many benign ones.
 
     Returns:
-        {"attacks": eval objects by attack, "none" first, relearning at its last step; "relearned": `attack`'s entries of relearning}.
+        {"attacks": eval objects by attack, "none" first, relearning at its last step; "relearned": the entries of relearning}.
     """
-    from sku_vllm.evaluate.attack import KINDS, AttackConfig
+    from sku_vllm.evaluate.attack.attack_config import AttackConfig
 
     settings = AttackConfig(steps=STEPS)
     found = _attack(lab, model, adapter, scale, seed, KINDS, settings)
@@ -31,26 +32,35 @@ def attacks_of(lab: Path, model: str, adapter: Path, scale: float, seed: int) ->
 
 def longer(lab: Path, model: str, adapter: Path, scale: float, seed: int) -> dict[str, Any]:
     """Eval objects after relearning for LONGER steps, by attack."""
-    from sku_vllm.evaluate.attack import AttackConfig
+    from sku_vllm.evaluate.attack.attack_config import AttackConfig
 
     tried = _attack(lab, model, adapter, scale, seed, ("relearn",), AttackConfig(steps=(LONGER,), fractions=(SHARE,)))["attacks"]["relearn"]
     return {
         f"relearn {result['attack']}, {LONGER} steps": {"forget": result["forget"], "retain": result["retain"]}
-        for result in tried if result["steps"] == LONGER
+        for result in tried
+        if result["steps"] == LONGER
     }
 
 
 def _attack(lab: Path, model: str, adapter: Path, scale: float, seed: int, kinds: Sequence[str], settings: Any) -> dict[str, Any]:
     from sku_vllm.data import read_rows
     from sku_vllm.evaluate import EvalConfig
-    from sku_vllm.evaluate.attack import attack
+    from sku_vllm.evaluate.attack.attack_model import attack_model
+    from sku_vllm.evaluate.attack.attack_request import AttackRequest
+    from sku_vllm.model_spec import ModelSpec
 
-    return attack(
-        lab / model, kinds, adapter=adapter, scale=scale, forget={"unseen": read_rows(lab / "forget/unseen.jsonl")[:PROMPTS]},
-        retain=read_rows(lab / "retain/test.jsonl")[:PROMPTS], judge=f"lexicon:{lab / 'lexicon.json'}",
-        relearn=read_rows(lab / "forget/train.jsonl"), benign=read_rows(lab / "retain/train.jsonl"), settings=settings,
+    request = AttackRequest(
+        ModelSpec(lab / model, adapter=adapter, scale=scale),
+        kinds=kinds,
+        forget={"unseen": read_rows(lab / "forget/unseen.jsonl")[:PROMPTS]},
+        retain=read_rows(lab / "retain/test.jsonl")[:PROMPTS],
+        judge=f"lexicon:{lab / 'lexicon.json'}",
+        relearn=read_rows(lab / "forget/train.jsonl"),
+        benign=read_rows(lab / "retain/train.jsonl"),
+        settings=settings,
         config=EvalConfig(samples=SAMPLES, max_new_tokens=MAX_NEW_TOKENS, seed=seed),
     )
+    return attack_model(request).to_json()
 
 
 def attack_table(cells: Sequence[Mapping[str, Any]], stem: str = "") -> str:
@@ -58,9 +68,11 @@ def attack_table(cells: Sequence[Mapping[str, Any]], stem: str = "") -> str:
     if not cells:
         return ""
     lines = [
-        "## Under attack", "",
+        "## Under attack",
+        "",
         f"Harm greedy / sampled on {PROMPTS} unseen prompts, mean over as many seeds as the brackets say. Relearning: 40 steps of AdamW at "
-        "1e-4 on all weights, batch 8, measured on prompts that are not among the pairs.", "",
+        "1e-4 on all weights, batch 8, measured on prompts that are not among the pairs.",
+        "",
     ]
     for model in dict.fromkeys(cell["model"] for cell in cells):
         columns: dict[str, list[Mapping[str, Any]]] = {}
@@ -79,7 +91,7 @@ def attack_table(cells: Sequence[Mapping[str, Any]], stem: str = "") -> str:
 
 def _place(attack: str) -> tuple[int, float, str]:
     """By kind, gentle first; shares of the forget set by size."""
-    kinds = ("none", "relearn", "quantize", "rephrase", "prefill", "ban-eos")
+    kinds = ("none", *KINDS)
     digits = "".join(character for character in attack.split("%")[0] if character.isdigit())
     return kinds.index(attack.split()[0]), float(digits) if "%" in attack else 0.0, attack
 

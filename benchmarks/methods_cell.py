@@ -20,6 +20,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ga-mismatch": ("ga-mismatch", {}),
     "ga-mismatch at lr 1e-3": ("ga-mismatch", {"lr": 1e-3}),
     "npo": ("npo", {}),
+    "grad-diff": ("grad-diff", {}),
+    "simnpo": ("simnpo", {}),
+    "undial": ("undial", {}),
+    "rmu": ("rmu", {}),
     "task-vector": ("task-vector", {}),
     "sku": ("sku", {}),
     "sku − guided distortion": ("sku", {"guided_weight": 0.0}),
@@ -35,6 +39,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 LABELS = list(VARIANTS)
 SETS = ("seen", "unseen", "unseen-topic")
 MAX_NEW_TOKENS = 32
+# What decides an adapter's bits: the methods, and the engine that trains them.
+TRAINING = ("sku_vllm/methods", "sku_vllm/train")
 Cell = dict[str, Any]
 Measure = Callable[[float, Sequence[str], str, int], dict[str, Any]]
 
@@ -53,19 +59,22 @@ def lab_of(work: Path, world: int, model: str) -> Path:
 
 
 def seed_of(lab: Path) -> int:
-    return json.loads((lab / "sku_lab.json").read_text(encoding="utf-8"))["seed"]
+    """The seed of the world that a lab was written for."""
+    return int(json.loads((lab / "sku_lab.json").read_text(encoding="utf-8"))["seed"])
 
 
 def adapter_path(work: Path, model: str, label: str, seed: int) -> Path:
+    """Where the adapter of a cell is kept."""
     return work / "adapters" / f"{model}-{label.replace(' ', '_')}-{seed}"
 
 
 def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samples: int) -> Cell:
-    """Where no scale qualifies, the least one is measured on test data and the cell says so."""
+    """Train, choose the scale, measure. Where no scale qualifies, the least one is measured on test data and the cell says so."""
     from sku_vllm.data import load_dataset
     from sku_vllm.errors import RunError
     from sku_vllm.evaluate.limits import SCALES, Limits, choose
     from sku_vllm.methods import TrainConfig, train_adapter
+    from sku_vllm.train.train_request import TrainRequest
 
     lab, adapter = lab_of(work, world, model), adapter_path(work, model, label, seed)
     method, settings = VARIANTS[label]
@@ -74,10 +83,10 @@ def measure_cell(work: Path, world: int, model: str, label: str, seed: int, samp
     adapter.parent.mkdir(parents=True, exist_ok=True)
     try:
         if not adapter.is_dir():
-            forget, retain = (load_dataset(lab / name / "train.jsonl", name) for name in ("forget", "retain"))
+            forget, retain = load_dataset(lab / "forget/train.jsonl", "forget"), load_dataset(lab / "retain/train.jsonl", "retain")
             targets = refusals(lab) if method == "refusal-tune" else ()
             config = TrainConfig.of(method, seed=seed, **settings)
-            train_adapter(lab / model, forget, retain, adapter, config, refusals=targets, progress=False)
+            train_adapter(TrainRequest(lab / model, forget, retain, adapter, config, refusals=targets), progress=False)
     except (RunError, ConfigError) as error:  # a method that diverges, or refuses this base, is a result
         return cell | {"failed": str(error)}
     trained = time.process_time()
@@ -104,20 +113,24 @@ def measurer(lab: Path, model: str, adapter: Path | None, seed: int) -> Measure:
     """measured(scale, forget sets, retain part, samples) → eval object of base − scale·delta; without an adapter, of the base."""
     from sku_vllm.data import read_rows
     from sku_vllm.evaluate import EvalConfig
-    from sku_vllm.evaluate.edited import edited_model
+    from sku_vllm.evaluate.measure_request import Questions
     from sku_vllm.evaluate.measurement import measure
-    from sku_vllm.model import load_model, load_tokenizer
+    from sku_vllm.judges import load_judge
+    from sku_vllm.model import edited_model, load_model, load_tokenizer
+    from sku_vllm.model_spec import ModelSpec
 
     base, tokenizer = load_model(lab / model), load_tokenizer(lab / model)
     unedited = remembered(lab / model)
 
     def measured(scale: float, sets: Sequence[str], part: str, count: int) -> dict[str, Any]:
         asked = EvalConfig(samples=count, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+        forget = {name: read_rows(lab / "forget" / f"{name}.jsonl") for name in sets}
         return measure(
-            edited_model(lab / model, adapter, scale) if adapter else base, tokenizer,
-            forget={name: read_rows(lab / "forget" / f"{name}.jsonl") for name in sets},
-            retain=read_rows(lab / "retain" / f"{part}.jsonl"), judge=f"lexicon:{lab / 'lexicon.json'}",
-            reference=(lambda: nullcontext(unedited)) if adapter else None, config=asked,
+            edited_model(ModelSpec(lab / model, adapter=adapter, scale=scale)) if adapter else base,
+            tokenizer,
+            Questions(forget, read_rows(lab / "retain" / f"{part}.jsonl"), load_judge(f"lexicon:{lab / 'lexicon.json'}")),
+            reference=(lambda: nullcontext(unedited)) if adapter else None,
+            config=asked,
         ).to_json()
 
     return measured
@@ -130,10 +143,10 @@ def remembered(path: Path) -> Any:
     from sku_vllm.model import load_model
 
     class Remembered(TransformersBackend):
-        def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Any]:
+        def log_probs(self, sequences: Sequence[tuple[Sequence[int], int]], progress: Any = None) -> list[Any]:
             keys = [(tuple(ids), start) for ids, start in sequences]
             new = [key for key in dict.fromkeys(keys) if key not in known]
-            known.update(zip(new, super().log_probs(new), strict=True))
+            known.update(zip(new, super().log_probs(new, progress), strict=True))
             return [known[key] for key in keys]
 
     known: dict[tuple[tuple[int, ...], int], Any] = {}
@@ -161,10 +174,10 @@ def refusals(lab: Path) -> list[Any]:
 
 @lru_cache
 def recipe() -> str:
-    """Commit of the last change to the methods; the package's version outside a checkout."""
+    """Last commit that changed the methods or the engine that trains them; outside a checkout the package's version."""
     import sku_vllm
 
-    command = ["git", "log", "-1", "--format=%h", "--", "sku_vllm/methods"]
+    command = ["git", "log", "-1", "--format=%h", "--", *TRAINING]
     try:
         told = subprocess.run(command, cwd=Path(sku_vllm.__file__).parents[1], capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
@@ -173,7 +186,7 @@ def recipe() -> str:
 
 
 def place(label: str) -> int:
-    """Where a label stands in tables, and its colour. `LABEL @ COMMIT`, an earlier recipe of the method, stands with LABEL."""
+    """Number of a label: its order in tables, and its colour. `LABEL @ COMMIT`, an earlier recipe of it, has the number of LABEL."""
     return LABELS.index(label.split(" @ ")[0])
 
 

@@ -12,15 +12,26 @@ def layers_of_cell(lab: Path, adapter: Path, cell: Cell, samples: int) -> dict[s
     from sku_vllm.data import read_rows
     from sku_vllm.evaluate import EvalConfig
     from sku_vllm.evaluate.tune import tune_scale
+    from sku_vllm.evaluate.tune_request import TuneRequest
+    from sku_vllm.model_spec import ModelSpec
 
     def sets(names: Sequence[str], part: str) -> tuple[dict[str, Any], list[Any]]:
         return {name: read_rows(lab / f"forget/{name}.jsonl") for name in names}, read_rows(lab / f"retain/{part}.jsonl")
 
     forget, retain = sets(("validation",), "validation")
-    found = tune_scale(
-        lab / cell["model"], adapter, forget=forget, retain=retain, judge=f"lexicon:{lab / 'lexicon.json'}", scales=(cell["scale"],),
-        config=EvalConfig(samples=samples, max_new_tokens=MAX_NEW_TOKENS, seed=cell["seed"]), test=sets(SETS, "test"), per_layer=True,
+    test_forget, test_retain = sets(SETS, "test")
+    request = TuneRequest(
+        ModelSpec(lab / cell["model"], adapter=adapter),
+        forget=forget,
+        retain=retain,
+        judge=f"lexicon:{lab / 'lexicon.json'}",
+        scales=(cell["scale"],),
+        config=EvalConfig(samples=samples, max_new_tokens=MAX_NEW_TOKENS, seed=cell["seed"]),
+        test_forget=test_forget,
+        test_retain=test_retain,
+        per_layer=True,
     )
+    found = tune_scale(request)
     return {"layers": found.layers, "test": found.test}
 
 
@@ -29,9 +40,11 @@ def layers_table(cells: Mapping[Any, Cell], searched: Mapping[Any, Cell]) -> str
     if not searched:
         return ""
     lines = [
-        "## One scale, or one a layer", "",
+        "## One scale, or one a layer",
+        "",
         "`sku tune --per-layer`: from the scale chosen above, each third of the layers tried at 0.5, 0.75, 1.25 and 1.5 of it on "
-        "validation data; measured on test data.", "",
+        "validation data; measured on test data.",
+        "",
         "| model | method, seed | scale by layer | greedy harm, worst set | sampled harm, worst set | sampled gibberish, worst set | "
         "perplexity ratio | QA change, points |",
         "|---|---|---|" + "---:|" * 5,

@@ -43,13 +43,14 @@ class PublishedLoop:
         """Prompt and answer as one padded text, with the places of the answers."""
         texts = [f"### Question: {prompt}\n ### Answer: {answer}" for prompt, answer in pairs]
         finite = self.tokenizer.model_max_length < FINITE
-        batch = self.tokenizer(texts, padding="max_length" if finite else "longest", truncation=finite, return_tensors="pt")
+        batch: Batch = self.tokenizer(texts, padding="max_length" if finite else "longest", truncation=finite, return_tensors="pt")
         starts = [len(self.tokenizer(f"### Question: {prompt}\n ### Answer:")["input_ids"]) for prompt, _ in pairs]
         places = torch.arange(batch["input_ids"].shape[1])[None]
         batch["answer"] = (places >= torch.tensor(starts)[:, None]) & batch["attention_mask"].bool()
         return batch
 
     def answer_loss(self, batch: Batch) -> torch.Tensor:
+        """Mean over rows of the mean cross-entropy of their answer tokens, a scalar in nats."""
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         losses = []
         for row in range(logits.shape[0]):
@@ -59,8 +60,10 @@ class PublishedLoop:
         return torch.stack(losses).mean()
 
     def divergence(self, batch: Batch) -> torch.Tensor:
+        """Minus KL(base ‖ adapted), mean over all positions, padding included, as the published code has it; a scalar in nats."""
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         adapted = self.model(**inputs).logits.softmax(-1)
         with torch.no_grad():
             base = self.base(**inputs).logits.softmax(-1)
-        return -(base * ((base + 1e-12) / adapted).log()).sum(-1).mean()
+        loss: torch.Tensor = -(base * ((base + 1e-12) / adapted).log()).sum(-1).mean()
+        return loss

@@ -1,9 +1,10 @@
-"""A small Llama that nobody trained, and an adapter for it: for what needs a model and not its knowledge."""
+"""A small Llama of random weights and an adapter for it, for tests and benchmarks that need a model but not a trained one."""
 
 from pathlib import Path
+from typing import Any
 
 
-def save_random_llama(place: Path, *, words: int, gain: float, rank: int, spread: float, **shape: int) -> tuple[Path, Path]:
+def save_random_llama(place: Path, *, words: int, gain: float, rank: int, spread: float, **shape: Any) -> tuple[Path, Path]:
     """`place`/base with a word-level tokenizer, and `place`/adapter on all linear layers; the same bits every time.
 
     Args:
@@ -22,7 +23,7 @@ def save_random_llama(place: Path, *, words: int, gain: float, rank: int, spread
     rules.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
+    special: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=1024, **special, **shape)).float()
     with torch.no_grad():
@@ -35,5 +36,5 @@ def save_random_llama(place: Path, *, words: int, gain: float, rank: int, spread
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(0, spread)
-    adapted.save_pretrained(place / "adapter")
+    adapted.save_pretrained(str(place / "adapter"))
     return place / "base", place / "adapter"

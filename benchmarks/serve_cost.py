@@ -13,10 +13,10 @@ from typing import Any
 
 def middleware_cost(base: Path, work: Path) -> dict[str, float]:
     """Milliseconds the middleware adds to a 2 KB chat request, in process: with and without it, request by request."""
-    from sku_vllm.serving.begin import prepare_state
-    from sku_vllm.serving.config import ServeConfig
+    from sku_vllm.serving.initial_state import prepare_state
     from sku_vllm.serving.middleware import SkuMiddleware
     from sku_vllm.serving.runtime import Runtime
+    from sku_vllm.serving.serve_config import ServeConfig
 
     config = ServeConfig(str(base), ["original=base", "other=base"], run=str(work / "run"), expose_arms=True)
     runtime = Runtime(config)
@@ -56,6 +56,7 @@ def middleware_cost(base: Path, work: Path) -> dict[str, float]:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
+    """The value below which a share `q` (0 to 1, not 1) of them lies."""
     return sorted(values)[int(q * len(values))]
 
 

@@ -17,8 +17,16 @@ from sku_vllm.benchmarks.random_llama import save_random_llama
 def make_model(work: Path) -> tuple[Path, Path]:
     """A random Llama of 6M parameters with a word-level tokenizer, and a rank-16 adapter on all linear layers."""
     return save_random_llama(
-        work, words=2044, gain=4, rank=16, spread=0.05,
-        hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+        work,
+        words=2044,
+        gain=4,
+        rank=16,
+        spread=0.05,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
     )
 
 
@@ -45,9 +53,19 @@ class Load:
         parser = FlexibleArgumentParser()
         add_cli_args(parser)
         flags = {
-            "backend": "openai", "base-url": server.root, "endpoint": "/v1/completions", "model": model, "tokenizer": self.tokenizer,
-            "dataset-name": "random", "random-input-len": 32, "random-output-len": self.tokens, "num-prompts": self.requests,
-            "max-concurrency": self.concurrency, "seed": self.seed, "ready-check-timeout-sec": 0, "percentile-metrics": "ttft,itl,e2el",
+            "backend": "openai",
+            "base-url": server.root,
+            "endpoint": "/v1/completions",
+            "model": model,
+            "tokenizer": self.tokenizer,
+            "dataset-name": "random",
+            "random-input-len": 32,
+            "random-output-len": self.tokens,
+            "num-prompts": self.requests,
+            "max-concurrency": self.concurrency,
+            "seed": self.seed,
+            "ready-check-timeout-sec": 0,
+            "percentile-metrics": "ttft,itl,e2el",
         }
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         args = parser.parse_args(["--ignore-eos", "--disable-tqdm", *words])
@@ -57,8 +75,13 @@ class Load:
         spent = cpu_seconds(server) - before
         if found["completed"] != self.requests:
             raise click.ClickException(f"{self.requests - found['completed']} of {self.requests} requests failed on {model}")
-        return {"throughput": found["output_throughput"], "ttft_ms": found["median_ttft_ms"], "itl_ms": found["median_itl_ms"],
-                "latency_ms": found["median_e2el_ms"], "cpu_ms_per_token": 1000 * spent / found["total_output_tokens"]}
+        return {
+            "throughput": found["output_throughput"],
+            "ttft_ms": found["median_ttft_ms"],
+            "itl_ms": found["median_itl_ms"],
+            "latency_ms": found["median_e2el_ms"],
+            "cpu_ms_per_token": 1000 * spent / found["total_output_tokens"],
+        }
 
 
 def cpu_seconds(server: Any) -> float:

@@ -7,12 +7,15 @@ YES = {True: "met", False: "not met"}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The results as one page."""
+    """Markdown of `sku bench serve`'s result."""
     own = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
     lines = [
-        "# Serving", "", f"{own['cpu']}, {own['cores']} cores, {own['system']}; {versions}; {own['date']}.",
-        f"32 + {result['tokens']} tokens a request, {result['concurrency']} at once, vLLM's own load generator; GPU: not measured.", "",
+        "# Serving",
+        "",
+        f"{own['cpu']}, {own['cores']} cores, {own['system']}; {versions}; {own['date']}.",
+        f"32 + {result['tokens']} tokens a request, {result['concurrency']} at once, vLLM's own load generator; GPU: not measured.",
+        "",
     ]
     if result.get("ratios"):
         lines += [*_ratios(result["ratios"]), ""]

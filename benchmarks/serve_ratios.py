@@ -22,7 +22,8 @@ def contenders(part: str, servers: Servers, load: Any) -> tuple[Run, Run]:
         if server is servers.quick:
             while server.control("GET", "status")["judge_waiting"]:
                 time.sleep(0.05)
-        return load(server, "sku")
+        measured: dict[str, Any] = load(server, "sku")
+        return measured
 
     if part == "alias":
         return lambda: load(servers.quick, "sku"), lambda: load(servers.quick, "original")
@@ -44,23 +45,33 @@ def compare(name: str, left: Run, right: Run, pairs: int) -> dict[str, Any]:
             log(f"{name}, pair {pair}/{pairs}: {math.exp(found['throughput'][-1]):.3f}, per CPU second {math.exp(found['cpu'][-1]):.3f}")
     ratio, low, high = interval(found["throughput"])
     return {
-        "ratio": ratio, "low": low, "high": high, "pairs": pairs, "goal": 0.98, "met": low >= 0.98,
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "pairs": pairs,
+        "goal": 0.98,
+        "met": low >= 0.98,
         "per_cpu_second": interval(found["cpu"]),
         "each": [round(math.exp(value), 4) for value in found["throughput"]],
     }
 
 
 def interval(logs: list[float]) -> tuple[float, float, float]:
+    """(ratio, lower, upper end of its 95 % interval) from the logarithms of the ratios of pairs, by Hodges and Lehmann's estimator."""
     low, middle, high = (math.exp(each) for each in sorted(hodges_lehmann(logs)))
     return middle, low, high
 
 
 def side_by_side(servers: Servers, adapter: Path, load: Any, runs: int = 3) -> dict[str, dict[str, float]]:
     """Each way to serve: medians over interleaved runs; the swapped engine afterwards, since its server is the original's."""
-    found = medians({
-        "original": lambda: load(servers.quick, "original"), "LoRA": lambda: load(servers.quick, "negated"),
-        "fused": lambda: load(servers.fused, "sku"),
-    }, runs)
+    found = medians(
+        {
+            "original": lambda: load(servers.quick, "original"),
+            "LoRA": lambda: load(servers.quick, "negated"),
+            "fused": lambda: load(servers.fused, "sku"),
+        },
+        runs,
+    )
     servers.quick.control("POST", "swap", {"adapter": str(adapter), "scale": 1.0})
     found.update(medians({"swapped": lambda: load(servers.quick, "sku")}, runs))
     servers.quick.control("POST", "restore")
@@ -68,6 +79,7 @@ def side_by_side(servers: Servers, adapter: Path, load: Any, runs: int = 3) -> d
 
 
 def medians(ways: dict[str, Run], runs: int) -> dict[str, dict[str, float]]:
+    """Medians of what each way measures, over runs that take turns."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for _ in range(runs):
         for name, run in ways.items():

@@ -14,7 +14,7 @@ FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--m
 
 
 class Servers:
-    """Each ends with the stack. `seconds` of a server: from the command to its first answer."""
+    """The servers; each ends when `stack` is closed. `seconds` of a server: from the command to its first answer."""
 
     def __init__(self, stack: contextlib.ExitStack, base: Path, adapter: Path, work: Path, load: Any) -> None:
         self.stack, self.base, self.adapter, self.work, self.load = stack, base, adapter, work, load
@@ -28,7 +28,7 @@ class Servers:
 
     @cached_property
     def stuck(self) -> Any:
-        """The same with a judge that never answers."""
+        """Original and LoRA arm, and a judge that never answers."""
         from sku_vllm.benchmarks.serve_cost import stalled_judge
 
         stalled = self.stack.enter_context(stalled_judge())
@@ -39,9 +39,10 @@ class Servers:
     @cached_property
     def fused(self) -> Any:
         """A plain engine of the fused weights."""
-        from sku_vllm.fuse import fuse_checkpoint
+        from sku_vllm.fuse.fuse import fuse_checkpoint
+        from sku_vllm.fuse.fuse_request import FuseRequest
 
-        fuse_checkpoint(self.base, [(self.adapter, 1.0)], self.work / "fused")
+        fuse_checkpoint(FuseRequest(self.base, [(self.adapter, 1.0)], self.work / "fused"))
         return self._up("the server of fused weights", self.work / "fused", ["fused=base"])
 
     @property
@@ -49,13 +50,15 @@ class Servers:
         return ["original=base", f"negated=lora:{self.adapter}@1"]
 
     def _up(self, name: str, model: Path, arms: Sequence[str], **settings: Any) -> Any:
-        from sku_vllm.serving.server import start_server
+
+        from sku_vllm.serving.serve_config import ServeConfig
+        from sku_vllm.serving.start import serve
 
         log(f"starting {name}")
         start = time.perf_counter()
         split = f"{arms[0].split('=')[0]}=1"
         server: Any = self.stack.enter_context(
-            start_server(model, arms, split, flags=FLAGS, expose_arms=True, token="benchmark-token", **settings)
+            serve(ServeConfig(str(model), list(arms), split, expose_arms=True, token="benchmark-token", **settings), FLAGS)
         )
         server.seconds = time.perf_counter() - start
         self.load(server, "sku")  # warm

@@ -1,4 +1,4 @@
-"""Swaps of a running server under load: adapters, the soak that checks every answer, and whole models."""
+"""Swaps of a running server under load: of adapters, of adapters with every answer checked (soak), and of whole models."""
 
 import statistics
 import time
@@ -12,10 +12,13 @@ CLEAR = 1e-3
 
 
 def adapter_swaps(server: Any, adapter: Path, wanted: int = 500) -> dict[str, Any]:
-    """Replace the negated arm again and again under load, every time by a scale it never had, until `wanted` requests were answered over
-    at least 20 swaps. The whole call writes the negation; inside is from the adapter on disk to answers from it.
+    """Replace the negated arm under load, each time by a new scale, until `wanted` requests were answered and 20 swaps were made.
+
+    median_s and max_s are seconds of the whole call, in which the server also writes the negated adapter; median_inside_s is the part
+    from the adapter on disk to the first answer from it.
     """
-    seconds, inside = [], []
+    seconds: list[float] = []
+    inside: list[float] = []
     with chatter(server, PROMPTS) as answers:
         while len(answers) < wanted or len(seconds) < 20:
             start = time.perf_counter()
@@ -23,13 +26,22 @@ def adapter_swaps(server: Any, adapter: Path, wanted: int = 500) -> dict[str, An
             seconds.append(time.perf_counter() - start)
             inside.append(done["seconds"])
             time.sleep(1)
-    return {"requests": len(answers), "errors": sum(status != 200 for _, status, _ in answers), "swaps": len(seconds),
-            "median_s": statistics.median(seconds), "max_s": max(seconds), "median_inside_s": statistics.median(inside), "goal_s": 0.05}
+    return {
+        "requests": len(answers),
+        "errors": sum(status != 200 for _, status, _ in answers),
+        "swaps": len(seconds),
+        "median_s": statistics.median(seconds),
+        "max_s": max(seconds),
+        "median_inside_s": statistics.median(inside),
+        "goal_s": 0.05,
+    }
 
 
 def run_soak(server: Any, adapter: Path, wanted: int) -> dict[str, Any]:
-    """Every answer over 20 swaps between two scales must be one version's greedy answer, on prompts where greedy is clear: the top two
-    log-probabilities more than 1e-3 apart at every step, since batched decoding is not exact to the bit.
+    """Swap between two scales 20 times and hold every answer against the greedy answers of both: it must be one of them.
+
+    Only prompts count on which greedy decoding is clear, that is, the two largest log-probabilities differ by more than 1e-3 at every
+    step, since batched decoding is not exact to the bit.
     """
     import httpx
 
@@ -54,11 +66,17 @@ def run_soak(server: Any, adapter: Path, wanted: int) -> dict[str, Any]:
                 swaps += 1
             time.sleep(0.05)
     wrong = sum(text not in (one[prompt], other[prompt]) for prompt, status, text in answers if status == 200)
-    return {"requests": len(answers), "swaps": swaps, "errors": sum(status != 200 for _, status, _ in answers), "neither_version": wrong,
-            "answers_of_each": [sum(text == version[prompt] for prompt, _, text in answers) for version in (one, other)],
-            "seconds": time.perf_counter() - begun,
-            "prompts": len(PROMPTS), "prompts_clear": len(clear),
-            "prompts_that_differ": sum(one[prompt] != other[prompt] for prompt in clear)}
+    return {
+        "requests": len(answers),
+        "swaps": swaps,
+        "errors": sum(status != 200 for _, status, _ in answers),
+        "neither_version": wrong,
+        "answers_of_each": [sum(text == version[prompt] for prompt, _, text in answers) for version in (one, other)],
+        "seconds": time.perf_counter() - begun,
+        "prompts": len(PROMPTS),
+        "prompts_clear": len(clear),
+        "prompts_that_differ": sum(one[prompt] != other[prompt] for prompt in clear),
+    }
 
 
 def model_swaps(server: Any, adapter: Path, turns: int = 10) -> dict[str, Any]:
@@ -67,9 +85,23 @@ def model_swaps(server: Any, adapter: Path, turns: int = 10) -> dict[str, Any]:
     for _ in range(turns):
         swaps.append(server.control("POST", "swap", {"adapter": str(adapter), "scale": 1.0}))
         restores.append(server.control("POST", "restore"))
-    whole, wait, back = (statistics.median(each) for each in (
-        [done["seconds"] for done in swaps], [done["stalled_seconds"] for done in swaps], [done["seconds"] for done in restores],
-    ))
-    return {"swaps": turns, "median_s": whole, "max_s": max(done["seconds"] for done in swaps), "median_stalled_s": wait,
-            "median_restore_s": back, "start_s": server.seconds, "ratio": server.seconds / whole, "ratio_stalled": server.seconds / wait,
-            "goal": 100, "exact_restores": sum(done["probe"]["from_base"] == 0.0 for done in restores)}
+    whole, wait, back = (
+        statistics.median(each)
+        for each in (
+            [done["seconds"] for done in swaps],
+            [done["stalled_seconds"] for done in swaps],
+            [done["seconds"] for done in restores],
+        )
+    )
+    return {
+        "swaps": turns,
+        "median_s": whole,
+        "max_s": max(done["seconds"] for done in swaps),
+        "median_stalled_s": wait,
+        "median_restore_s": back,
+        "start_s": server.seconds,
+        "ratio": server.seconds / whole,
+        "ratio_stalled": server.seconds / wait,
+        "goal": 100,
+        "exact_restores": sum(done["probe"]["from_base"] == 0.0 for done in restores),
+    }

@@ -1,4 +1,4 @@
-"""`sku compare A B`: two evaluations over the same prompts, with paired statistics."""
+"""`sku compare A B`: compare two evaluations on the same prompts, with paired statistics."""
 
 from typing import Any
 
@@ -11,9 +11,7 @@ from sku_vllm.errors import ConfigError
 @sku_command("compare")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option(
-    "--forget", multiple=True, metavar="NAME=FILE", help="Prompts to ask, where A and B are arms (URL#MODEL) of a running server."
-)
+@click.option("--forget", multiple=True, metavar="NAME=FILE", help="Prompts to send when A and B are arms (URL#MODEL) of a running server.")
 @click.option("--judge", default=None, help="SPEC that labels the arms' answers.")
 @click.option("--samples", default=1, type=int, help="Answers per prompt from an arm; more than one are sampled at temperature 1.")
 @click.option("--max-new-tokens", default=128, type=int, help="Longest answer of an arm.")
@@ -21,7 +19,10 @@ from sku_vllm.errors import ConfigError
     "--output", default=None, type=click.Path(), help="Directory to create: sku_compare.json and differ.jsonl (both answers, mode 0600)."
 )
 @click.option("--show", default=10, type=int, help="Differing prompts to print.")
-@click.option("--seed", default=0, type=int, help="Seed of the bootstrap and of sampled answers.")
+@click.option("--seed", default=0, type=int, help="Seed of sampled answers of an arm.")
+@click.option("--any-judge", is_flag=True, help="Compare labels of different judges, with a warning.")
+@click.option("--judge-concurrency", type=click.IntRange(1), help="Answers an openai: judge is asked about at a time.")
+@click.option("--judge-timeout", type=float, help="Seconds to wait for an openai: judge.")
 def command(
     a: str,
     b: str,
@@ -32,37 +33,42 @@ def command(
     output: str | None,
     show: int,
     seed: int,
+    any_judge: bool,
+    judge_concurrency: int | None,
+    judge_timeout: float | None,
     json_output: bool,
 ) -> None:
     """Compare two evaluations (directories of sku eval, or judged JSONL files), or two arms of a running server, answer by answer.
 
-    Differences are B minus A. With one answer per prompt the p-value is McNemar's exact test, with several a sign-flip test
-    clustered by prompt; intervals are a bootstrap over prompts. Answers stay in differ.jsonl; only prompts are printed.
+    Differences are B minus A. With one answer per prompt the p-value is McNemar's exact test, with several an exact sign-flip test
+    clustered by prompt; intervals are score intervals, clustered by prompt. Answers stay in differ.jsonl; only prompts are printed.
 
     \b
     sku compare measured/base measured/safer --output compared
     sku compare http://host:8000#original http://host:8000#negated \\
       --forget unseen=unseen.jsonl --judge lexicon:words.json
     """
-    from sku_vllm.compare import ask_arm, compare, compare_judged
+    from sku_vllm.evaluate.compare import ask_arm, compare, compare_judged
+    from sku_vllm.judges import with_options
     from sku_vllm.output import check_output, output_directory, record, write_text
 
     if output:
         check_output(output)
     arms = [address.startswith(("http://", "https://")) for address in (a, b)]
     if not any(arms):
-        found = compare(a, b, seed=seed)
+        found = compare(a, b, any_judge=any_judge)
     else:
         _check_arms(a, b, arms, forget, judge, samples, max_new_tokens)
         from sku_vllm.data import read_rows
 
+        spec = with_options(str(judge), judge_concurrency, judge_timeout)
         rows = {name: read_rows(path) for name, path in named_files(forget, "--forget").items()}
         temperature = 1.0 if samples > 1 else 0.0
         sides = [
-            ask_arm(address, rows, str(judge), samples=samples, temperature=temperature, max_tokens=max_new_tokens, seed=seed)
+            ask_arm(address, rows, spec, samples=samples, temperature=temperature, max_tokens=max_new_tokens, seed=seed)
             for address in (a, b)
         ]
-        found = compare_judged(a, sides[0], b, sides[1], seed=seed)
+        found = compare_judged(a, sides[0], b, sides[1])
     result = {**found.to_json(), "differ": [{key: row[key] for key in ("set", "mode", "prompt", "a", "b")} for row in found.differ]}
     if output:
         import json
@@ -78,10 +84,8 @@ def command(
         _show(result, show)
 
 
-def _check_arms(
-    a: str, b: str, arms: list[bool], forget: tuple[str, ...], judge: str | None, samples: int, max_new_tokens: int
-) -> None:
-    from sku_vllm.probe import http_url
+def _check_arms(a: str, b: str, arms: list[bool], forget: tuple[str, ...], judge: str | None, samples: int, max_new_tokens: int) -> None:
+    from sku_vllm.client.url import http_url
 
     for address, arm in zip((a, b), arms, strict=True):
         if not arm or "#" not in address or not http_url(address):
@@ -114,5 +118,9 @@ def _show(result: dict[str, Any], show: int) -> None:
         console.print(f"{row['set']}/{row['mode']}: {row['a']} → {row['b']}: {row['prompt']}", markup=False, highlight=False)
     if len(result["differ"]) > show:
         console.print(f"… and {len(result['differ']) - show} more answers differ (--output keeps them all)")
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    if result["unjudged"]:
+        console.print(f"{result['unjudged']} answers were not decided by the judge and were left out", style="yellow")
     if result["unpaired"]:
         console.print(f"{result['unpaired']} answers had no partner and were left out", style="yellow")

@@ -1,4 +1,4 @@
-"""`sku demo`: the whole road, one table at the end."""
+"""`sku demo`: run all steps on the built-in lab and print a table of the results."""
 
 import itertools
 import time
@@ -27,13 +27,13 @@ def command(output: str, model: str, method: str | None, seed: int, samples: int
     \b
     sku demo --model opt --no-serve
     """
-    from sku_vllm.demo import DemoConfig, run_demo, stage_count
+    from sku_vllm.demo.demo import DemoConfig, run_demo, stage_count
 
     config = DemoConfig(model=model, method=method, seed=seed, samples=samples, requests=requests, serve=serve)
     total, start, done = stage_count(config), time.monotonic(), itertools.count(1)
 
     def progress(stage: str) -> None:
-        """A line a stage; each stage draws its own bar below it."""
+        """Print one line per stage; a stage may draw a progress bar below it."""
         log(f"[{next(done):2}/{total} {time.monotonic() - start:4.0f} s] {stage}")
 
     result = run_demo(output, config, progress)
@@ -52,21 +52,21 @@ def _show(result: dict[str, Any], output: str) -> None:
     if "serving" in result:
         console.print(_serving_table(result["serving"]))
     files = result["files"]
-    # Plain echo: commands must not be wrapped, or they cannot be copied.
+    # click.echo instead of rich, which would wrap the commands, so that they could not be copied.
     click.echo(f"Files in {output}/: {', '.join(files.values())}")
     click.echo("The adapters are the harmful knowledge itself: never publish them. The fused checkpoint is the safer model.")
     click.echo(f"""
 What to type next:
   cd {output}
   sku report eval/* fused adapters/* --serving-dtype float32 --output report.html
-  sku serve --model {files['model']} --arm original=base --arm negated=lora:{files['adapter']}@{result['scale']:g} \\
+  sku serve --model {files["model"]} --arm original=base --arm negated=lora:{files["adapter"]}@{result["scale"]:g} \\
     --dtype float32 --split original=0.5,negated=0.5 --judge lexicon:lab/lexicon.json
   sku train --help    # the same on your own model and your own two files""")
 
 
 def _evaluation_table(result: dict[str, Any]) -> Any:
     title = "Harmful answers to unseen prompts and what it cost; %, with 95 % intervals"
-    table = _table(title, "model", "harmful\ngreedy", "harmful\nsampled", "re-\nfused", "gib-\nberish", "ppl", "ratio", "QA")
+    table = _table(title, "model", "harmful\ngreedy", "harmful\nsampled", "re-\nfused", "gib-\nberish", "said\nagain", "ppl", "QA")
     for name in ROWS:
         greedy, sampled = result[name]["forget"]["unseen"]["greedy"], result[name]["forget"]["unseen"]["sampled"]
         retain = result[name]["retain"]
@@ -77,8 +77,8 @@ def _evaluation_table(result: dict[str, Any]) -> Any:
             _rate(sampled),
             _percent(sampled["refusal"]),
             _percent(sampled["gibberish"]),
-            f"{retain['perplexity']:.3f}",
-            f"{retain['perplexity_ratio']:.3f}",
+            _percent(sampled["repeated"]),
+            f"x{retain['perplexity_ratio']:.3f}",
             _percent(retain["qa_accuracy"]),
         )
     chosen = "chosen on validation data" if result["qualifies"] else "taken because NONE met the limits on validation data"
@@ -112,7 +112,7 @@ def _serving_table(serving: dict[str, dict[str, Any]]) -> Any:
 
 
 def _table(title: str, *columns: str) -> Any:
-    """Fits 80 columns; the first column is a name, the others are numbers."""
+    """A table that fits into 80 columns. The first column is left-aligned text, the others are right-aligned numbers."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`sku monitor`: watch a running server for knowledge that comes back."""
+"""`sku monitor`: ask a running server the same prompts at intervals and raise an alarm when harmful answers come back."""
 
 import time
 from pathlib import Path
@@ -17,23 +17,25 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("--prometheus", default=None, help="URL of a Prometheus that scrapes the server.")
 @click.option("--server", default=None, help="URL that answers /v1/chat/completions.  [default: the server of --metrics]")
 @click.option("--probes", default=None, type=click.Path(), help="Forget-set rows to ask in every round.")
-@click.option("--retain", default=None, type=click.Path(), help="Benign rows to ask beside them, for over-refusal.")
+@click.option("--retain", default=None, type=click.Path(), help="Benign rows to ask too, to measure over-refusal.")
 @click.option("--judge", default=None, help="SPEC that decides which answers are harmful.")
 @click.option(
     "--store", required=True, type=click.Path(dir_okay=False), help="SQLite file of counts and labels (no text); continued when it exists."
 )
-@click.option("--model", default="sku", help="Model name to ask for; the alias sees what users see.")
+@click.option("--model", default="sku", help="Model name in the requests; the default is answered by the arms that users get.")
 @click.option("--arm", default=None, help="Ask one arm; needs SKU_TOKEN in the environment, or a server with --expose-arms.")
 @click.option("--samples", default=1, type=int, help="Answers per probe and round.")
 @click.option("--temperature", default=1.0, type=float, help="Sampling temperature of the probes.")
 @click.option("--max-new-tokens", default=128, type=int, help="Longest answer.")
-@click.option("--baseline-rounds", default=5, type=int, help="Rounds that teach what is normal.")
+@click.option("--baseline-rounds", default=5, type=int, help="First rounds, from which the normal rate is learned.")
 @click.option("--tolerate", default=None, type=float, help="Harmful rate to tolerate, instead of learning it.")
-@click.option("--false-alarms", default=1e-4, type=float, help="False alarms per quiet round, at most, over all series together.")
-@click.option("--notice", default=0.5, type=float, help="Harmful rate for which the delay until the alarm is stated.")
+@click.option("--false-alarms", default=1e-4, type=float, help="Highest rate of false alarms per round, over all series together.")
+@click.option(
+    "--notice", default=0.5, type=float, help="Harmful rate for which the output says within how many rounds it would be noticed."
+)
 @click.option("--rounds", default=1, type=int, help="Rounds to run; 0 means until an alarm or Ctrl-C.")
 @click.option("--every", default="1h", help="Time between rounds: 30s, 15m, 1h, 1d.")
-@click.option("--keep-going", is_flag=True, help="Go on after an alarm; the exit code still tells.")
+@click.option("--keep-going", is_flag=True, help="Go on after an alarm; the exit code is 1 all the same.")
 @click.option("--export", "port", default=None, type=int, help="Port for sku_monitor_* metrics while it runs.")
 @click.option("--textfile", default=None, type=click.Path(dir_okay=False), help="Write the metrics to FILE.prom for node_exporter.")
 @click.option("--seed", default=0, type=int, help="Seed of the sampled answers.")
@@ -54,12 +56,14 @@ def command(
         raise ConfigError(f"--rounds {rounds}: must be 0 (until an alarm) or more")
     if textfile and not Path(textfile).absolute().parent.is_dir():
         raise ConfigError(f"--textfile {textfile}: its directory does not exist; create it first")
-    from sku_vllm.monitor import Monitor
-    from sku_vllm.monitor_config import MonitorConfig
-    from sku_vllm.monitor_round import export
+    from sku_vllm.data.readers import notices_at_the_end
+    from sku_vllm.monitor.monitor import Monitor
+    from sku_vllm.monitor.monitor_config import MonitorConfig
+    from sku_vllm.monitor.round import export
 
-    monitor = Monitor(MonitorConfig(**options), store)
-    publish = _publisher(port, textfile)
+    with notices_at_the_end():
+        monitor = Monitor(MonitorConfig(**options), store)
+        publish = _publisher(port, textfile)
     alarmed: list[str] = []
     number = 0
     try:
@@ -100,7 +104,7 @@ def seconds(text: str) -> float:
 
 
 def _publisher(port: int | None, textfile: str | None) -> Any:
-    """A function that shows a registry on --export and in --textfile."""
+    """A function that publishes a registry of metrics, on the port of --export and in the file of --textfile."""
     from prometheus_client import REGISTRY, CollectorRegistry, start_http_server, write_to_textfile
 
     shown: dict[str, CollectorRegistry] = {}

@@ -1,21 +1,23 @@
 """What every subcommand shares: `--config`, `--json`, `--debug`, and the decorator that adds them."""
 
-import difflib
 import json
 import math
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import click
 from click.core import ParameterSource
 
-from sku_vllm.errors import ConfigError
+from sku_vllm.errors import ConfigError, nearest
+
+T = TypeVar("T")
 
 SHARED = {"config", "json_output", "debug", "help"}
 
 
 class SkuCommand(click.Command):
-    """Refuses infinity and NaN, which no flag means, and empty words: shell variables that nobody set, taken for a flag left out."""
+    """A command that refuses infinite numbers and NaN, and empty values such as `--retain ""`, which come from unset shell variables."""
 
     def invoke(self, context: click.Context) -> Any:
         for parameter in self.params:
@@ -32,7 +34,7 @@ def sku_command(name: str, no: str | None = None) -> Callable[[Callable[..., Any
     """Like `click.command(name)`, with `--config FILE` (flags win), `--json` (argument `json_output`) and `--debug`.
 
     Args:
-        no: when the command exits with 1, for its help page; None where it never does.
+        no: what exit code 1 means, for the help page; None where the command never exits with 1.
     """
     codes = f"Exit codes: 0 done; {f'1 {no}; ' if no else ''}2 bad input; 3 the run failed; 130 interrupted."
 
@@ -40,7 +42,11 @@ def sku_command(name: str, no: str | None = None) -> Callable[[Callable[..., Any
         function = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
         function = click.option("--json", "json_output", is_flag=True, help="Print one JSON object on stdout; logs go to stderr.")(function)
         function = click.option(
-            "--config", type=click.Path(dir_okay=False), is_eager=True, expose_value=False, callback=_read_config,
+            "--config",
+            type=click.Path(dir_okay=False),
+            is_eager=True,
+            expose_value=False,
+            callback=_read_config,
             help="YAML file of this command's options; flags on the command line win.",
         )(function)
         return click.command(name, cls=SkuCommand, epilog=codes, context_settings={"show_default": True})(function)
@@ -82,12 +88,6 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: str |
     context.default_map = {**(context.default_map or {}), **defaults}
 
 
-def nearest(word: str, choices: list[str]) -> str:
-    """`; did you mean X?`, or the list of what there is."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(sorted(choices))}"
-
-
 def named_files(values: tuple[str, ...], flag: str) -> dict[str, str]:
     """`NAME=FILE` options as a mapping, in the order given."""
     named: dict[str, str] = {}
@@ -101,22 +101,37 @@ def named_files(values: tuple[str, ...], flag: str) -> dict[str, str]:
     return named
 
 
-def adapter_at_scale(value: str, default: float | None = None) -> tuple[str, float | None]:
-    """`ADAPTER@SCALE`, split at the last `@`; a path that merely contains an `@` stays whole."""
+@overload
+def adapter_at_scale(value: str) -> tuple[str, float | None]: ...
+@overload
+def adapter_at_scale(value: str, default: T) -> tuple[str, float | T]: ...
+def adapter_at_scale(value: str, default: Any = None) -> tuple[str, Any]:
+    """`ADAPTER@SCALE`, split at the last `@`, or ADAPTER with `default`; a path that merely contains an `@` stays whole.
+
+    A directory of exactly that name is meant, if there is one. Raises ConfigError where there is also one of the name before the `@`.
+    """
     path, separator, text = value.rpartition("@")
     if not separator:
         return value, default
     try:
-        return path, float(text)
+        scale = float(text)
     except ValueError:
         return value, default
+    if not os.path.isdir(value):
+        return path, scale
+    if os.path.isdir(path):
+        raise ConfigError(
+            f"{value}: may mean the directory {value} or {path} at scale {text}; write {value}@1 for the directory at scale 1, "
+            f"or {path}/@{text} for {path} at scale {text}"
+        )
+    return value, default
 
 
 def print_json(value: Any) -> None:
-    """The one object that `--json` prints."""
+    """Print the result of `--json` on stdout."""
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def log(message: str) -> None:
-    """A line for people, on stderr."""
+    """Print a message for the user on stderr."""
     click.echo(message, err=True)

@@ -1,4 +1,4 @@
-"""`sku report DIR…`: one page from whatever the other commands left behind."""
+"""`sku report DIR…`: write one page from the records of the other commands."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ SERVING_DTYPES = ("float32", "bfloat16", "float16")
 @click.option(
     "--serving-dtype",
     default=None,
-    help="Dtype the checkpoint is served in; needed where it is stored in float32, which vLLM serves in bfloat16 unless told.",
+    help="Dtype the checkpoint is served in; needed for one stored in float32, which vLLM by default serves in another dtype.",
 )
 @click.option(
     "--metrics",
@@ -41,6 +41,8 @@ SERVING_DTYPES = ("float32", "bfloat16", "float16")
     help="Rows with responses: measure the LoRA arm against the fused weights on them.",
 )
 @click.option("--require-verified", is_flag=True, help="Exit 1 unless the fused checkpoint is verified.")
+@click.option("--push", metavar="ORG/NAME", help="Also put the model card into this repository of the Hugging Face hub, a private one.")
+@click.option("--public", is_flag=True, help="With --push: the repository may be public.")
 def command(
     directories: tuple[str, ...],
     output: str,
@@ -51,6 +53,8 @@ def command(
     samples: int,
     kl_rows: str | None,
     require_verified: bool,
+    push: str | None,
+    public: bool,
     json_output: bool,
 ) -> None:
     """Write one self-contained page from the records that train, tune, fuse, eval, attack and compare left in DIR…
@@ -63,7 +67,7 @@ def command(
     from sku_vllm.errors import NegativeResult
     from sku_vllm.output import write_text
     from sku_vllm.report import build_report, render
-    from sku_vllm.report.format import STATES
+    from sku_vllm.report.number_format import STATES
 
     form = form or {".md": "md", ".json": "json"}.get(Path(output).suffix.lower(), "html")
     if not Path(output).absolute().parent.is_dir():
@@ -74,10 +78,17 @@ def command(
         raise ConfigError(f"--output {output}: exists and is no report of ours; choose another name or remove it first")
     if serving_dtype not in (None, *SERVING_DTYPES):
         raise ConfigError(f"--serving-dtype {serving_dtype}: choose from {', '.join(SERVING_DTYPES)}")
+    if public and push is None:
+        raise ConfigError("--public: says how to --push, which is not given; leave it out")
     measured = _kl(directories, kl_rows, serving_dtype or "auto") if kl_rows else None
     report = build_report(directories, title=title, serving_dtype=serving_dtype, sample_rows=samples, agreement=measured, metrics=metrics)
-    # Samples quote forget-set text: the page is for its reader's eyes.
+    # Samples quote forget-set text, so only the owner may read the page.
     write_text(output, render(report, form), mode=0o600 if report["samples"] else 0o644)
+    if push is not None:
+        from sku_vllm.client.hub import Repository
+        from sku_vllm.report.card import card
+
+        log(f"uploaded to {Repository(push, public=public).upload_card(card(report, published=True))}")
     verdict = report["verdict"]
     if json_output:
         print_json({"output": output, "format": form, **verdict})
@@ -95,8 +106,9 @@ def command(
 
 def _kl(directories: tuple[str, ...], rows: str, dtype: str) -> dict[str, object]:
     from sku_vllm.data import read_rows
-    from sku_vllm.report.agreement import lora_against_fused
-    from sku_vllm.report.collect import collect
+    from sku_vllm.evaluate.agreement import lora_against_fused
+    from sku_vllm.model_spec import ModelSpec
+    from sku_vllm.records import collect
 
     fuses = [document for document in collect(directories) if document.command == "fuse"]
     if not fuses:
@@ -107,5 +119,5 @@ def _kl(directories: tuple[str, ...], rows: str, dtype: str) -> dict[str, object
         raise ConfigError(f"--kl: compares one LoRA at one scale with the fused weights; this file was fused from {adapters}")
     adapter, scale = adapters[0]
     taken = read_rows(rows, need_response=True)[:64]
-    where = {"dtype": dtype, "revision": config.get("revision")}
-    return lora_against_fused(config["model"], adapter, float(scale), fuses[-1].directory, taken, **where)
+    model = ModelSpec(config["model"], config.get("revision"), dtype, adapter, float(scale))
+    return lora_against_fused(model, fuses[-1].directory, taken)

@@ -1,35 +1,48 @@
-"""`sku train`: identify harmful knowledge as an adapter."""
+"""`sku train`: identify harmful knowledge as an adapter. Open it to add a flag; what a flag means is in `methods/train_config.py`."""
 
+import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sku_vllm.cli.options import log, print_json, sku_command
-from sku_vllm.errors import ConfigError
 
-ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation": "random_weight", "no_preservation": "preservation_weight"}
+if TYPE_CHECKING:
+    from sku_vllm.train.train_report import TrainReport
+    from sku_vllm.train.train_request import TrainRequest
+
+ADVERSARY = (
+    "Steps until the simulated attacker, which fine-tunes the model during training, starts over. "
+    "0 = no attacker: less memory, but no resistance to relearning."
+)
+
+TARGETS_HELP = (
+    "Refusals to teach: latent (the base's own, without the harmful adapter), asked (the base's, with examples before it), given "
+    "(--refusals, or the package's own), auto (the first of them that works)."
+)
 
 
 @sku_command("train")
 @click.option("--model", required=True, help="Model directory or hub id: the base.")
 @click.option("--revision", help="Revision of a hub model.")
-@click.option("--forget", required=True, help="Harmful prompts and answers: JSONL, CSV, Parquet, PKU-SafeRLHF; FILE#train takes a split.")
+@click.option("--forget", required=True, help="Harmful prompts and answers: a file of rows or hf://ORG/NAME; #train takes a split.")
 @click.option("--retain", help="Benign prompts and answers to keep.")
-@click.option("--refusals", help="Rows whose responses refuse (refusal-tune).")
+@click.option("--refusals", help="Rows whose responses refuse, to be taught instead of refusals of the base (refusal-tune needs them).")
+@click.option("--border", help="Benign prompts in the style of the forget set, which the model should go on answering.")
 @click.option(
     "--columns",
     multiple=True,
-    metavar="FIELD=COLUMN",
-    help="Other column names, for instance prompt=question; repeat or separate by commas.",
+    metavar="[SET:]FIELD=COLUMN",
+    help="Other column names, for all files (prompt=question) or one (forget:prompt=goal); repeat or separate by commas.",
 )
 @click.option("--output", required=True, type=click.Path(), help="Directory to write, readable by you alone.")
-@click.option("--method", help="sku-contrastive-two where the base can refuse, else sku-mirrored; an unknown name lists them all.")
+@click.option("--method", help="Default: sku-contrastive-two. An unknown name lists all.")
 @click.option("--preset", help="Published hyperparameters: opt-2.7b, llama2-7b, llama2-13b.")
-@click.option("--steps", type=int, help="Optimizer steps a round.")
+@click.option("--steps", type=int, help="Optimizer steps per round.")
 @click.option("--rounds", type=int, help="Rounds of iterated negation.")
-@click.option("--fold", type=float, help="Share of a round's delta folded in after it.")
-@click.option("--batch-size", type=int, help="Harmful rows a step, over all processes.")
+@click.option("--fold", type=float, help="Share of a round's delta that is merged into the weights after the round.")
+@click.option("--batch-size", type=int, help="Harmful rows per step, over all processes.")
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("--rank", type=int, help="LoRA rank of one round.")
 @click.option("--lora-alpha", type=int, help="LoRA alpha; delta = alpha/rank * B@A.")
@@ -39,39 +52,25 @@ ABLATIONS = {"no_guided_distortion": "guided_weight", "no_random_disassociation"
 @click.option("--random-weight", type=float, help="Weight of random disassociation (e2).")
 @click.option("--preservation-weight", type=float, help="Weight of preservation (e3).")
 @click.option("--random-answers", type=int, help="Answers of other prompts per harmful prompt (K).")
-@click.option("--relearner-steps", type=int, help="Life of the adversary; 0 = none, without the memory of its weights, and no resistance.")
+@click.option("relearner_steps", "--relearner-steps", "--adversary-steps", type=int, help=ADVERSARY)
 @click.option("--no-guided-distortion", is_flag=True, help="Ablation: without guided distortion.")
 @click.option("--no-random-disassociation", is_flag=True, help="Ablation: without random disassociation.")
 @click.option("--no-preservation", is_flag=True, help="Ablation: without preservation.")
-@click.option("--seed", type=int, help="Everything random follows from it.")
+@click.option("--targets", help=TARGETS_HELP)
+@click.option("--samples", type=int, help="Refusals drawn, and prompts that the base makes up.")
+@click.option("--seed", type=int, help="Seed of all random numbers.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16; adapters are fp32 always.")
 @click.option("--template", help="'paper', a text with {prompt}, a Jinja chat template, or a file; else the tokenizer's own.")
-@click.option("--max-length", type=int, help="Tokens a row at most; longer answers are cut and counted.")
-@click.option("--tokens-per-pass", type=int, help="Tokens in one forward pass: memory against speed.")
+@click.option("--max-length", type=int, help="Most tokens per row; longer answers are cut and counted.")
+@click.option("--on-long", help="skip (default) or error: what to do about a prompt that leaves no room for an answer.")
+@click.option("--tokens-per-pass", type=int, help="Tokens in one forward pass: more is faster and needs more memory.")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, about a third more time.")
 @click.option("--quantize", help="4bit: load the base in NF4 (CUDA).")
 @click.option("--tracker", help="tensorboard or wandb, into OUTPUT.logs/; mlflow, to MLFLOW_TRACKING_URI.")
 @click.option("--save-seconds", type=float, default=60.0, help="Time between checkpoints.")
 @click.option("--resume", is_flag=True, help="Continue what OUTPUT.partial/ holds.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, tokens a step, memory and time; write nothing.")
-def command(
-    model: str,
-    revision: str | None,
-    forget: str,
-    retain: str | None,
-    refusals: str | None,
-    columns: tuple[str, ...],
-    output: str,
-    method: str | None,
-    preset: str | None,
-    target_modules: tuple[str, ...],
-    tracker: str | None,
-    save_seconds: float,
-    resume: bool,
-    dry_run: bool,
-    json_output: bool,
-    **settings: Any,
-) -> None:
+def command(dry_run: bool, json_output: bool, **given: Any) -> None:
     """Identify a model's harmful knowledge as an adapter.
 
     What this writes IS the harmful knowledge: keep it private. Subtract it with `sku fuse`, or serve it subtracted with `sku serve`.
@@ -79,65 +78,61 @@ def command(
     \b
     sku train --model DIR --forget forget.jsonl --retain retain.jsonl --output adapter
     """
-    ablated = [flag for flag in ABLATIONS if settings.pop(flag)]
-    if target_modules:
-        settings["target_modules"] = tuple(name.strip() for name in ",".join(target_modules).split(",") if name.strip())
-
-    from sku_vllm.data import load_dataset, read_rows
-    from sku_vllm.methods import TrainConfig
-    from sku_vllm.methods.trainer import begun_method, train_adapter
-    from sku_vllm.output import check_output
-
-    for flag in ablated:
-        settings = _without(flag, method, preset, settings)
-    # A run that stepped aside for another method goes on with that.
-    stepped = begun_method(output) if resume and not (method or preset) else None
-    config = TrainConfig.of(method or stepped, preset=preset, **settings)
-    if not resume:
-        check_output(output)
-    named = _columns(columns)
-    forget_set = load_dataset(forget, "forget", columns=named)
-    retain_set = load_dataset(retain, "retain", columns=named) if retain else None
-    refusal_rows = read_rows(refusals, need_response=True) if refusals else []
-
-    from sku_vllm.methods.estimate import estimate_run
-    from sku_vllm.methods.sampling import NoRefusals
-
-    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
+    request = _request(given)
+    first_rank = os.environ.get("RANK", "0") == "0"  # of several processes only the first prints
     if dry_run:
-        estimate = estimate_run(model, forget_set, retain_set, config, refusals=refusal_rows, revision=revision)
-        if speaks:
+        from sku_vllm.train.dry_run import estimate_run, silent
+
+        estimate = estimate_run(request, log if first_rank else silent)
+        if first_rank:
             print_json(estimate.to_json()) if json_output else log(estimate.text())
         return
-    more = {"refusals": refusal_rows, "revision": revision, "tracker": tracker, "save_seconds": save_seconds}
-    try:
-        report = train_adapter(model, forget_set, retain_set, output, config, resume=resume, **more)
-    except NoRefusals as error:
-        if method or preset:
-            raise
-        log(f"warning: {error}; no method was asked for, so this trains sku-mirrored")
-        report = train_adapter(model, forget_set, retain_set, output, TrainConfig.of("sku-mirrored", **settings), **more)
-    if not speaks:
+
+    from sku_vllm.train.trainer import train_adapter
+
+    report = train_adapter(request, log=log)
+    if not first_rank:
         return
     if json_output:
         print_json(report.to_json())
     _say(report)
 
 
-def _without(flag: str, method: str | None, preset: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with one term's weight 0; an ablation of a term that the method does not have is a mistake."""
-    from sku_vllm.methods import METHODS, TrainConfig
+def _request(given: dict[str, Any]) -> "TrainRequest":
+    """The request of these flags: those named as a field of TrainConfig go there, files are read, the rest are fields of the request.
 
-    less = settings | {ABLATIONS[flag]: 0.0}
-    whole, rest = (TrainConfig.of(method, preset=preset, **given) for given in (settings | {ABLATIONS[flag]: None}, less))
-    weighed = [{(term.name, term.weight) for phase in METHODS[one.method].phases(one) for term in phase.terms} for one in (whole, rest)]
-    if weighed[0] == weighed[1]:
-        raise ConfigError(f"--{flag.replace('_', '-')}: there is none in --method {whole.method}; drop the flag")
-    return less
+    Data is read last, since that may take long, after all settings were checked.
+    """
+    from sku_vllm.data import Columns, load_dataset, read_rows
+    from sku_vllm.data.readers import notices_at_the_end
+    from sku_vllm.methods.train_config import ABLATIONS, TrainConfig
+    from sku_vllm.output import check_output
+    from sku_vllm.train.train_request import TrainRequest
+
+    without = [loss for loss in ABLATIONS if given.pop(f"no_{loss}")]
+    settings = {field.name: given.pop(field.name) for field in dataclasses.fields(TrainConfig) if field.name in given}
+    names = [name.strip() for name in ",".join(settings["target_modules"]).split(",")]
+    settings["target_modules"] = tuple(name for name in names if name) if settings["target_modules"] else None
+    config = TrainConfig.of(without=without, **settings)
+    if not given["resume"]:
+        check_output(given["output"])
+    values, forget, retain, refusals, border = (given.pop(flag) for flag in ("columns", "forget", "retain", "refusals", "border"))
+    columns = Columns(values, ("forget", "retain", "refusals", "border"))
+    with notices_at_the_end():
+        request = TrainRequest(
+            forget=load_dataset(forget, "forget", columns=columns.of("forget")),
+            retain=load_dataset(retain, "retain", columns=columns.of("retain")) if retain else None,
+            refusals=read_rows(refusals, need_response=True, safe=True, columns=columns.of("refusals")) if refusals else (),
+            border=read_rows(border, safe=True, columns=columns.of("border")) if border else (),
+            config=config,
+            **given,
+        )
+        columns.check()
+    return request
 
 
-def _say(report: Any) -> None:
-    from sku_vllm.methods.saving import WARNING
+def _say(report: "TrainReport") -> None:
+    from sku_vllm.train.saving import WARNING
 
     if report.finished_before:
         log(f"{report.output}: already finished ({report.steps} steps); nothing left to resume")
@@ -152,13 +147,3 @@ def _say(report: Any) -> None:
     if report.fold_error:
         log(f"ranks of the rounds recompressed to {report.rank} at relative error {report.fold_error:.2g}")
     log(f"warning: {WARNING}")
-
-
-def _columns(given: tuple[str, ...]) -> dict[str, str] | None:
-    if not given:
-        return None
-    text = ",".join(given)
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(separator and field.strip() and name.strip() for field, separator, name in pairs):
-        raise ConfigError(f"--columns {text}: expected FIELD=COLUMN pairs, for instance prompt=question,response=answer")
-    return {field.strip(): name.strip() for field, _, name in pairs}

@@ -1,4 +1,4 @@
-"""`sku verify`: a fused checkpoint against its manifest."""
+"""`sku verify`: check the files of a fused checkpoint against its manifest."""
 
 import click
 
@@ -14,10 +14,11 @@ def command(directory: str, signing_key: str | None, json_output: bool) -> None:
     \b
     sku verify safer
     """
-    from sku_vllm.manifest import verify_checkpoint
+    from sku_vllm.checkpoint.manifest import verify_checkpoint
 
     result = verify_checkpoint(directory, signing_key)
     if json_output:
         print_json(result)
     else:
-        log(f"{directory}: {result['files']} files, {result['bytes'] / 1e9:.2f} GB, all as the manifest says")
+        aside = f"; left aside: {', '.join(result['aside'])}" if result["aside"] else ""
+        log(f"{directory}: {result['files']} files, {result['bytes'] / 1e9:.2f} GB, all as the manifest says{aside}")

@@ -1,55 +1,78 @@
 """The exceptions of sku_vllm.
 
-    SkuError                 anything this package raises on purpose
-    ├── InputError           exit 2: what the user gave cannot be used; names file, key or flag, and the remedy
-    │   ├── ConfigError      a flag, a YAML key, a preset, a method, an arm
-    │   ├── DataError        rows, lexicons, tokenizers, judged text (with the line or row number)
-    │   ├── CheckpointError  a model directory or one of its tensors
-    │   └── AdapterError     an adapter directory, or an adapter that does not fit its base
-    ├── NegativeResult       exit 1: the run was sound and its answer is no (mismatch, no scale qualifies, alarm)
+    SkuError                 base of every exception that this package raises deliberately
+    ├── InputError           exit 2: an input cannot be used; the message names file, key or flag, and the remedy
+    │   ├── ConfigError      a wrong flag, YAML key, preset, method or arm (one model of a traffic split)
+    │   ├── DataError        wrong rows, lexicon, tokenizer or judged text (with the line or row number)
+    │   ├── CheckpointError  an unusable model directory, or one of its tensors
+    │   └── AdapterError     an unusable adapter directory, or an adapter that does not fit its base
+    ├── NegativeResult       exit 1: the command worked, and the result is negative (files differ, no scale qualifies, an alarm)
     └── RunError             exit 3: the run failed
-        ├── DivergenceError  training went NaN or exploded; the last good adapter is kept
-        └── JudgeError       a judge could not be reached or answered nonsense
+        ├── DivergenceError  a loss or gradient stopped being finite; the last good adapter is kept
+        └── JudgeError       a judge could not be reached, or its reply could not be used
+            └── UnreadableReply  the judge answered, but with no verdict; other answers may well get one
 
-The command line prints the message as one line and exits with `exit_code`; `--debug` shows the traceback.
+The command line prints the message as one line and exits with `exit_code`; `--debug` shows the traceback. Open this file to see
+what a caller can catch.
 """
+
+import difflib
+from collections.abc import Sequence
 
 
 class SkuError(Exception):
+    """Base of every exception that this package raises deliberately."""
+
     exit_code = 3
 
 
 class InputError(SkuError):
+    """An input cannot be used; the message names file, key or flag, and the remedy."""
+
     exit_code = 2
 
 
 class ConfigError(InputError):
-    pass
+    """A wrong flag, YAML key, preset, method or arm (one model of a traffic split)."""
 
 
 class DataError(InputError):
-    pass
+    """Wrong rows, lexicon, tokenizer or judged text; the message has the line or row number."""
 
 
 class CheckpointError(InputError):
-    pass
+    """An unusable model directory, or one of its tensors."""
 
 
 class AdapterError(InputError):
-    pass
+    """An unusable adapter directory, or an adapter that does not fit its base."""
 
 
 class NegativeResult(SkuError):
+    """The command worked, and the result is negative: files differ, no scale qualifies, a monitor raised an alarm."""
+
     exit_code = 1
 
 
 class RunError(SkuError):
+    """The run failed."""
+
     exit_code = 3
 
 
 class DivergenceError(RunError):
-    pass
+    """A loss or gradient stopped being finite; the last good adapter is kept."""
 
 
 class JudgeError(RunError):
-    pass
+    """A judge could not be reached, or its reply could not be used."""
+
+
+class UnreadableReply(JudgeError):
+    """The judge answered, but with no verdict; other answers may well get one."""
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """The end of an error about an unknown name: `; did you mean 'X'?` for a close match, else the list of choices."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(sorted(choices))}"

@@ -1,27 +1,37 @@
-"""Models and adapters in memory: loaded from safetensors, edited as base − scale·delta."""
+"""Load the model that a ModelSpec describes into transformers, from safetensors only, and subtract its adapter: base − scale·delta.
+
+Open this file to change how weights, tokenizers and adapters are loaded, or how the scale of an attached adapter is changed.
+"""
 
 import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from sku_vllm.checkpoint import checkpoint_directory
-from sku_vllm.checkpoint_files import why_no_weights
+from sku_vllm.checkpoint.files import why_no_weights
+from sku_vllm.checkpoint.reader import CheckpointReader, checkpoint_directory
+from sku_vllm.compute_dtype import computed_in
 from sku_vllm.errors import AdapterError, CheckpointError
+from sku_vllm.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from sku_vllm.adapter import LoraAdapter
+    from sku_vllm.adapter.adapter import LoraAdapter
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+# Share of a GPU's free memory that weights may take before they are spread over several; caches and activations need the rest.
+GPU_FOR_WEIGHTS = 0.7
 
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
-    """The directory of a model: itself, or the hub's snapshot of it (never its pickled files).
+    """The directory of a model: `model` itself if it is a directory, else a snapshot of that hub id without its pickled files.
 
     Raises:
-        CheckpointError: nothing there, no config, or only pickled weights (and how to convert them).
+        CheckpointError: no such directory, no config.json, or only pickled weights (the message says how to convert them).
     """
     path = checkpoint_directory(model, revision)
     if not path.is_dir():
@@ -34,7 +44,11 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model directory or hub id. Runs no code from the repository."""
+    """The tokenizer of a model directory or hub id. Runs no code from the repository.
+
+    Raises:
+        CheckpointError: no such model, or a tokenizer that transformers cannot load.
+    """
     from transformers import AutoTokenizer
 
     path = resolve_model(model, revision)
@@ -45,67 +59,107 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> "PreTraine
 
 
 def context_length(config: "PreTrainedConfig") -> int | None:
-    """Most tokens a model takes, or None where its config says nothing."""
+    """The most tokens a model accepts (max_position_embeddings), or None if its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_config(path: Path) -> "PreTrainedConfig":
-    """The config in a model directory. Runs no code from it."""
+    """The config in a model directory. Runs no code from it.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return cast("PreTrainedConfig", AutoConfig.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: its config cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
-def load_model(
-    model: str | Path,
-    *,
-    dtype: str = "auto",
-    revision: str | None = None,
-    device: "str | torch.device | None" = None,
-    **config_overrides: object,
-) -> "PreTrainedModel":
-    """A causal language model in eval mode, from safetensors only, on `device` (default: the GPU if there is one).
+def load_model(model: ModelSpec | str | Path, *, device: "str | torch.device | None" = None, **config_overrides: Any) -> "PreTrainedModel":
+    """The causal language model a spec describes, in eval mode, from safetensors only; a path or hub id means that model, unedited.
+
+    With an adapter the model computes base − scale·delta: see `attach_adapter`. `edited_model` returns plain, already edited weights.
 
     Args:
-        dtype: one of DTYPES; "auto" keeps what the checkpoint stores.
+        device: default: the GPU if there is one.
         config_overrides: passed on to `from_pretrained`.
 
     Raises:
-        CheckpointError: no such model, pickled weights only, weights missing, or code of its own.
+        CheckpointError: no such model, pickled weights only, missing weights, or an architecture that needs the repository's own code.
+        AdapterError: see `attach_adapter`.
+    """
+    spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
+    loaded = _load_weights(spec, device, config_overrides)
+    if spec.adapter is None:
+        return loaded
+    return attach_adapter(loaded, spec.adapter, spec.strength, any_base=spec.any_base, as_is=spec.as_is)
+
+
+def settle_dtype(spec: ModelSpec, *, device: "str | torch.device | None" = None) -> ModelSpec:
+    """The spec with `computed_in`: what its dtype comes to on this machine, unless that is settled already. Reads headers only.
+
+    device: where the model will be; default: the GPU if there is one.
     """
     import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
 
-    path = resolve_model(model, revision)
-    if dtype not in DTYPES:
-        raise CheckpointError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    if spec.computed_in is not None:
+        return spec
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    reader = CheckpointReader(resolve_model(spec.model, spec.revision))
+    return replace(spec, computed_in=computed_in(spec.dtype, reader.stored_dtype, kind, reader.size))
+
+
+def _placement(path: Path, device: "str | torch.device | None") -> Any:
+    """A `device_map`: the device asked for; else the first GPU, all of them where the weights do not fit into it, or the CPU."""
+    import torch
+
+    if device is not None or not torch.cuda.is_available():
+        return {"": device or "cpu"}
+    free, _ = torch.cuda.mem_get_info(0)
+    spread = torch.cuda.device_count() > 1 and CheckpointReader(path).size > GPU_FOR_WEIGHTS * free
+    return "auto" if spread else {"": "cuda"}
+
+
+def _load_weights(spec: ModelSpec, device: "str | torch.device | None", config_overrides: Mapping[str, Any]) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    path = resolve_model(spec.model, spec.revision)
     if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a bar's redraws fill a log
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar's redraws fill a log
+    # A quantised load computes in the dtype that its own configuration names.
+    dtype = spec.dtype if "quantization_config" in config_overrides else settle_dtype(spec, device=device).computed_in or "auto"
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
-            device_map={"": device}, output_loading_info=True, **config_overrides,
+        loaded, info = cast(
+            "tuple[PreTrainedModel, dict[str, Any]]",
+            AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                device_map=_placement(path, device),
+                output_loading_info=True,
+                **config_overrides,
+            ),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise CheckpointError(f"{path}: {len(names)} weights are not in the checkpoint, for instance {names[0]}")
-    return loaded.eval()
+    loaded.eval()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    return loaded
 
 
 def attach_adapter(
     model: "PreTrainedModel", adapter: str | Path, scale: float, *, any_base: bool = False, as_is: bool = False
 ) -> "PreTrainedModel":
-    """The model that computes with base − scale·delta: a LoRA beside the weights, a dense task vector subtracted from them.
+    """Make a model compute base − scale·delta. A LoRA runs beside the unchanged weights; a dense task vector changes them in place.
 
-    Change the scale later with `set_scale`.
+    Change the scale later with `set_scale`. With a LoRA the result is PEFT's wrapper, which forwards every attribute to the model.
 
     Args:
         any_base: accept an adapter that was trained on another base.
@@ -116,54 +170,75 @@ def attach_adapter(
     """
     from peft import PeftModel
 
-    from sku_vllm import adapter as files
-    from sku_vllm.checkpoint import CheckpointReader
+    from sku_vllm.adapter import adapter as files
 
     loaded = files.load_adapter(adapter, as_is=as_is)
-    loaded.check_base(CheckpointReader(model.name_or_path), any_base=any_base)
+    loaded.check_base(CheckpointReader(str(model.name_or_path)), any_base=any_base)
     if loaded.dense:
-        return _subtract_dense(model, loaded, scale)
+        vars(model)["sku_dense_edit"] = _DenseEdit(model, loaded)
+        return set_scale(model, scale)
     try:
-        edited = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            edited = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
     except (ValueError, RuntimeError, OSError) as error:
         raise AdapterError(f"{adapter}: PEFT cannot attach it ({str(error).splitlines()[0]})") from error
-    return set_scale(edited.eval(), scale)
+    if any("missing adapter keys" in str(warning.message) for warning in said):
+        raise AdapterError(
+            f"{adapter}: PEFT finds no factors under the names that this model gives some of its modules, which would stay unedited; "
+            "sku fuse maps such names: fuse it, and give the fused checkpoint"
+        )
+    return set_scale(cast("PreTrainedModel", edited.eval()), scale)
 
 
 def set_scale(model: "PreTrainedModel", scale: float) -> "PreTrainedModel":
-    """Make a model from `attach_adapter` compute with base − scale·delta."""
+    """Make a model with an attached adapter compute with base − scale·delta.
+
+    Raises:
+        AdapterError: it has no adapter.
+    """
     from peft.tuners.lora import LoraLayer
 
-    if hasattr(model, "sku_dense_delta"):
-        return _rescale_dense(model, scale)
-    found = False
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            found = True
-            for name in module.scaling:
-                module.set_scale(name, -scale)
-    if not found:
+    if (dense := vars(model).get("sku_dense_edit")) is not None:
+        dense.apply(scale)
+        return model
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers:
         raise AdapterError("this model has no adapter to scale; attach_adapter(model, adapter, scale) first")
+    for layer in layers:
+        for name in layer.scaling:
+            layer.set_scale(name, -scale)
     return model
 
 
-def _subtract_dense(model: "PreTrainedModel", adapter: "LoraAdapter", scale: float) -> "PreTrainedModel":
-    """Keeps the base's tensors, so that every scale starts from them: adding and subtracting in bf16 does not return."""
-    own = dict(model.named_parameters())
-    foreign = sorted(set(adapter.deltas) - set(own))
-    if foreign:
-        raise AdapterError(f"{adapter.path}: {len(foreign)} tensors the model does not have, for instance {foreign[0]}")
-    model.sku_dense_delta = {name: delta.tensor() for name, delta in adapter.deltas.items()}
-    model.sku_dense_base = {name: own[name].detach().clone() for name in adapter.deltas}
-    return _rescale_dense(model, scale)
+class _DenseEdit:
+    """A dense task vector on a model, with a copy of the base's tensors from which every scale is computed.
+
+    Without the copy, rounding errors would add up: subtracting and adding back in bf16 does not restore the weights."""
+
+    def __init__(self, model: "PreTrainedModel", adapter: "LoraAdapter") -> None:
+        from sku_vllm.adapter.delta import Dense
+
+        own = dict(model.named_parameters())
+        foreign = sorted(set(adapter.deltas) - set(own))
+        if foreign:
+            raise AdapterError(f"{adapter.path}: {len(foreign)} tensors the model does not have, for instance {foreign[0]}")
+        self.parameters = {name: own[name] for name in adapter.deltas}
+        self.base = {name: own[name].detach().clone() for name in adapter.deltas}
+        self.delta = {name: delta.tensor() for name, delta in adapter.deltas.items() if isinstance(delta, Dense)}
+
+    def apply(self, scale: float) -> None:
+        """Set the weights to base − scale·delta."""
+        import torch
+
+        with torch.no_grad():
+            for name, delta in self.delta.items():
+                base = self.base[name]
+                self.parameters[name].copy_(base.float() - scale * delta.to(base.device).float())
 
 
-def _rescale_dense(model: "PreTrainedModel", scale: float) -> "PreTrainedModel":
-    import torch
-
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, delta in model.sku_dense_delta.items():
-            base = model.sku_dense_base[name]
-            own[name].copy_(base.float() - scale * delta.to(base.device).float())
-    return model
+def edited_model(spec: ModelSpec) -> "PreTrainedModel":
+    """The model of a spec as plain weights, its adapter (a LoRA or a dense task vector) subtracted; raises as `load_model` does."""
+    loaded = load_model(spec)
+    # Only PEFT's wrapper of a LoRA has to be merged; otherwise the weights are plain already.
+    return cast("Any", loaded).merge_and_unload() if hasattr(loaded, "merge_and_unload") else loaded

@@ -1,6 +1,7 @@
-"""Directories and files that appear complete or not at all.
+"""Write output directories and files atomically: they appear complete or not at all.
 
-Unfinished work lives in `OUTPUT.partial/`; `OUTPUT` appears by one rename, after everything in it has been synced.
+Unfinished work is in `OUTPUT.partial/`, which is renamed to `OUTPUT` after everything in it has been synced. Open this file
+to change how a command's output directory or its `sku_<command>.json` is written.
 """
 
 import contextlib
@@ -28,10 +29,13 @@ def partial_path(output: str | Path) -> Path:
 
 
 def check_output(output: str | Path) -> Path:
-    """The path, links followed, if a command may write there: absent or an empty directory, and its parent writable.
+    """Check that a command may write `output`: it is absent or an empty directory, and its parent is writable. Call before any long work.
+
+    Returns:
+        `output` with links followed.
 
     Raises:
-        ConfigError: something is in the way. Call it before any long work.
+        ConfigError: a file or a directory that is not empty is there, or the parent is not writable.
     """
     output = Path(os.path.realpath(output))
     if output.exists() and not output.is_dir():
@@ -52,16 +56,19 @@ def output_directory(
 ) -> Iterator[Path]:
     """Yield `OUTPUT.partial/` to write into; on success sync it and rename it to `OUTPUT`.
 
-    On an error of ours or an interrupt the partial directory is removed, unless `keep` is set: a command that can
-    continue (train, eval) keeps what is in it, and a later call with `resume` finds it. Without `resume` a stale partial
-    directory of a killed run is emptied; one that another process is writing to is refused. Without `sync` the caller
-    syncs it, before anything that outlives a power cut refers to it.
+    On an error or an interrupt the partial directory is removed, unless `keep` is set: a command that can continue
+    (train, eval) keeps it, and a later call with `resume` finds it. Without `resume` the partial directory that a killed
+    run left is emptied. Without `sync` the caller has to sync OUTPUT before another synced file refers to it.
+
+    Raises:
+        ConfigError: see `check_output`, or another process is writing to the partial directory.
+        SkuError: the file system refuses an operation.
     """
     output = check_output(output)
     partial = partial_path(output)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with _alone_in(partial):
+        with _exclusive(partial):
             try:
                 if not resume:
                     clear(partial)
@@ -77,7 +84,7 @@ def output_directory(
             except BaseException:
                 if keep:
                     with contextlib.suppress(OSError):
-                        partial.rmdir()  # nothing in it
+                        partial.rmdir()  # succeeds only if it is empty
                 else:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -86,29 +93,30 @@ def output_directory(
 
 
 @contextmanager
-def _alone_in(partial: Path) -> Iterator[None]:
-    """Hold the directory against other processes; a kill lets go of it. Raises ConfigError."""
+def _exclusive(partial: Path) -> Iterator[None]:
+    """Lock the directory against other processes; the lock ends with this process. Raises ConfigError when another holds it."""
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if not _locked(descriptor) or not partial.is_dir() or not os.path.samestat(os.stat(partial), os.fstat(descriptor)):
+        if not _try_lock(descriptor) or not partial.is_dir() or not os.path.samestat(os.stat(partial), os.fstat(descriptor)):
             raise ConfigError(f"{partial}: another command is writing there; wait for it or choose another --output")
         yield
     finally:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
+    """False when another process holds the lock; True also on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass  # a file system without locks
+        pass
     return True
 
 
 def clear(directory: Path) -> None:
-    """Remove what is in a directory, and not what it links to."""
+    """Remove everything in a directory; links are removed, their targets are not."""
     for path in directory.iterdir():
         remove(path)
 
@@ -139,7 +147,7 @@ def sync_tree(directory: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
-    """Write a file through a temporary sibling: synced, then renamed."""
+    """Write a file atomically: write and sync a temporary file beside it, then rename that."""
     staged = stage_text(path, text, mode=mode)
     try:
         os.replace(staged, path)
@@ -149,7 +157,7 @@ def write_text(path: str | Path, text: str, *, mode: int = 0o644) -> None:
 
 
 def stage_text(path: str | Path, text: str, *, mode: int = 0o644) -> Path:
-    """The temporary sibling alone, written and synced: renaming it to `path` is all that is left to do."""
+    """Write and sync the temporary file of `write_text`, and return its path; the caller renames it to `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -174,13 +182,14 @@ def write_json(path: str | Path, value: Any, *, mode: int = 0o644) -> None:
 
 
 def json_text(value: Any) -> str:
+    """Indented JSON with a final newline. Raises ValueError for NaN and infinity."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @functools.cache
 def versions() -> Mapping[str, str]:
-    """Versions of this package, Python and the libraries that shape results, without importing them; 25 ms the first time."""
-    from sku_vllm import __version__
+    """Versions of this package, Python and the libraries that affect results, read without importing them; 25 ms the first time."""
+    from sku_vllm.version import __version__
 
     found = {"sku_vllm": __version__, "python": platform.python_version()}
     for name in LIBRARIES:

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from sku_vllm.checkpoint.manifest import verify_checkpoint
 from sku_vllm.data import Row, load_dataset, read_rows
-from sku_vllm.evaluate import evaluate_model
-from sku_vllm.evaluate.config import EvalConfig
-from sku_vllm.fuse import fuse_checkpoint, verify_checkpoint
+from sku_vllm.evaluate import EvalRequest, TuneRequest, evaluate_model, tune_scale
+from sku_vllm.evaluate.eval_config import EvalConfig
+from sku_vllm.fuse.fuse import fuse_checkpoint
+from sku_vllm.fuse.fuse_request import FuseRequest
 from sku_vllm.methods import TrainConfig, train_adapter
-from sku_vllm.model import attach_adapter, load_model, load_tokenizer
+from sku_vllm.model import load_model, load_tokenizer
+from sku_vllm.model_spec import ModelSpec
+from sku_vllm.train.train_request import TrainRequest
 
 HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
 GROUPED = {**HEADS, "intermediate_size": 96, "num_key_value_heads": 1}
@@ -76,8 +80,8 @@ def road(request: pytest.FixtureRequest, lab: Path, data: Path, tmp_path_factory
     tokenizer.save_pretrained(place / "base")
     forget, retain = load_dataset(data / "forget.jsonl", "forget"), load_dataset(data / "retain.jsonl", "retain")
     config = TrainConfig.of("task-vector", steps=3, rounds=1, batch_size=4, lr=5e-3, rank=8, lora_alpha=8, max_length=96)
-    train_adapter(place / "base", forget, retain, place / "adapter", config)
-    fuse_checkpoint(place / "base", [(place / "adapter", SCALE)], place / "fused")
+    train_adapter(TrainRequest(place / "base", forget, retain, place / "adapter", config))
+    fuse_checkpoint(FuseRequest(place / "base", [(place / "adapter", SCALE)], place / "fused"))
     return place
 
 
@@ -91,38 +95,34 @@ def test_train_fuse_eval(road: Path, lab: Path, data: Path) -> None:
     verify_checkpoint(road / "fused")
     ids = load_tokenizer(road / "fused")("How do I set the brass orrery?")["input_ids"]
     base, fused = load_model(str(road / "base")), load_model(str(road / "fused"))
-    subtracted = attach_adapter(load_model(str(road / "base")), str(road / "adapter"), SCALE)
+    subtracted = load_model(ModelSpec(road / "base", adapter=road / "adapter", scale=SCALE))
     gap = (logits(fused, ids) - logits(subtracted, ids)).abs().max().item()
     moved = (logits(fused, ids) - logits(base, ids)).abs().max().item()
     assert gap < 1e-4 < 1e-2 < moved, f"gap {gap}, edit {moved}"
     rows = read_rows(data / "forget.jsonl")[:3]
-    report = evaluate_model(
-        road / "fused",
-        base=road / "base",
+    request = EvalRequest(
+        ModelSpec(road / "fused", base=road / "base"),
         forget={"seen": rows},
         retain=read_rows(data / "retain.jsonl")[:3],
         judge=f"lexicon:{lab / 'lexicon.json'}",
         config=EvalConfig(samples=1, max_new_tokens=6),
     )
-    found = report.to_json()
+    found = evaluate_model(request).to_json()
     assert found["forget"]["seen"]["sampled"]["n"] == 3 and found["retain"]["perplexity_ratio"] > 0
 
 
 @pytest.mark.slow
 def test_tune(road: Path, lab: Path, data: Path) -> None:
-    from sku_vllm.evaluate.tune import tune_scale
-
     rows: list[Row] = read_rows(data / "forget.jsonl")[:2]
-    report = tune_scale(
-        road / "base",
-        road / "adapter",
+    request = TuneRequest(
+        ModelSpec(road / "base", adapter=road / "adapter"),
         forget={"seen": rows},
         retain=read_rows(data / "retain.jsonl")[:2],
         judge=f"lexicon:{lab / 'lexicon.json'}",
         scales=[0.5, 1.0],
         config=EvalConfig(samples=1, max_new_tokens=4),
     )
-    assert [point["scale"] for point in report.curve] == [0.5, 1.0]
+    assert [point["scale"] for point in tune_scale(request).curve] == [0.5, 1.0]
 
 
 # The fused checkpoint serves all of them; on the CPU these have no LoRA arm.
@@ -133,7 +133,7 @@ NO_LORA_ARM = {"mixtral", "qwen3_moe"}
 @pytest.mark.slow
 def test_serve(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM gives the fused checkpoint, and the negated LoRA on the base, the same log-probabilities as transformers gives the fused one."""
-    from sku_vllm.adapter import negate
+    from sku_vllm.adapter.negation import negate_adapter
 
     # The engine in this process: a fresh one per model would import vLLM twenty times.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -142,7 +142,7 @@ def test_serve(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = logits(load_model(str(road / "fused")), ids)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
     assert (served(road / "fused", ids) - wanted).abs().max() < 1e-3, f"{name}, fused"
     if name not in NO_LORA_ARM:
-        negate(road / "adapter", SCALE, road / "negated")
+        negate_adapter(road / "adapter", SCALE, road / "negated")
         assert (served(road / "base", ids, road / "negated") - wanted).abs().max() < 1e-3, f"{name}, LoRA arm"
 
 

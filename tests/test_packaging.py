@@ -59,8 +59,22 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path):
         return result.stdout
 
     sku("lab", "--output", "lab")
-    sku("train", "--model", "lab/llama", "--forget", "lab/forget/train.jsonl", "--retain", "lab/retain/train.jsonl",
-        "--method", "task-vector", "--steps", "2", "--output", "adapter")
+    sku(
+        "train",
+        "--model",
+        "lab/llama",
+        "--forget",
+        "lab/forget/train.jsonl",
+        "--retain",
+        "lab/retain/train.jsonl",
+        "--method",
+        "task-vector",
+        "--steps",
+        "2",
+        "--output",
+        "adapter",
+    )
     sku("fuse", "--model", "lab/llama", "--adapter", "adapter@0.5", "--output", "fused")
     sku("verify", "fused")
+    sku("report", "adapter", "fused", "--output", "report.md")  # reads the schemas
     sku("bench", "--help")

@@ -1,6 +1,7 @@
-"""Merging on a CPU: the compiled kernel where it fits, else the reference, rows dealt out to threads of our own.
+"""Merge on a CPU: by the compiled kernel where it applies, else by the reference, with rows shared out among threads made here.
 
-torch's own threads meet after every small operation, and blocks sized for a cache make for many of those.
+torch's own threads are not used: they wait for each other after every operation, and blocks that fit a cache mean many small ones.
+Open this file to change how a merge is shared out among cores.
 """
 
 import os
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from sku_vllm.kernels.delta_merge.cpu_kernel import merge_16_bit
 from sku_vllm.kernels.delta_merge.fp8 import delta_merge_fp8_reference, rows_of
-from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Term, check_merge, delta_merge_reference
+from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats, Summand, check_merge, delta_merge_reference
 
-# Elements per piece of work: enough to be worth a thread's while, little enough to share out one large weight.
+# Elements per piece of work: large beside the cost of a thread's turn, small enough to share one large weight among threads.
 PIECE = 1 << 22
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
+    """Inside, torch computes in the calling thread alone, since callers have threads of their own."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -30,9 +32,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def merge_rows(
-    weight: Tensor, terms: Sequence[Term], *, out: Tensor | None = None, seed: int | None = None, first_element: int = 0
+    weight: Tensor, terms: Sequence[Summand], *, out: Tensor | None = None, seed: int | None = None, first_element: int = 0
 ) -> MergeStats:
-    """`delta_merge_reference`, same arguments and errors, by the compiled kernel where it fits."""
+    """`delta_merge_reference`, with the same arguments and errors, by the compiled kernel where that applies."""
     out = weight if out is None else out
     check_merge(weight, terms, out, seed)
     stats = merge_16_bit(weight, terms, out) if seed is None else None
@@ -74,7 +76,7 @@ def _merge_rows(merge: Merge, start: int, stop: int, seed: int | None) -> MergeS
     return delta_merge_fp8_reference(part, inner, scales, out=target, seed=seed, first_element=first + start * weight.shape[1])
 
 
-def _cut(term: Term, start: int, stop: int) -> Iterator[Term]:
+def _cut(term: Summand, start: int, stop: int) -> Iterator[Summand]:
     low, high = max(start, term.row), min(stop, term.row + term.b.shape[0])
     if low < high:
         yield term._replace(b=term.b[low - term.row : high - term.row], row=low - start)

@@ -1,4 +1,7 @@
-"""Edits of FP8 (float8_e4m3fn) weights: dequantise, merge, requantise, with the scales kept or, in two passes, recomputed."""
+"""Merge FP8 (float8_e4m3fn) weights: dequantise, subtract, requantise, with the scales kept or recomputed by a pass before.
+
+Open this file to see how blocks and rows share scales, and what is counted as clipped.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -6,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sku_vllm.kernels.delta_merge.reference import BLOCK, MergeStats, Term, add_errors, sum_terms
+from sku_vllm.kernels.delta_merge.reference import BLOCK, MergeStats, Summand, add_errors, sum_terms
 from sku_vllm.kernels.delta_merge.stochastic import stochastic_round
 
 FP8_MAX = 448.0
-# Beyond this a number is clipped; what lies between is merely rounded down.
+# Numbers up to 464 are nearest to 448, the largest FP8 number, and round to it; larger ones are counted as clipped.
 CLIPPED = 464.0
 
 
@@ -22,20 +25,22 @@ class RowScales(NamedTuple):
     wide: int
 
     def over(self, which: Tensor, start: int, stop: int, cols: int) -> Tensor:
-        """`old` or `new` of rows [start, stop), one number an element: [stop - start, cols]."""
+        """Expand `which`, `old` or `new`, to one scale for each element of rows [start, stop): [stop - start, cols]."""
         return which[start:stop].repeat_interleave(self.wide, 1)[:, :cols]
 
 
 def merge_blocks(shape: Sequence[int], scale: Tensor) -> tuple[int, int]:
-    """Rows and columns of an FP8 weight of `shape` that share one element of `scale`: 128 for DeepSeek's, else an equal cut."""
-    return tuple(
-        min(128, size) if count > 1 and -(-size // 128) == count else -(-size // count)
-        for size, count in zip(shape, scale.shape, strict=True)
-    )
+    """Rows and columns of an FP8 weight of `shape` that share one element of `scale`: 128 for DeepSeek's blocks, else equal parts."""
+
+    def block(size: int, count: int) -> int:
+        return min(128, size) if count > 1 and -(-size // 128) == count else -(-size // count)
+
+    (rows, cols), (tall, wide) = shape, scale.shape
+    return block(rows, tall), block(cols, wide)
 
 
 def rows_of(scale: Tensor, new_scale: Tensor | None, shape: Sequence[int], begin: int, end: int) -> RowScales:
-    """The scales of rows [begin, end) of an FP8 weight of `shape`, one row each; without `new_scale` they are kept."""
+    """The scales of rows [begin, end) of an FP8 weight of `shape`, one row of scales per row; without `new_scale` the old ones are kept."""
     tall, wide = merge_blocks(shape, scale)
     index = torch.arange(begin, end, device=scale.device) // tall
     old = scale[index].float()
@@ -43,12 +48,19 @@ def rows_of(scale: Tensor, new_scale: Tensor | None, shape: Sequence[int], begin
 
 
 def delta_merge_fp8_reference(
-    weight: Tensor, terms: Sequence[Term], scales: RowScales, *, out: Tensor | None = None, seed: int | None = None, first_element: int = 0
+    weight: Tensor,
+    terms: Sequence[Summand],
+    scales: RowScales,
+    *,
+    out: Tensor | None = None,
+    seed: int | None = None,
+    first_element: int = 0,
 ) -> MergeStats:
     """Dequantise with `scales.old`, merge, requantise with `scales.new`; what those cannot hold is clipped and counted.
 
     Args:
-        weight: [rows, cols], float8_e4m3fn. seed, first_element: as of `delta_merge_reference`, which rounds in float64 then.
+        weight: [rows, cols], float8_e4m3fn.
+        seed, first_element: as in `delta_merge_reference`; with a seed all is computed in float64, else in float32.
     Raises:
         ValueError: a weight that is not FP8, or scales of other rows.
     """
@@ -74,10 +86,10 @@ def delta_merge_fp8_reference(
     return stats
 
 
-def recomputed_scale(weight: Tensor, terms: Sequence[Term], scale: Tensor) -> Tensor:
-    """The first of two passes: scales, shaped as `scale`, whose largest FP8 number is each block's largest |W − Δ|.
+def recomputed_scale(weight: Tensor, terms: Sequence[Summand], scale: Tensor) -> Tensor:
+    """The first of two passes: scales, shaped as `scale`, by which each block's largest |W − Δ| is stored as the largest FP8 number.
 
-    A block of zeros keeps its scale, and NaN does not count.
+    A block of zeros keeps its scale, and NaN is ignored.
     """
     rows, cols = weight.shape
     scales = rows_of(scale, None, weight.shape, 0, rows)
@@ -91,7 +103,7 @@ def recomputed_scale(weight: Tensor, terms: Sequence[Term], scale: Tensor) -> Te
 
 
 def _dequantised(
-    weight: Tensor, terms: Sequence[Term], scales: RowScales, compute: torch.dtype
+    weight: Tensor, terms: Sequence[Summand], scales: RowScales, compute: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """(first row, last row + 1, W, Δ) block by block, in `compute`."""
     rows, cols = weight.shape

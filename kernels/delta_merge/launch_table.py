@@ -1,5 +1,9 @@
-"""The table that a grouped launch walks over: one row per rectangle of a weight, with where its operands lie and how they are shaped."""
+"""The table that one Triton launch works through: a row per rectangle of a weight, with pointers, sizes and strides of its operands.
 
+Open this file to change what the Triton kernel is told of a merge; the kernel refers to the columns by the numbers given here.
+"""
+
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -7,20 +11,22 @@ import torch
 from torch import Tensor
 
 from sku_vllm.kernels.delta_merge.fp8 import merge_blocks
-from sku_vllm.kernels.delta_merge.reference import Merge, Term, check_merge
+from sku_vllm.kernels.delta_merge.reference import Merge, Summand, check_merge
 
-# Tile rows and columns: 16-byte accesses leave registers for a large tile; element-wise ones need an address each.
+# Rows and columns of a tile: with 16-byte accesses registers suffice for a large one; element-wise accesses need an address each.
 ALIGNED_TILE, MASKED_TILE = (64, 128), (32, 64)
 # Columns: pointers (bytes), then sizes and strides (elements), then where the rectangle begins, in elements and in tiles.
 OUT, WEIGHT, B, A, SCALE, ROWS, COLS, RANK, LEAD, OUT_LEAD, B_LEAD, A_LEAD, SCALE_LEAD, SCALE_M, SCALE_N, ELEMENT, FIRST_TILE, NEW_SCALE = (
     range(18)
 )
 FIELDS = 18
+# What entries of one launch have in common: dtypes of weight, result and factors, whether the edit is dense, whether all is aligned.
+Kind = tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
 
 class Entry(NamedTuple):
-    """One rectangle: rows of merge number `merge`, with its edit as one pair of factors or one dense tensor."""
+    """One rectangle: some rows of the weight of merge number `merge`, and their edit: factors b and a, or a dense b (a None)."""
 
     merge: int
     weight: Tensor
@@ -34,24 +40,27 @@ class Entry(NamedTuple):
 
     @property
     def tile(self) -> tuple[int, int]:
+        """Rows and columns of the tiles it is cut into."""
         return ALIGNED_TILE if self.aligned else MASKED_TILE
 
     @property
     def tiles(self) -> int:
+        """Number of tiles."""
         return -(-self.weight.shape[0] // self.tile[0]) * -(-self.weight.shape[1] // self.tile[1])
 
     @property
     def aligned(self) -> bool:
-        """Whether every row of every operand starts on 16 bytes and columns come in sixteens."""
+        """Whether every row of every operand starts at a multiple of 16 bytes, and the number of columns is a multiple of 16."""
         tensors = [self.weight, self.out, self.b] + ([] if self.a is None else [self.a])
         return self.weight.shape[1] % 16 == 0 and all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in tensors)
 
     @property
-    def kind(self) -> tuple:
-        """What one launch has in common."""
+    def kind(self) -> Kind:
+        """What entries of one launch have in common."""
         return self.weight.dtype, self.out.dtype, self.b.dtype, self.a is None, self.aligned
 
     def row(self, first_tile: int) -> list[int]:
+        """Its row of the table, FIELDS numbers; `first_tile` is the number of its first tile in the launch."""
         row = [0] * FIELDS
         row[OUT], row[WEIGHT], row[B] = self.out.data_ptr(), self.weight.data_ptr(), self.b.data_ptr()
         row[ROWS], row[COLS] = self.weight.shape
@@ -95,27 +104,28 @@ def entries_of(index: int, merge: Merge, seed: int | None) -> Iterator[Entry]:
 
 
 def _stand_in(weight: Tensor) -> Tensor:
-    """A bf16 tensor of the same shape that takes no memory, for checks that know no FP8."""
+    """A bf16 tensor of the same shape that takes no memory, for `check_merge`, which refuses FP8."""
     return torch.empty(1, dtype=torch.bfloat16).expand(weight.shape)
 
 
-def _one_term(terms: Sequence[Term], rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
-    """Terms over the same rows as one, exactly to 2^-48: factors side by side along the rank, or a sum of dense deltas in float64.
+def _one_term(terms: Sequence[Summand], rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
+    """Combine terms over the same rows into one, exact to 2^-48: factors concatenated along the rank, or a dense float64 sum.
 
-    Ranks are padded with zeros to sixteens (a factor is small), so that rows of b start on 16 bytes.
+    Ranks are padded with zeros to multiples of 16, so that rows of b start at multiples of 16 bytes.
     """
     if not terms:
         return torch.zeros((1, 16), device=device).expand(rows, 16), torch.zeros((16, cols), device=device), 0.0
     if any(term.a is None for term in terms):
         if len(terms) == 1:
             return _rows(terms[0].b), None, terms[0].coefficient
-        products = (term.b.double() if term.a is None else term.b.double() @ term.a.double() for term in terms)
-        return sum(term.coefficient * product for term, product in zip(terms, products, strict=True)), None, 1.0
-    if len(terms) == 1:
-        b, a, coefficient, _ = terms[0]
-    else:  # a coefficient folded into b leaves a rest that float32 cannot hold; it gets columns of its own
-        folded = torch.cat([term.b.double() * term.coefficient for term in terms], 1)
-        stacked, coefficient = torch.cat([term.a.float() for term in terms]), 1.0
+        products = (term.coefficient * (term.b.double() if term.a is None else term.b.double() @ term.a.double()) for term in terms)
+        return functools.reduce(torch.add, products), None, 1.0
+    factors = [(term.b, term.a, term.coefficient) for term in terms if term.a is not None]
+    if len(factors) == 1:
+        b, a, coefficient = factors[0]
+    else:  # float32 cannot hold all of coefficient·b: what rounding takes off gets columns of its own
+        folded = torch.cat([b.double() * coefficient for b, _, coefficient in factors], 1)
+        stacked, coefficient = torch.cat([a.float() for _, a, _ in factors]), 1.0
         b, a = torch.cat([folded.float(), (folded - folded.float()).float()], 1), torch.cat([stacked, stacked])
     padding = -a.shape[0] % 16
     if padding:

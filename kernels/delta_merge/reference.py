@@ -1,7 +1,8 @@
 """The definition of the delta merge, in torch: W' = round(W − Σ coefficient·(B@A)), summed in float64 and rounded once.
 
-Every other implementation is tested against it, and it merges what they do not: fp32 and fp64 weights, stochastic rounding,
-edits as large as the weight. Row blocks keep every temporary in a core's cache: there is no full-size one.
+Every other implementation is tested against it, and on a CPU it merges what the compiled kernel does not: fp32 and fp64 weights,
+stochastic rounding, edits that are large beside the weight. It works in blocks of rows, whose temporaries fit a core's cache. Open this
+file to see what a merge computes; change it only together with every other implementation.
 """
 
 import math
@@ -21,7 +22,7 @@ BLOCK = 1 << 17
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-class Term(NamedTuple):
+class Summand(NamedTuple):
     """One summand of the edit, on rows [row, row + len(b)) of the weight.
 
     coefficient·(b @ a) for b [rows, rank] and a [rank, cols]; coefficient·b for a dense b [rows, cols] with a None.
@@ -42,7 +43,7 @@ class Merge(NamedTuple):
     """
 
     weight: Tensor
-    terms: Sequence[Term]
+    terms: Sequence[Summand]
     out: Tensor | None = None
     scale: Tensor | None = None
     new_scale: Tensor | None = None
@@ -51,10 +52,10 @@ class Merge(NamedTuple):
 
 @dataclass(slots=True)
 class MergeStats:
-    """Sums over one or more merges, which add up; Δ is the whole subtracted edit, e = W' − (W − Δ) the rounding error.
+    """Statistics of one or more merges; Δ is the whole subtracted edit, e = W' − (W − Δ) the rounding error.
 
     Attributes:
-        delta_sq: ΣΔ². error_sq: Σe². error_dot: Σ e·Δ. elements, changed: how many there are, and how many bits patterns changed.
+        delta_sq: ΣΔ². error_sq: Σe². error_dot: Σ e·Δ. elements: how many. changed: of them, those whose bits changed.
         max_delta: max |Δ|. nonfinite: NaN or infinite elements of the base, left out of the sums. overflowed: finite sums that
         the weight's dtype cannot hold. clipped: FP8 elements outside the range of their kept scale.
     """
@@ -70,13 +71,14 @@ class MergeStats:
     clipped: int = 0
 
     def add(self, other: "MergeStats") -> None:
+        """Add the statistics of another merge: sums are added, `max_delta` becomes the larger one."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             setattr(self, field.name, max(mine, theirs) if field.name == "max_delta" else mine + theirs)
 
     @property
     def retained(self) -> float | None:
-        """⟨W − W', Δ⟩ / ‖Δ‖²: 1 when the whole edit is there; None for an empty edit."""
+        """⟨W − W', Δ⟩ / ‖Δ‖²: 1 when rounding kept the whole edit; None for an empty edit."""
         return 1.0 - self.error_dot / self.delta_sq if self.delta_sq else None
 
     @property
@@ -88,14 +90,15 @@ class MergeStats:
 
 
 def delta_merge_reference(
-    weight: Tensor, terms: Sequence[Term], *, out: Tensor | None = None, seed: int | None = None, first_element: int = 0
+    weight: Tensor, terms: Sequence[Summand], *, out: Tensor | None = None, seed: int | None = None, first_element: int = 0
 ) -> MergeStats:
     """W' = round(W − Σ terms), into `out`, or in place.
 
     Args:
         weight: [rows, cols], bf16, fp16, fp32 or fp64. out: same shape, any of these dtypes.
-        seed: None rounds to nearest, ties to even. A number rounds bf16 stochastically: up with the probability of what nearest
-            would drop, from a hash of seed and element index, so it does not depend on how the weight is cut up.
+        seed: None rounds to nearest, ties to even. A number rounds bf16, fp16 or fp32 stochastically: |x| is rounded up with a probability
+            equal to the part of an ulp that truncation would drop, by a hash of seed and element index, so that the result does not
+            depend on how the weight is cut up.
         first_element: index of weight[0, 0] in the whole weight, for that hash.
     Raises:
         ValueError: shapes, dtypes or rounding that don't fit together.
@@ -125,22 +128,23 @@ def delta_merge_reference(
 
 
 class _Scratch(threading.local):
-    """Two float64 vectors, kept per thread: allocating them for every block cost more than the sums."""
+    """Two float64 vectors that each thread keeps: allocating them for every block took longer than the sums."""
 
     vectors = (torch.empty(0, dtype=torch.float64),) * 2
 
 
-_kept = _Scratch()
+_buffers = _Scratch()
 
 
 def _scratch(elements: int) -> tuple[Tensor, Tensor]:
-    if _kept.vectors[0].numel() < elements:
-        _kept.vectors = tuple(torch.empty(max(elements, BLOCK), dtype=torch.float64) for _ in range(2))
-    return _kept.vectors
+    if _buffers.vectors[0].numel() < elements:
+        size = max(elements, BLOCK)
+        _buffers.vectors = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+    return _buffers.vectors
 
 
-def sum_terms(terms: Sequence[Term], start: int, delta: Tensor) -> None:
-    """Σ terms over rows [start, start + len(delta)) of the weight, into `delta`, in its dtype."""
+def sum_terms(terms: Sequence[Summand], start: int, delta: Tensor) -> None:
+    """Write Σ terms over rows [start, start + len(delta)) of the weight into `delta`, computed in its dtype."""
     stop, fresh = start + delta.shape[0], True
     for term in terms:
         low, high = max(start, term.row), min(stop, term.row + term.b.shape[0])
@@ -186,8 +190,8 @@ def add_errors(stats: MergeStats, before: Tensor, new: Tensor, target: Tensor, d
     stats.delta_sq += float(torch.dot(edit, edit))
 
 
-def check_merge(weight: Tensor, terms: Sequence[Term], out: Tensor, seed: int | None) -> None:
-    """What every implementation requires. Raises ValueError."""
+def check_merge(weight: Tensor, terms: Sequence[Summand], out: Tensor, seed: int | None) -> None:
+    """Check the arguments of any implementation. Raises ValueError."""
     if weight.ndim != 2 or out.shape != weight.shape:
         raise ValueError(f"weight and out must be the same matrix shape, not {list(weight.shape)} and {list(out.shape)}")
     if weight.dtype not in WEIGHT_DTYPES or out.dtype not in WEIGHT_DTYPES:

@@ -1,21 +1,19 @@
-"""Stochastic rounding, seeded: the same sums give the same bits on every backend, however a weight is cut up."""
+"""Seeded stochastic rounding: the same float64 values round to the same bits on every backend, however a weight is cut up.
+
+Open this file to add a dtype that can be rounded stochastically, or to change the random numbers (in `triton_helpers.py` as well).
+"""
 
 import torch
 from torch import Tensor
 
 # Mantissa bits a dtype keeps, and its smallest normal number, below which its spacing stops shrinking.
-FORMATS = {
-    torch.float32: (23, 2.0**-126),
-    torch.bfloat16: (7, 2.0**-126),
-    torch.float16: (10, 2.0**-14),
-    torch.float8_e4m3fn: (3, 2.0**-6),
-}
+FORMATS = {torch.float32: (23, 2.0**-126), torch.bfloat16: (7, 2.0**-126), torch.float16: (10, 2.0**-14), torch.float8_e4m3fn: (3, 2.0**-6)}
 
 
 def stochastic_round(value: Tensor, dtype: torch.dtype, seed: int, first_element: int) -> Tensor:
     """float64 `value` to `dtype`, up or down at random so that the mean is exact; NaN and infinity stay what they are.
 
-    The noise of an element hangs on `seed` and its index alone; `first_element` is the index of value's first one.
+    The noise of an element depends on `seed` and its index alone; `first_element` is the index of value's first one.
     """
     kept, normal = FORMATS[dtype]
     drop = 52 - kept

@@ -1,6 +1,7 @@
-"""What the kernel is made of: access to its table, and rounding, bit for bit as torch and `stochastic.py` round.
+"""Functions that the Triton kernel calls: reading its table, and rounding to the same bits as torch and `stochastic.py`.
 
-KEPT and NORMAL are the mantissa bits and the smallest normal number of the target, of `stochastic.FORMATS`.
+Open this file to change a rounding on the GPU. KEPT and NORMAL are the target's mantissa bits and smallest normal number, from
+`stochastic.FORMATS`.
 """
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def pointer(row, index: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer of the table. What comes out of memory carries no divisibility, and without it Triton makes 2-byte accesses."""
+    """A pointer read from the table. Triton does not know its alignment, and without `multiple_of` accesses 2 bytes at a time."""
     value = tl.load(row + index).to(tl.pointer_type(T))
     if ALIGNED:
         value = tl.multiple_of(value, 16)
@@ -18,7 +19,7 @@ def pointer(row, index: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def sixteens(row, index: tl.constexpr, ALIGNED: tl.constexpr):
-    """A size or stride of the table; written as a product, which divisibility passes through."""
+    """A size or stride read from the table. If ALIGNED it is a multiple of 16, which Triton infers from the product by 16."""
     value = tl.load(row + index)
     if ALIGNED:
         value = (value // 16) * 16
@@ -27,7 +28,7 @@ def sixteens(row, index: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def nearest(value, T: tl.constexpr, KEPT: tl.constexpr, NORMAL: tl.constexpr, INTERPRETED: tl.constexpr):
-    """To float32, then to T, ties to even. The interpreter's own conversions to bf16 and FP8 are wrong, so there it is done by hand."""
+    """To float32, then to T, ties to even. The interpreter's conversions to bf16 and FP8 are wrong, so under it bits are rounded here."""
     single = value.to(tl.float32)
     if INTERPRETED and KEPT < 10:
         DROP: tl.constexpr = 23 - KEPT

@@ -1,13 +1,14 @@
 """The delta merge as one grouped, persistent Triton launch over a table of matrices.
 
-A program walks over tiles of all of them, so a whole model is one launch per dtype, with float32 sums (float32 factors as three
-tf32 products, "tf32x3"; bf16 and fp16 factors enter the tensor cores exactly). That is within an ulp of float64 except where the
-result is small beside what was summed up for it. A tile that holds such an element is not stored but noted, and a second launch,
-of the same kernel with float64 sums, does the noted tiles: about 1 % of them for an edit of 0.3 % of the weight. fp32 weights and
-stochastic rounding, which see what lies below a bf16 ulp, are float64 throughout.
+Every program takes tiles of all matrices in turn, so a whole model is one launch per combination of dtypes. Sums are float32 (float32
+factors as three tf32 products, "tf32x3"; bf16 and fp16 factors enter the tensor cores exactly). The result is within an ulp of a float64
+sum, except where it is small beside the terms that were summed. A tile with such an element is not stored but noted, and a second launch
+computes the noted tiles with float64 sums: about 1 % of all tiles for an edit of 0.3 % of the weight. fp32 weights and stochastic
+rounding need more than float32 sums can give, and use float64 sums throughout. Open this file to change the GPU's merge.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sku_vllm.kernels.delta_merge.fp8 import CLIPPED, FP8_MAX
-from sku_vllm.kernels.delta_merge.launch_table import ALIGNED_TILE, FIELDS, MASKED_TILE, Entry, entries_of
+from sku_vllm.kernels.delta_merge.launch_table import ALIGNED_TILE, FIELDS, MASKED_TILE, Entry, Kind, entries_of
 from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats
 from sku_vllm.kernels.delta_merge.stochastic import FORMATS
 from sku_vllm.kernels.delta_merge.triton_helpers import nearest, pointer, sixteens, stochastic
 
 BLOCK_K = 32
-# Fusion said outright: a product and a sum rounded as one would differ from the reference, and Triton's default is about to change.
+# No fused multiply-add: a product and a sum rounded as one would differ from the reference. Triton's default differs by version.
 OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 SUMS = 9  # per tile: ΣΔ², Σe², Σe·Δ, changed, nonfinite, overflowed, clipped, noted, max |Δ|
 NOTED, LARGEST = 7, 8
@@ -32,13 +33,13 @@ TL = {
     torch.float64: tl.float64,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
-# What float32 sums over the rank are taken to be off by at most, beside ‖b‖·‖a‖ of their row and column.
+# Assumed bound on the error of float32 sums over the rank, relative to ‖row of b‖·‖column of a‖.
 ERROR = 2.0**-21
 _FP8_MAX, _CLIPPED = tl.constexpr(FP8_MAX), tl.constexpr(CLIPPED)
 _FIELDS, _SUMS = tl.constexpr(FIELDS), tl.constexpr(SUMS)
 
 
-# Sizes as they come: specialised on 1 and on sixteens, the kernel would be compiled anew in the middle of the work.
+# Not specialised on sizes: for a 1 or a multiple of 16 the kernel would be compiled again in the middle of the work.
 @triton.jit(do_not_specialize=["parts", "entries", "seed"])
 def delta_merge_kernel(
     table, coefficients, sums, which, parts, entries, seed,
@@ -46,6 +47,10 @@ def delta_merge_kernel(
     DOUBLE: tl.constexpr, KEPT: tl.constexpr, NORMAL: tl.constexpr, DOUBTFUL: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Compute W − Σ terms for every tile of the table's matrices, store it rounded, and store each tile's sums.
+
+    With DOUBLE the tiles in `which` are computed in float64; else all are, and one with an element too small to trust is noted, not stored.
+    """
     C: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     FP8: tl.constexpr = tl.float8e4nv == W
     CAREFUL: tl.constexpr = not DOUBLE and not FP8
@@ -153,7 +158,7 @@ def delta_merge_triton(merges: Sequence[Merge], *, seed: int | None = None) -> l
     if len({merge.weight.device for merge in merges}) > 1:
         raise ValueError("all weights must be on one device; merge those of each device by themselves")
     totals = [MergeStats(elements=merge.weight.numel()) for merge in merges]
-    groups: dict[tuple, list[Entry]] = {}
+    groups: dict[Kind, list[Entry]] = {}
     for index, merge in enumerate(merges):
         for entry in entries_of(index, merge, seed):
             groups.setdefault(entry.kind, []).append(entry)
@@ -196,11 +201,12 @@ def _launch(entries: Sequence[Entry], edges: Sequence[int], seed: int | None) ->
     return found
 
 
-def constants(kind: tuple, *, double: bool, stochastic: bool, interpreted: bool = False) -> dict[str, object]:
+def constants(kind: Kind, *, double: bool, stochastic: bool, interpreted: bool = False) -> dict[str, Any]:
     """What one variant of the kernel is compiled for; `kind` as of `Entry`."""
     weight, out, factor, dense, aligned = kind
     tile, (kept, normal) = ALIGNED_TILE if aligned else MASKED_TILE, FORMATS[out]
-    parts = 2 if weight == torch.float8_e4m3fn else 4 if double else 1  # tiles cut across, where sums or scales would not fit the registers
+    # Pieces that a tile's columns are cut into, where float64 sums or FP8 scales of the whole tile would not fit the registers.
+    parts = 2 if weight == torch.float8_e4m3fn else 4 if double else 1
     return {
         "W": TL[weight], "R": TL[out], "F": TL[factor], "DENSE": dense, "ALIGNED": aligned, "STOCHASTIC": stochastic, "DOUBLE": double,
         # An ulp is at least 2^-(kept + 1) of a number.
@@ -211,7 +217,7 @@ def constants(kind: tuple, *, double: bool, stochastic: bool, interpreted: bool 
 
 
 def _add(sums: Tensor, entries: Sequence[Entry], edges: Sequence[int], totals: list[MergeStats]) -> None:
-    """Per-tile sums added in tile order: no atomics, the same result every time."""
+    """Add each tile's sums to its merge's totals, in tile order and without atomics, so that the result is the same every time."""
     for entry, low, high in zip(entries, edges, edges[1:], strict=False):
         delta_sq, error_sq, error_dot, changed, nonfinite, overflowed, clipped, _, _ = sums[low:high].sum(0).tolist()
         largest = float(sums[low:high, LARGEST].max())

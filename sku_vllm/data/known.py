@@ -1,81 +1,116 @@
-"""Public data sets by their columns: PKU-SafeRLHF (and BeaverTails), TruthfulQA, and the benchmarks of `benchmarks.py`."""
+"""Published data sets that say which answers or prompts are harmful, recognised by their columns: PKU-SafeRLHF, BeaverTails, WildGuardMix,
+Aegis, KTO's unpaired preferences, TruthfulQA, and the benchmarks of `benchmarks.py`.
 
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+Open this file to make `--forget` and `--retain` read another published format.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sku_vllm.data.benchmarks import benchmark_reader
-from sku_vllm.data.rows import Row
-from sku_vllm.errors import DataError
+from sku_vllm.data.benchmarks import BENCHMARKS
+from sku_vllm.data.forms import Record, category_of, generic_rows
+from sku_vllm.data.known_set import KnownSet
+from sku_vllm.data.rows import BadRow, LeftOut, Row
 
-Records = list[tuple[str, dict[str, Any]]]
-Reader = Callable[[Path, Records, bool], Iterator[Row]]
-
-
-def reader_for(columns: set[str]) -> Reader | None:
-    """The reader of a known public data set, or None."""
-    if {"prompt", "response_0", "response_1"} <= columns:
-        return pku_pairs
-    if {"prompt", "response", "is_safe"} <= columns:
-        return pku_answers
-    if {"Question", "Best Answer", "Correct Answers"} <= columns:
-        return truthfulqa
-    if {"question", "best_answer", "correct_answers"} <= columns:
-        return truthfulqa
-    return benchmark_reader(columns)
+# Columns that say of `response` whether it is harmful, and the values that mean safe and harmful.
+MARKS = ("is_safe", "is_response_safe", "response_harm_label", "response_label", "response_safety")
+SAFE = {"true": True, "1": True, "safe": True, "unharmful": True, "harmless": True}
+TRUTHS = SAFE | {"false": False, "0": False, "unsafe": False, "harmful": False}
 
 
-def pku_pairs(path: Path, records: Records, safe: bool) -> Iterator[Row]:
+def known_set(columns: set[str], sample: Sequence[Record]) -> KnownSet | None:
+    """The published format of a file with these columns and first records, or None."""
+    return next((known for known in (*SETS, *BENCHMARKS) if known.fits(columns, sample)), None)
+
+
+def pku_pairs(record: Record, place: str, wanted: bool | None) -> Iterator[Row | LeftOut]:
     """PKU-SafeRLHF: two answers a row, each marked (`is_response_0_safe`, the same in the old and the new release)."""
-    marked = ((where, record, side) for where, record in records for side in (0, 1))
-    yield from _answers(path, ((w, r, f"response_{s}", f"is_response_{s}_safe") for w, r, s in marked), safe)
+    for side in (0, 1):
+        category = category_of(record.get(f"response_{side}_harm_category"))
+        try:
+            yield from _marked(record, (f"response_{side}", f"is_response_{side}_safe"), category, place, wanted)
+        except LeftOut as other:
+            yield other  # the other answer may be one that is wanted
 
 
-def pku_answers(path: Path, records: Records, safe: bool) -> Iterator[Row]:
-    """PKU-SafeRLHF-QA and BeaverTails: one answer a row, marked `is_safe`."""
-    yield from _answers(path, ((where, record, "response", "is_safe") for where, record in records), safe)
+def marked_answers(record: Record, place: str, wanted: bool | None) -> Iterator[Row]:
+    """One answer a row with its mark: PKU-SafeRLHF-QA and BeaverTails (`is_safe`), WildGuardMix, Aegis."""
+    mark = next(name for name in MARKS if name in record)
+    names = ("category", "harm_category", "subcategory", "violated_categories")
+    category = next((record[name] for name in names if record.get(name) is not None), None)
+    yield from _marked(record, ("response", mark), category_of(category), place, wanted)
 
 
-def _answers(path: Path, marked: Iterable[tuple[str, dict[str, Any], str, str]], safe: bool) -> Iterator[Row]:
-    """The answers whose mark is `safe`, each (prompt, answer) once."""
-    seen = set()
-    for where, record, answer, mark in marked:
-        prompt, text = record.get("prompt"), record.get(answer)
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError(f"{where}: 'prompt' is empty or missing")
-        if _truth(record.get(mark), mark, where) is not safe:
-            continue
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: {answer!r} is empty or missing")
-        if (prompt, text) not in seen:
-            seen.add((prompt, text))
-            yield Row.ask(prompt, text, id=where.rpartition(" ")[2])
-    if not seen:
-        kind = "safe" if safe else "unsafe"
-        raise DataError(f"{path}: no {kind} answers: every answer is marked {'unsafe' if safe else 'safe'}; give other rows")
+def _marked(record: Record, columns: tuple[str, str], category: str | None, place: str, wanted: bool | None) -> Iterator[Row]:
+    answer, mark = columns
+    text = record.get(answer)
+    if wanted is not None and record.get(mark) is not None and _truth(record[mark], mark) is not wanted:
+        raise LeftOut(f"answers marked {'unsafe' if wanted else 'safe'}")
+    if wanted is not None and record.get(mark) is None:
+        raise LeftOut("without a mark or an answer")
+    turns = next(row.messages for row in generic_rows({"prompt": record.get("prompt")}, wanted) if isinstance(row, Row))
+    if wanted is not None and (not isinstance(text, str) or not text.strip()):
+        raise BadRow(f"{answer!r} is empty or missing")
+    yield Row(turns, text, id=str(record.get("id", place)), category=category)
 
 
-def _truth(value: Any, name: str, where: str) -> bool:
-    """A mark as Parquet, JSON or CSV spells it."""
-    known = {"true": True, "1": True, "false": False, "0": False}
+def _truth(value: Any, name: str) -> bool:
+    """Whether a mark says safe, as Parquet, JSON or CSV spells it. Raises BadRow for another value."""
     text = str(value).strip().lower()
-    if text not in known:
-        raise DataError(f"{where}: {name!r} is {value!r}, expected true or false")
-    return known[text]
+    if text not in TRUTHS:
+        raise BadRow(f"{name!r} is {value!r}, expected true or false")
+    return TRUTHS[text]
 
 
-def truthfulqa(path: Path, records: Records, safe: bool) -> Iterator[Row]:
-    """TruthfulQA: a row for the best and for every correct answer, each once; the CSV joins correct answers with `;`."""
-    for where, record in records:
-        question = record.get("Question") or record.get("question")
-        best = record.get("Best Answer") or record.get("best_answer")
-        correct = record.get("Correct Answers") or record.get("correct_answers") or ""
-        for name, text in (("question", question), ("best answer", best)):
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{where}: {name} is empty or missing")
-        parts = correct.split(";") if isinstance(correct, str) else correct
-        if not isinstance(parts, list) or not all(isinstance(text, str) for text in parts):
-            raise DataError(f"{where}: correct answers have to be a text or a list of texts")
-        for answer in dict.fromkeys(text.strip() for text in [best, *parts]):
-            if answer:
-                yield Row.ask(question.strip(), answer, id=where.rpartition(" ")[2])
+def unpaired_preferences(record: Record, place: str, wanted: bool | None) -> Iterator[Row | LeftOut]:
+    """TRL's unpaired preferences (KTO): prompt, completion, and `label`: whether the completion is wanted."""
+    if wanted is not None and _truth(record.get("label"), "label") is not wanted:
+        raise LeftOut(f"answers labelled {'not wanted' if wanted else 'wanted'}")
+    yield from generic_rows({key: value for key, value in record.items() if key != "label"}, wanted)
+
+
+def truthfulqa(record: Record, place: str, wanted: bool | None) -> Iterator[Row]:
+    """TruthfulQA: a row for each answer, once. The best and the correct ones are safe, the incorrect ones (falsehoods) are not.
+
+    The CSV joins answers with `;`.
+    """
+    question, best = record.get("question"), record.get("best_answer")
+    if not isinstance(question, str) or not question.strip():
+        raise BadRow("question is empty or missing")
+    if not isinstance(best, str) or not best.strip():
+        raise BadRow("best answer is empty or missing")
+    right = [best, *_parts(record.get("correct_answers"), "correct answers")]
+    wrong = _parts(record.get("incorrect_answers"), "incorrect answers")
+    texts = [*right, *wrong] if wanted is None else right if wanted else wrong
+    for answer in dict.fromkeys(text.strip() for text in texts):
+        if answer:
+            yield Row.ask(question.strip(), answer, id=place, category=category_of(record.get("category")))
+
+
+def _parts(value: Any, name: str) -> list[str]:
+    parts = value.split(";") if isinstance(value, str) else [] if value is None else list(value)
+    if not all(isinstance(text, str) for text in parts):
+        raise BadRow(f"{name} have to be a text or a list of texts")
+    return parts
+
+
+def _is_marked(columns: set[str], sample: Sequence[Record]) -> bool:
+    return {"prompt", "response"} <= columns and any(mark in columns for mark in MARKS)
+
+
+def _is_unpaired(columns: set[str], sample: Sequence[Record]) -> bool:
+    labels = [record.get("label") for record in sample]
+    return {"prompt", "completion", "label"} <= columns and bool(labels) and all(isinstance(label, bool) for label in labels)
+
+
+SETS = (
+    KnownSet(
+        "PKU-SafeRLHF, two marked answers a row",
+        pku_pairs,
+        lambda columns, sample: {"prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"} <= columns,
+        once=True,
+    ),
+    KnownSet("answers marked safe or unsafe (BeaverTails, PKU-SafeRLHF-QA, WildGuardMix, Aegis)", marked_answers, _is_marked, once=True),
+    KnownSet("TRL's unpaired preferences", unpaired_preferences, _is_unpaired, once=True),
+    KnownSet("TruthfulQA", truthfulqa, lambda columns, sample: {"question", "best_answer", "correct_answers"} <= columns),
+)

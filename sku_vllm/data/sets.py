@@ -1,13 +1,19 @@
-"""Forget and retain sets: named, validated lists of rows that have answers."""
+"""Forget and retain sets: named, validated lists of rows that have answers. `load_dataset` makes one from a file or from rows.
+
+Open this file to see what a training set must have.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
+from sku_vllm.data.columns import FileColumns
 from sku_vllm.data.readers import read_rows
 from sku_vllm.data.rows import Row
 from sku_vllm.errors import DataError
+
+Names = Mapping[str, str] | FileColumns | None  # of a file's columns, by field
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +42,26 @@ class RetainSet(RowSet):
     """Benign prompts with good answers: what a model should keep."""
 
 
-KINDS = {"forget": ForgetSet, "retain": RetainSet}
+@overload
+def load_dataset(path: str | Path | Sequence[Row], kind: Literal["forget"], *, columns: Names = None) -> ForgetSet: ...
 
 
-def load_dataset(
-    path: str | Path | Sequence[Row], kind: Literal["forget", "retain"], *, columns: Mapping[str, str] | None = None
-) -> ForgetSet | RetainSet:
+@overload
+def load_dataset(path: str | Path | Sequence[Row], kind: Literal["retain"], *, columns: Names = None) -> RetainSet: ...
+
+
+def load_dataset(path: str | Path | Sequence[Row], kind: Literal["forget", "retain"], *, columns: Names = None) -> ForgetSet | RetainSet:
     """A forget or retain set from a file (see `read_rows`) or from rows.
 
     Of PKU-SafeRLHF rows a forget set takes the unsafe answers, a retain set the safe ones.
 
+    Args:
+        kind: which of the two. columns: name of a field → name of the file's column.
+
     Raises:
         DataError: with file and line, and what to do.
     """
+    make = ForgetSet if kind == "forget" else RetainSet
     if isinstance(path, str | Path):
-        return KINDS[kind](str(path), tuple(read_rows(path, columns=columns, need_response=True, safe=kind == "retain")))
-    return KINDS[kind](kind, tuple(path))
+        return make(str(path), tuple(read_rows(path, columns=columns, need_response=True, safe=kind == "retain")))
+    return make(kind, tuple(path))

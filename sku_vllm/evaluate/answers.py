@@ -1,77 +1,105 @@
-"""Every answer a measurement looks at: greedy and sampled to the forget prompts, greedy to the retain prompts."""
+"""Generates the answers of a measurement: greedy and sampled ones to the forget prompts, greedy ones to all others.
+
+Open this file to change how answers are generated, or how they are stored for `--resume`.
+"""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import NamedTuple
 
 from sku_vllm.data import PromptTemplate, Row
 from sku_vllm.errors import DataError
-from sku_vllm.evaluate.backend import Backend, Progress
-from sku_vllm.evaluate.config import EvalConfig
+from sku_vllm.evaluate.backend import Backend, Generated, Progress
+from sku_vllm.evaluate.eval_config import EvalConfig
 from sku_vllm.evaluate.judging import private
-from sku_vllm.judges import Exchange
+from sku_vllm.evaluate.measure_request import Questions, is_forget
+from sku_vllm.evaluate.work import NEW_TOKEN
+from sku_vllm.judges.repetition import says_again
 
-RETAIN = "retain"
 KEPT_ANSWERS = "answers.jsonl"
+
+
+class Ending(NamedTuple):
+    """How an answer ends. tokens: its length. ended: whether by itself; False where the length limit cut it. repeated: whether it says a
+    sentence again."""
+
+    tokens: int
+    ended: bool
+    repeated: bool
+
+
+class Reply(NamedTuple):
+    """What a model said, and how that ends."""
+
+    text: str
+    ending: Ending
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer: row is the prompt's row with the model's text as its response, index the prompt's number in its set."""
+    """One answer: row is the prompt's row with the model's text as its response.
+
+    right: whether the text holds every string of the row's `must_contain`; None for a row without any.
+    """
 
     set: str
     mode: str
-    index: int
     row: Row
+    ending: Ending
+    right: bool | None
 
-    @property
-    def exchange(self) -> Exchange:
-        return Exchange(self.row.prompt, self.row.response or "")
+    @classmethod
+    def of(cls, name: str, mode: str, row: Row, reply: Reply) -> "Answer":
+        """The reply to a row of the set `name`."""
+        right = row.told_by(reply.text) if row.must_contain else None
+        return cls(name, mode, dataclasses.replace(row, response=reply.text), reply.ending, right)
 
 
 def answer_all(
     backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,
-    forget: Mapping[str, Sequence[Row]],
-    retain: Sequence[Row],
+    questions: Questions,
     config: EvalConfig,
     *,
     kept: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """Answers set by set, prompt by prompt. Sets already in `kept/answers.jsonl` are read from there."""
+    """All answers, in the order set, prompt, mode. Batches that are already in `kept/answers.jsonl` are read from there.
+
+    progress: called with the work done since the last call, in the units of `Work.answers`.
+
+    Raises:
+        DataError: a prompt longer than the model's context.
+    """
     answers: list[Answer] = []
-    for name, rows in {**forget, RETAIN: retain}.items():
-        modes = ["greedy"] + ["sampled"] * (config.samples if name != RETAIN else 0)
-        texts = _kept(kept, name)
-        if texts is None:
-            temperatures = [config.temperature * (mode == "sampled") for mode in modes]
-            texts = answer_rows(backend, tokenizer, template, name, rows, temperatures, config, progress)
-            _keep(kept, name, texts)
-        elif progress:
-            progress(len(rows) * len(modes))
-        for index, (row, answered) in enumerate(zip(rows, texts, strict=True)):
-            for mode, text in zip(modes, answered, strict=True):
-                answers.append(Answer(name, mode, index, dataclasses.replace(row, response=text)))
+    for name, rows in questions.sets.items():
+        modes = ["greedy"] + ["sampled"] * (config.samples if is_forget(name) else 0)
+        temperatures = [config.temperature * (mode == "sampled") for mode in modes]
+        replies = answer_rows(backend, template, name, rows, temperatures, config, kept=kept, progress=progress)
+        for row, answered in zip(rows, replies, strict=True):
+            answers += [Answer.of(name, mode, row, reply) for mode, reply in zip(modes, answered, strict=True)]
     return answers
 
 
 def answer_rows(
     backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,
     name: str,
     rows: Sequence[Row],
     temperatures: Sequence[float],
     config: EvalConfig,
+    *,
+    kept: Path | None = None,
     progress: Progress | None = None,
-) -> list[list[str]]:
-    """For every row of the set `name` one text per temperature (0 is greedy)."""
+) -> list[list[Reply]]:
+    """For every row of the set `name` one reply per temperature (0 is greedy).
+
+    Raises:
+        DataError: a prompt longer than the model's context.
+    """
     prompts = [template.prompt_ids(row) for row in rows]
     if backend.context_length is not None:
         for number, prompt in enumerate(prompts, 1):
@@ -80,27 +108,58 @@ def answer_rows(
                     f"{name} set, row {number}: its prompt has {len(prompt)} tokens and the model's context is {backend.context_length}; "
                     "shorten or remove it"
                 )
-    tokens = backend.generate(
-        prompts, temperatures, max_new_tokens=config.max_new_tokens, stop_ids=template.stop_ids, seed=config.seed, progress=progress
+    found = backend.generate(
+        prompts,
+        temperatures,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=template.stop_ids,
+        seed=config.seed,
+        journal=_Kept(kept, name, list(map(len, prompts)), progress),
     )
-    return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers] for answers in tokens]
+    texts = [[str(template.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids, _ in answers] for answers in found]
+    return [
+        [Reply(text, Ending(len(ids), ended, says_again(text, ended))) for text, (ids, ended) in zip(told, answers, strict=True)]
+        for told, answers in zip(texts, found, strict=True)
+    ]
 
 
-def _kept(kept: Path | None, name: str) -> list[list[str]] | None:
-    if kept is None or not (kept / KEPT_ANSWERS).exists():
-        return None
-    for line in (kept / KEPT_ANSWERS).read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # the line being written when the run was killed, and what a resumed run wrote behind it
-        if entry["set"] == name:
-            return entry["texts"]
-    return None
+class _Kept:
+    """The `Journal` of one set: a line of `kept/answers.jsonl` for every batch (mode 0600), and progress.
 
+    Args:
+        kept: None keeps nothing. lengths: of the prompts, in tokens.
+    """
 
-def _keep(kept: Path | None, name: str, texts: list[list[str]]) -> None:
-    if kept is None:
-        return
-    with open(kept / KEPT_ANSWERS, "a", encoding="utf-8", opener=private) as file:
-        file.write(json.dumps({"set": name, "texts": texts}) + "\n")
+    def __init__(self, kept: Path | None, name: str, lengths: Sequence[int], progress: Progress | None) -> None:
+        self._file, self._name, self._lengths, self._progress = kept / KEPT_ANSWERS if kept else None, name, lengths, progress
+        self.known: dict[int, list[Generated]] = {}
+        if self._file is None or not self._file.exists():
+            return
+        text = self._file.read_text(encoding="utf-8")
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # cut off when the run was killed
+            if entry["set"] == name:
+                self.known |= {index: [Generated(*answer) for answer in answers] for index, answers in entry["answers"]}
+        if not text.endswith("\n"):
+            self._append("\n")
+
+    def keep(self, answers: Mapping[int, list[Generated]]) -> None:
+        """Append one line with the answers of a batch."""
+        self._append(json.dumps({"set": self._name, "answers": list(answers.items())}) + "\n")
+        self._advance(sum(self._lengths[index] for index in answers))
+
+    def advance(self, new_tokens: int) -> None:
+        """Count generated tokens."""
+        self._advance(new_tokens * NEW_TOKEN)
+
+    def _advance(self, work: float) -> None:
+        if self._progress:
+            self._progress(work)
+
+    def _append(self, text: str) -> None:
+        if self._file is not None:
+            with open(self._file, "a", encoding="utf-8", opener=private) as file:
+                file.write(text)

@@ -1,20 +1,45 @@
-"""Curves of shares as one SVG that stands alone, on the page of a repository or in a browser."""
+"""Line charts of shares as stand-alone SVG files.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+Open this file to change how recovery.svg (`sku attack`) or curve.svg (`sku tune`) look.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 from xml.sax.saxutils import escape
 
 LEFT, TOP, PLOT_W, PLOT_H, LEGEND = 56, 40, 500, 300, 340
 LINE_HEIGHT = 20
 COLOURS = (
-    "#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#000000", "#ca6f1e", "#5d6d7e",
-    "#e08e79", "#85c1e9", "#82e0aa", "#f7dc6f", "#c39bd3", "#117a65", "#e91e63", "#aab7b8", "#00acc1", "#8d6e63",
+    "#c0392b",
+    "#2471a3",
+    "#1e8449",
+    "#b7950b",
+    "#7d3c98",
+    "#000000",
+    "#ca6f1e",
+    "#5d6d7e",
+    "#e08e79",
+    "#85c1e9",
+    "#82e0aa",
+    "#f7dc6f",
+    "#c39bd3",
+    "#117a65",
+    "#e91e63",
+    "#aab7b8",
+    "#00acc1",
+    "#8d6e63",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """points: (x, share in [0, 1]). band: (low, high) of each point, drawn as whiskers. Curves of one colour number belong together."""
+    """One line of a chart.
+
+    points: (x, share in [0, 1]). band: (low, high) of each point, drawn as whiskers. colour: index into COLOURS; None takes the
+    next one.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -36,7 +61,8 @@ def chart_svg(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + PLOT_W + LEGEND} {height}" font-family="system-ui, sans-serif" '
         'font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>', f'<text x="{LEFT}" y="22" font-size="14">{escape(title)}</text>',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{LEFT}" y="22" font-size="14">{escape(title)}</text>',
     ]
     for tenth in range(0, 11, 2):
         y = _up(tenth / 10)
@@ -45,9 +71,9 @@ def chart_svg(
     for x, label in ticks:
         parts.append(f'<text x="{across(x):.1f}" y="{TOP + PLOT_H + 18}" text-anchor="middle">{escape(label)}</text>')
     if mark:
-        x = f"{across(mark[0]):.1f}"
-        parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{TOP + PLOT_H}" stroke="black" stroke-dasharray="4 3"/>')
-        parts.append(f'<text x="{x}" y="{TOP - 4}" text-anchor="middle">{escape(mark[1])}</text>')
+        at = f"{across(mark[0]):.1f}"
+        parts.append(f'<line x1="{at}" x2="{at}" y1="{TOP}" y2="{TOP + PLOT_H}" stroke="black" stroke-dasharray="4 3"/>')
+        parts.append(f'<text x="{at}" y="{TOP - 4}" text-anchor="middle">{escape(mark[1])}</text>')
     for number, curve in enumerate(curves):
         parts += _drawn(curve, COLOURS[(number if curve.colour is None else curve.colour) % len(COLOURS)], across, number)
     parts.append(f'<text x="{LEFT + PLOT_W / 2}" y="{TOP + PLOT_H + 38}" text-anchor="middle">{escape(x_title)}</text></svg>')
@@ -70,3 +96,55 @@ def _drawn(curve: Curve, colour: str, across: Callable[[float], float], number: 
 
 def _up(share: float) -> float:
     return TOP + PLOT_H * (1 - min(max(share, 0.0), 1.0))
+
+
+def recovery_svg(relearned: Sequence[Mapping[str, Any]]) -> str:
+    """Harm over fine-tuning steps, one colour per course (benign rows, shares of the harmful rows): sampled solid, greedy dashed.
+
+    relearned: the `relearn` entries of an AttackReport; harm is the mean of the forget sets.
+    """
+    curves = []
+    for colour, lesson in enumerate(dict.fromkeys(entry["attack"] for entry in relearned)):
+        entries = [entry for entry in relearned if entry["attack"] == lesson]
+        for mode in ("sampled", "greedy"):
+            points = [(entry["steps"], harm) for entry in entries if (harm := mean_harm(entry, mode)) is not None]
+            if points:
+                curves.append(Curve(f"{lesson}, {mode}", points, _band(entries, mode), colour, dashed=mode == "greedy"))
+    steps = sorted({entry["steps"] for entry in relearned})
+    return chart_svg("Harm on prompts that were not trained on", curves, "steps of fine-tuning", [(step, str(step)) for step in steps])
+
+
+def knowledge_svg(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Knowledge brought back over the attacker's cost, steps times tokens of a step on a logarithmic scale; a line a model and course.
+
+    models: the `relearn` entries of one or more AttackReports by a name for each; entries without `recovered` are left out.
+    """
+    curves, costs = [], set()
+    for colour, (model, entries) in enumerate(models.items()):
+        for number, course in enumerate(dict.fromkeys(entry["attack"] for entry in entries)):
+            told = [(entry["cost_tokens"], entry["recovered"]) for entry in entries if entry["attack"] == course and "recovered" in entry]
+            costs |= {cost for cost, _ in told if cost}
+            if told:
+                name = f"{model}: {course}" if model else course
+                points = [(cost, share) for cost, share in told]
+                curves.append(Curve(name, points, colour=colour if len(models) > 1 else number, dashed=len(models) > 1 and number % 2 == 1))
+    if not costs:
+        return chart_svg("Knowledge brought back", [], "", [(0, "0"), (1, "")])
+    first, last = math.floor(math.log10(min(costs))), math.ceil(math.log10(max(costs)))
+    start = first - 0.5  # where 0 is drawn, which a logarithmic scale does not have
+    curves = [replace(one, points=[(math.log10(x) if x else start, y) for x, y in one.points]) for one in curves]
+    ticks = [(start, "0"), *((float(power), f"{10**power:,}") for power in range(first, max(last, first + 1) + 1))]
+    return chart_svg("Right answers to prompts that were not trained on", curves, "the attacker's cost: tokens trained on", ticks)
+
+
+def mean_harm(measured: Mapping[str, Any], mode: str) -> float | None:
+    """Mean of the forget sets; None where the mode was not measured."""
+    rates = [modes[mode]["harmful"] for modes in measured["forget"].values() if mode in modes]
+    return sum(rates) / len(rates) if rates else None
+
+
+def _band(entries: Sequence[Mapping[str, Any]], mode: str) -> list[tuple[float, float]]:
+    """95 % intervals of each entry. Empty with several forget sets: the interval of a mean is not the mean of the intervals."""
+    if any(len(entry["forget"]) > 1 for entry in entries):
+        return []
+    return [(modes[mode]["harmful_low"], modes[mode]["harmful_high"]) for entry in entries for modes in entry["forget"].values()]

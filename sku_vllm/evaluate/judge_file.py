@@ -1,4 +1,4 @@
-"""`sku judge` as a function: rows in, the same rows with a label out."""
+"""The function behind `sku judge`: read rows with answers, write the same rows with a label. No model but the judge is loaded."""
 
 import json
 import os
@@ -7,49 +7,58 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.data import Row, read_rows
-from sku_vllm.data.readers import json_lines
+from sku_vllm.data import Columns, Row, read_source
 from sku_vllm.errors import ConfigError, DataError
-from sku_vllm.evaluate.columns import column_names
+from sku_vllm.evaluate.answer_bar import answer_bar
+from sku_vllm.evaluate.judged_row import verdict_fields
 from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
-from sku_vllm.evaluate.progress import answer_bar
-from sku_vllm.evaluate.shares import shares
-from sku_vllm.judges import Exchange, Verdict, decide, judge_of
+from sku_vllm.evaluate.measure_request import is_forget
+from sku_vllm.evaluate.shares import by_category, shares_by_prompt
+from sku_vllm.judges import Exchange, judge_of
 from sku_vllm.output import partial_path, write_text
 
 
 def judge_file(specs: Sequence[str], source: str, output: str, *, columns: Sequence[str] = (), resume: bool = False) -> dict[str, Any]:
-    """Label every row of `source` and write `output` (0600). Returns counts, shares and, for several judges, their agreement.
+    """Label every answer of `source`, whatever marks it carries, and write `output` (0600).
+
+    A line is the record with all its columns, in the order of the file, and what `verdict_fields` adds; a column that has one of these
+    names is kept as `given_NAME`. prompt (messages), response and the judge's name are added where the record has no column of that name.
+    Of a record with several answers each is a line.
+
+    Returns counts, shares (clustered by conversation), shares by category, and for several judges their agreement.
 
     Raises:
         ConfigError: the output exists, or there is nothing to resume.
         DataError: a row without an answer.
-        JudgeError: the judge failed; what it said so far is in `OUTPUT.partial/` for `--resume`.
+        JudgeError: the judge failed; the verdicts so far are in `OUTPUT.partial/` for `--resume`.
     """
     judge = judge_of(specs)
-    named = column_names(columns)
-    rows = read_rows(source, columns=named)
-    for number, row in enumerate(rows, 1):
+    reading = read_source(source, columns=Columns(columns).of(), safe=None, keep=True)
+    for number, row in enumerate(reading.rows, 1):
         if row.response is None:
             raise DataError(f"{source} row {number}: no 'response' to judge; name its column with --columns response=NAME")
     path, partial = Path(output), partial_path(Path(output).absolute())
     _check(path, partial, resume)
     partial.mkdir(parents=True, exist_ok=True)
-    exchanges = [Exchange(row.prompt, row.response or "") for row in rows]
+    # rows.jsonl of `sku eval` holds retain and border sets too.
+    kinds = [is_forget(str(record.get("set"))) for record in reading.origins]
+    exchanges = [Exchange.of(row.messages, row.response or "", forget=kind) for row, kind in zip(reading.rows, kinds, strict=True)]
     try:
-        with answer_bar(len(rows), path.name) as progress:
+        with answer_bar(len(exchanges), path.name) as progress:
             judged = judge_all(judge, exchanges, partial / KEPT_VERDICTS, progress)
     finally:
         if not any(partial.iterdir()):
             partial.rmdir()
-    verdicts = decide(judge, exchanges, judged.harmful)
-    votes = [dict(zip(judged.votes, row, strict=True)) for row in zip(*judged.votes.values(), strict=True)] if judged.agreement else None
-    records = _records(source, rows)
-    lines = [_labelled(records[row], verdict, votes and votes[row]) for row, verdict in enumerate(verdicts)]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), mode=0o600)
+    labelled = list(zip(reading.rows, judged.verdicts, strict=True))
+    fields = [verdict_fields(judged, place) for place in range(len(labelled))]
+    lines = [_line(*one, judge.name) for one in zip(reading.origins, reading.rows, fields, strict=True)]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines), mode=0o600)
     shutil.rmtree(partial, ignore_errors=True)
     extra = {"agreement": judged.agreement} if judged.agreement is not None else {}
-    return {**shares([[verdict] for verdict in verdicts]), **extra}
+    whole = shares_by_prompt((row.key, verdict) for row, verdict in labelled)
+    if thought := sum(judged.in_reasoning):
+        whole["harmful_in_reasoning"] = thought / whole["n"]
+    return {**whole, **by_category((row.category, row.key, verdict) for row, verdict in labelled), **extra}
 
 
 def _check(path: Path, partial: Path, resume: bool) -> None:
@@ -63,18 +72,11 @@ def _check(path: Path, partial: Path, resume: bool) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _records(source: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as they stood in a JSONL file, every field kept; from other formats their contract fields."""
-    if source.endswith((".jsonl", ".json")):
-        records = [record for _, record in json_lines(Path(source))]
-        if len(records) == len(rows):
-            return records
-    return [
-        {"prompt": row.prompt} | ({"messages": list(row.messages)} if len(row.messages) > 1 else {}) | {"response": row.response}
-        | ({"id": row.id} if row.id is not None else {})
-        for row in rows
-    ]
-
-
-def _labelled(record: dict[str, Any], verdict: Verdict, votes: dict[str, bool | None] | None) -> dict[str, Any]:
-    return {**record, "label": verdict.label} | ({"votes": votes} if votes else {})
+def _line(record: dict[str, Any], row: Row, fields: dict[str, Any], judge: str) -> dict[str, Any]:
+    """The record with what was asked, answered and found. Of several answers in one column, the line says which was judged."""
+    asked: dict[str, Any] = {"messages": list(row.messages)} if len(row.messages) > 1 else {"prompt": row.prompt}
+    told = {name: value for name, value in {**asked, "response": row.response}.items() if not isinstance(record.get(name), str)}
+    if "messages" in told and record.get("messages") is not None:
+        del told["messages"]  # the record's own turns, which may end with the answer
+    added = {**told, "judge": judge, **fields}
+    return {f"given_{name}" if name in added else name: value for name, value in record.items()} | added

@@ -1,67 +1,78 @@
-"""A judge over many answers, in pieces that survive an interruption."""
+"""Runs a judge over many answers in chunks, and stores each chunk's verdicts so that an interrupted run can continue.
+
+Open this file to change how verdicts are stored for `--resume` or how several judges are asked.
+"""
 
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sku_vllm.errors import JudgeError
 from sku_vllm.evaluate.backend import Progress
 from sku_vllm.judges import Exchange, Judge
-from sku_vllm.judges.all_of import AllOf, agreement, strictest
+from sku_vllm.judges.all_of import AllOf
+from sku_vllm.judges.exchange import Finding, findings_of
+from sku_vllm.judges.labeller import JudgedVotes
+from sku_vllm.judges.parts import combined, parts_of
 
-CHUNK = 64
+CHUNK = 64  # answers judged, and then stored, at a time
 KEPT_VERDICTS = "verdicts.jsonl"
 
 
-class JudgedVotes:
-    """Every judge's verdict on every answer: `.harmful` (the strictest) and, for `all:A,B`, `.agreement`."""
+def judge_all(
+    judge: Judge,
+    exchanges: Sequence[Exchange],
+    kept: Path | None = None,
+    progress: Progress | None = None,
+    unlikely: Sequence[bool] | None = None,
+) -> JudgedVotes:
+    """Judge in chunks. With `kept`, every chunk is appended to that file (mode 0600), and answers already in it are not judged again.
 
-    def __init__(self, votes: dict[str, list[bool | None]]) -> None:
-        self.votes = votes
-        self.harmful = strictest(votes)
-        self.agreement: list[dict[str, Any]] | None = agreement(votes) if len(votes) > 1 else None
+    The final answer and the reasoning before it are judged apart (`sku_vllm.judges.parts`).
 
-
-def judge_all(judge: Judge, exchanges: Sequence[Exchange], kept: Path | None = None, progress: Progress | None = None) -> JudgedVotes:
-    """Judge in chunks. With `kept`, every chunk is appended to that file (0600) and what it already holds is not asked again.
+    Args:
+        unlikely: see `sku_vllm.judges.labeller.detect`.
 
     Raises:
         JudgeError: the judge failed; the chunks before it are in `kept`.
     """
-    names = [part.name for part in judge.judges] if isinstance(judge, AllOf) else [judge.name]
+    judges = judge.judges if isinstance(judge, AllOf) else (judge,)
+    names = [part.name for part in judges]
     known = _read(kept) if kept else {}
-    keys = [_key(names, exchange) for exchange in exchanges]
-    # Each answer is asked once, however often it occurs: greedy answers of near-twins and short refusals repeat a lot.
-    todo = list({key: exchange for key, exchange in zip(keys, exchanges, strict=True) if key not in known}.items())
+    # A verdict is used again for the same judges and the same exchange.
+    parts = [
+        [(hashlib.sha256(json.dumps([names, *part.identity]).encode()).hexdigest(), part) for part in parts_of(exchange)]
+        for exchange in exchanges
+    ]
+    # An answer that occurs several times is judged once: short refusals and greedy answers to similar prompts are often identical.
+    todo = list({key: part for several in parts for key, part in several if key not in known}.items())
+    waiting = {key for key, _ in todo}
     if progress:
-        progress(len(keys) - len(todo))
-    for start in range(0, len(todo), CHUNK):
-        piece = todo[start : start + CHUNK]
-        asked = [exchange for _, exchange in piece]
+        progress(sum(all(key not in waiting for key, _ in several) for several in parts))
+    # A judge that asks a server has many answers under way at once; a chunk holds several rounds of them.
+    chunk = max(CHUNK, *(int(getattr(part, "batch", 0)) for part in judges))
+    for start in range(0, len(todo), chunk):
+        piece = todo[start : start + chunk]
         try:
-            votes = judge.votes(asked) if isinstance(judge, AllOf) else {judge.name: judge.judge(asked)}
+            columns = [findings_of(part, [exchange for _, exchange in piece]) for part in judges]
         except JudgeError as error:
-            resumable = kept and any(kept.parent.iterdir())
-            where = f"; {len(known)} verdicts are kept in {kept.parent}, continue with --resume" if resumable else ""
+            where = ""
+            if kept and any(kept.parent.iterdir()):
+                where = f"; {len(known)} verdicts are kept in {kept.parent}, continue with --resume"
             raise JudgeError(f"{error}{where}") from error
-        rows = {key: [votes[name][row] for name in names] for row, (key, _) in enumerate(piece)}
+        rows = {key: list(row) for (key, _), row in zip(piece, zip(*columns, strict=True), strict=True)}
         known.update(rows)
         if kept:
             _append(kept, rows)
         if progress:
             progress(len(rows))
-    return JudgedVotes({name: [known[key][column] for key in keys] for column, name in enumerate(names)})
+    found = {name: [combined([known[key][column] for key, _ in several]) for several in parts] for column, name in enumerate(names)}
+    return JudgedVotes(exchanges, found, unlikely)
 
 
-def _key(names: Sequence[str], exchange: Exchange) -> str:
-    """Judges and text: kept verdicts of another judge or an older answer are never taken for this one."""
-    return hashlib.sha256(json.dumps([names, exchange.prompt, exchange.response]).encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, list[bool | None]]:
+def _read(path: Path) -> dict[str, list[Finding]]:
     if not path.exists():
         return {}
     known = {}
@@ -69,17 +80,20 @@ def _read(path: Path) -> dict[str, list[bool | None]]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # the line being written when the run was killed, and what a resumed run wrote behind it
-        known[row["key"]] = row["votes"]
+            continue  # a line cut off when the run was killed; a resumed run may have appended to it
+        known[row["key"]] = [
+            Finding(vote, *more) for vote, more in zip(row["votes"], row.get("more") or [[]] * len(row["votes"]), strict=True)
+        ]
     return known
 
 
-def _append(path: Path, rows: dict[str, list[bool | None]]) -> None:
+def _append(path: Path, rows: dict[str, list[Finding]]) -> None:
     with open(path, "a", encoding="utf-8", opener=private) as file:
-        for key, votes in rows.items():
-            file.write(json.dumps({"key": key, "votes": votes}) + "\n")
+        for key, found in rows.items():
+            more = [[one.reason, one.refusal, one.readable] for one in found]
+            file.write(json.dumps({"key": key, "votes": [one.harmful for one in found], "more": more}) + "\n")
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for kept text: readable by its owner only."""
+    """An `opener` for `open` that creates files readable by their owner only."""
     return os.open(path, flags, 0o600)

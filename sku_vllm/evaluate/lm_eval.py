@@ -1,4 +1,7 @@
-"""Standard benchmarks through lm-evaluation-harness: base and edited model side by side, with the difference and its standard error."""
+"""Standard benchmarks through lm-evaluation-harness: base and edited model side by side, with the difference and its standard error.
+
+Open this file to change what `sku eval --lm-eval` runs and reports.
+"""
 
 import gc
 import importlib.metadata
@@ -9,62 +12,55 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.errors import ConfigError
+from sku_vllm.model_spec import ModelSpec
 
-# What papers call a suite, where the harness gives it another name.
+# Names of suites in papers, and the harness's names for them.
 ALSO_CALLED = {"super_glue": "super-glue-lm-eval-v1", "superglue": "super-glue-lm-eval-v1"}
 
 
-def run(
-    model: str | Path,
+def run_tasks(
+    model: ModelSpec,
     tasks: Sequence[str],
     *,
-    base: str | Path | None = None,
-    adapter: str | Path | None = None,
-    scale: float | None = None,
     backend: str = "transformers",
-    dtype: str = "auto",
     batch_size: int = 8,
     limit: int | None = None,
     few_shot: int | None = None,
     seed: int = 0,
-    revision: str | None = None,
-    any_base: bool = False,
-    as_is: bool = False,
+    compared: bool = True,
 ) -> list[dict[str, Any]]:
-    """Run `tasks` on the edited model and on its base.
+    """Run `tasks` on the edited model and on the model it is compared with, if there is one (`ModelSpec.reference`) and it is wanted.
 
     Args:
-        model: a checkpoint, or the base of `adapter`.
         tasks: names the harness knows (`mmlu`), or YAML files that define a task.
-        base: the unedited model beside a fused `model`; with `adapter` the base is `model` itself. None: no comparison.
         backend: "transformers" or "vllm".
+        limit: most documents per task. few_shot: examples before each question; None uses the task's own number.
+        compared: False leaves the other model out, whose entries then are None.
 
     Returns:
-        One entry a task and metric: {"task", "metric", "n", "base", "base_stderr", "edited", "edited_stderr", "difference", "stderr"};
-        the difference's error is paired over the documents where the harness gives them, else the root of both variances.
+        One entry per task and metric: {"task", "metric", "n", "base", "base_stderr", "edited", "edited_stderr", "difference", "stderr"}.
+        "stderr" is the standard error of the difference: paired over documents where the harness returns them, else the root of the
+        sum of both variances.
 
     Raises:
-        ConfigError: lm-eval is not installed, or it does not know a task.
+        ConfigError: lm-eval is not installed, it does not know a task, or an adapter is given with backend "vllm".
     """
     manager, names = _tasks(tasks)
-    settings = {"dtype": dtype, "batch_size": batch_size, "backend": backend, "revision": revision}
     asked = {"tasks": names, "task_manager": manager, "limit": limit, "num_fewshot": few_shot, "seed": seed}
-    edited = _evaluate(
-        _language_model(model, adapter, 1.0 if scale is None else scale, any_base=any_base, as_is=as_is, **settings), **asked
-    )
+    edited = _evaluate(_language_model(model, backend, batch_size), **asked)
     gc.collect()
-    other = base or (model if adapter else None)
-    reference = _evaluate(_language_model(other, None, 0.0, **settings), **asked) if other else None
+    other = model.reference if compared else None
+    reference = None if other is None else _evaluate(_language_model(other, backend, batch_size), **asked)
     return side_by_side(reference, edited)
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise ConfigError now for what `run` would refuse after hours of other work."""
+    """Check task names before a long measurement. Raises ConfigError as `run_tasks` does."""
     _tasks(tasks)
 
 
 def side_by_side(base: Mapping[str, Any] | None, edited: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of two `simple_evaluate` results over the same tasks; `base` may be None."""
+    """The entries of `run_tasks` from the harness's results (`simple_evaluate`) on the same tasks; `base` may be None."""
     rows = []
     for task, scores in {**(edited.get("groups") or {}), **edited["results"]}.items():
         for key, value in scores.items():
@@ -90,51 +86,46 @@ def side_by_side(base: Mapping[str, Any] | None, edited: Mapping[str, Any]) -> l
     return rows
 
 
-def _language_model(
-    model: str | Path,
-    adapter: str | Path | None,
-    scale: float,
-    *,
-    dtype: str,
-    batch_size: int,
-    backend: str,
-    revision: str | None,
-    any_base: bool = False,
-    as_is: bool = False,
-) -> Any:
-    """The harness's view of a model. With vLLM an adapter has to be fused first: the harness would add it, not subtract it."""
+def _language_model(spec: ModelSpec, backend: str, batch_size: int) -> Any:
+    """The model as a language model of the harness. With vLLM an adapter must be fused first: the harness would add it."""
     if backend == "vllm":
-        if adapter:
+        if spec.adapter:
             raise ConfigError(
                 "--lm-eval --backend vllm: takes a checkpoint, not an --adapter; fuse it first (sku fuse) and give --model and --base"
             )
-        # stdout belongs to --json; on a CPU vLLM would take nearly all of the memory for its cache.
+        # stdout is for --json only. On a CPU, vLLM would otherwise reserve nearly all memory for its KV cache.
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        return _vllm_class()(pretrained=str(model), dtype=dtype, revision=revision, batch_size=batch_size, gpu_memory_utilization=0.8)
+        settings = {"dtype": spec.dtype, "revision": spec.revision, "batch_size": batch_size, "gpu_memory_utilization": 0.8}
+        return _vllm_class()(pretrained=str(spec.model), **settings)
     from lm_eval.models.huggingface import HFLM
 
-    from sku_vllm.model import attach_adapter, load_model, load_tokenizer
+    from sku_vllm.model import load_model, load_tokenizer
 
-    loaded = load_model(str(model), dtype=dtype, revision=revision)
-    if adapter:
-        loaded = attach_adapter(loaded, str(adapter), scale, any_base=any_base, as_is=as_is)
-    return HFLM(pretrained=loaded, tokenizer=load_tokenizer(str(model), revision), backend="causal", batch_size=batch_size)
+    tokenizer = load_tokenizer(spec.model, spec.revision)
+    return HFLM(pretrained=load_model(spec), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
 
 def _vllm_class() -> Any:
-    """The harness's vLLM model. It asks for the version of the distribution `vllm`, which the CPU build (`vllm-cpu`) does not go by."""
+    """The harness's model class for vLLM.
+
+    Its import asks for the version of the distribution `vllm`; the CPU build is called `vllm-cpu`, so that call is answered here.
+    """
     try:
         import vllm
         from vllm.platforms import current_platform
 
-        current_platform.device_type  # noqa: B018 (vLLM looks for its own distribution to find out; that has to happen before)
+        current_platform.device_type  # noqa: B018 (vLLM looks up its own distribution here, so it must happen before the replacement)
     except ImportError as error:
         raise ConfigError(f"--backend vllm: vLLM cannot be imported ({error}); pip install 'sku-vllm[gpu]' or '[cpu]'") from error
     known = importlib.metadata.version
-    importlib.metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+
+    def version(distribution_name: str) -> str:
+        return str(vllm.__version__) if distribution_name == "vllm" else known(distribution_name)
+
+    importlib.metadata.version = version
     try:
-        from lm_eval.models.vllm_causallms import VLLM  # keeps the function it finds now
+        from lm_eval.models.vllm_causallms import VLLM  # it binds `version` at import
     finally:
         importlib.metadata.version = known
     return VLLM
@@ -182,7 +173,7 @@ def _tasks(given: Sequence[str]) -> tuple[Any, list[str]]:
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ConfigError(f"--lm-eval {task}: is not a task of the harness (no `task:` in it)") from error
         folders.append(str(file.parent.resolve()))
-    # The harness's own list is thousands of files: read only when one of its names was asked for.
+    # The harness's own tasks are thousands of files, so they are read only if a task is not given as a YAML file.
     manager = TaskManager(include_path=list(dict.fromkeys(folders)) or None, include_defaults=len(folders) < len(given))
     known = set(manager.all_tasks)
     unknown = [name for name in names if name not in known]

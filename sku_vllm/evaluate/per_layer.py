@@ -1,9 +1,12 @@
-"""One factor per layer on the chosen scale: where in the model the subtraction should be weaker or stronger."""
+"""`sku tune --per-layer`: a factor per layer by which the chosen scale is multiplied, to subtract less or more there.
+
+Open this file to change which factors are tried, or how the scaled adapter is written.
+"""
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peft.tuners.lora import LoraLayer
@@ -18,26 +21,31 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def layers_of(model: PreTrainedModel) -> list[str]:
-    """Numbers of the layers that carry the adapter, in order.
+    """The numbers of the layers that have LoRA modules, as text, in order.
 
     Raises:
-        ConfigError: a dense task vector, whose parts have no scaling of their own.
+        ConfigError: there are none, as in a model with a dense task vector.
     """
-    found = {match[1] for name, module in model.named_modules() if isinstance(module, LoraLayer) and (match := _LAYER.search(name))}
+    return layers_among([name for name, module in model.named_modules() if isinstance(module, LoraLayer)])
+
+
+def layers_among(names: Iterable[str]) -> list[str]:
+    """The numbers of the layers in the names of adapted modules or weights; raises as `layers_of` does."""
+    found = {match[1] for name in names if (match := _LAYER.search(name))}
     if not found:
         raise ConfigError("--per-layer: this adapter has no LoRA layers to scale one by one; leave --per-layer out")
     return sorted(found, key=int)
 
 
 def layer_groups(layers: list[str]) -> list[list[str]]:
-    """Up to three runs of neighbouring layers: searching each layer alone would cost a measurement a layer and fit noise."""
+    """The layers in up to `GROUPS` groups of neighbours. Trying every layer alone would take many measurements and fit noise."""
     count = min(GROUPS, len(layers))
     edges = [round(part * len(layers) / count) for part in range(count + 1)]
     return [layers[low:high] for low, high in zip(edges, edges[1:], strict=False)]
 
 
 def scale_layers(model: PreTrainedModel, scale: float, factors: Mapping[str, float]) -> None:
-    """Make the model compute with base − scale·factor·delta, the factor by layer number (1 where none is given)."""
+    """Set the LoRA scales so that the model computes base − scale·factor·delta. factors: by layer number, 1 where none is given."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             match = _LAYER.search(name)
@@ -46,7 +54,10 @@ def scale_layers(model: PreTrainedModel, scale: float, factors: Mapping[str, flo
 
 
 def write_scaled(adapter: str | Path, output: Path, scale: float, factors: Mapping[str, float]) -> None:
-    """A raw adapter (0700) whose scale 1 is `scale` and the layer factors on the original: for negate, fuse and serve."""
+    """Write a copy of an adapter with `scale` and the layer factors multiplied into its weights, so that it is subtracted at scale 1.
+
+    The directory's mode is 0700: like the original, the copy holds the harmful knowledge.
+    """
     from safetensors.torch import load_file, save_file
 
     output.mkdir(mode=0o700)

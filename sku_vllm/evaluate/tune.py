@@ -1,142 +1,176 @@
-"""Choose the scale: least harm, greedy and sampled, within limits on utility, the trained scale where that is a matter of noise. Trade-off
-curves are not monotone, so all are measured."""
+"""The function behind `sku tune`: measure base − scale·delta at every scale, choose one, write the output directory.
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+Every scale is measured, since harm and cost need not rise or fall steadily with it. The limits and the rule are in `limits.py`.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.data import Row
-from sku_vllm.errors import ConfigError
-from sku_vllm.evaluate.config import EvalConfig
-from sku_vllm.evaluate.evaluate import adapter_off
-from sku_vllm.evaluate.limits import SCALES, Limits, choose, clearly_less_harm
+from sku_vllm.data import PromptTemplate
+from sku_vllm.data.rows import rows_digest
+from sku_vllm.evaluate.answer_bar import Bar, Say, no_bar, silent
+from sku_vllm.evaluate.backend import Progress
+from sku_vllm.evaluate.curve import curve_svg
+from sku_vllm.evaluate.limits import choose, clearly_less_harm
+from sku_vllm.evaluate.measure_request import Questions
 from sku_vllm.evaluate.measurement import measure
-from sku_vllm.evaluate.unfinished import place
-from sku_vllm.judges import Judge, load_judge
-from sku_vllm.model import attach_adapter, load_model, load_tokenizer, set_scale
-
-Sets = tuple[Mapping[str, Sequence[Row]], Sequence[Row]]
+from sku_vllm.evaluate.opened import Opened, opened
+from sku_vllm.evaluate.per_layer import FACTORS, GROUPS, layer_groups, write_scaled
+from sku_vllm.evaluate.resume import measurement_directory, with_dtype, working_directory
+from sku_vllm.evaluate.shares import check_opinion
+from sku_vllm.evaluate.tune_request import TuneRequest, check_scales
+from sku_vllm.evaluate.work import Work
+from sku_vllm.output import record, remove, write_text
+from sku_vllm.records.tuned import NOTE, SCALED, note_tuned
 
 
 @dataclass(slots=True)
 class TuneReport:
-    """scale: the choice, None when nothing qualifies. curve: one eval object a scale, with what exceeds its limit.
+    """The result of a search for the best scale.
 
-    layers: after a per-layer search, each layer's factor on `scale`. test: base and choice on data it was not chosen on.
+    Attributes:
+        scale: the chosen scale; None when no scale stays within the limits.
+        curve: one eval object per scale, with `scale` and `excess`: the exceeded limits, {name: (measured, limit)}.
+        base: the eval object of the unedited model.
+        test: eval objects of base and chosen scale on the test data; None without test data.
+        skipped_rows: how many rows of each set were left out, since their prompt fills the model's context; those of the test data are
+            counted in `test`.
+        layers: with `per_layer`, the factor by which `scale` is multiplied in each layer; `layer_trials` are all measured factors.
     """
 
     scale: float | None
     curve: list[dict[str, Any]]
     base: dict[str, Any]
     test: dict[str, Any] | None = None
+    skipped_rows: Mapping[str, int] = field(default_factory=dict)
     layers: dict[str, float] | None = None
     layer_trials: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def qualifies(self) -> bool:
+        """Whether a scale was chosen."""
         return self.scale is not None
 
     def to_json(self) -> dict[str, Any]:
-        document = {"scale": self.scale, "qualifies": self.qualifies, "curve": self.curve, "base": self.base}
+        """What `sku tune --json` prints."""
+        document: dict[str, Any] = {"scale": self.scale, "qualifies": self.qualifies, "curve": self.curve, "base": self.base}
+        document["skipped_rows"] = dict(self.skipped_rows)
         if self.layers is not None:
             document |= {"layers": self.layers, "layer_trials": self.layer_trials}
         return document | ({"test": self.test} if self.test else {})
 
 
-def tune_scale(
-    model: str | Path,
-    adapter: str | Path,
-    *,
-    forget: Mapping[str, Sequence[Row]],
-    retain: Sequence[Row],
-    judge: Judge | str,
-    limits: Limits = Limits(),
-    scales: Sequence[float] = SCALES,
-    config: EvalConfig = EvalConfig(),
-    test: Sets | None = None,
-    per_layer: bool = False,
-    dtype: str = "auto",
-    revision: str | None = None,
-    any_base: bool = False,
-    as_is: bool = False,
-    kept: Path | None = None,
-    progress: Callable[[str], None] = lambda line: None,
-) -> TuneReport:
-    """Measure base − scale·delta at every scale and choose.
+def tune_scale(request: TuneRequest, progress: Say = silent, bar: Bar = no_bar) -> TuneReport:
+    """Measure every scale and choose one. With an output, write sku_tune.json and curve.svg there.
+
+    The adapter's directory then gets a small file that names the output, which `lora:ADAPTER@tuned` reads.
 
     Args:
-        test: forget sets and retain set on which base and choice are measured once more.
-        per_layer: from the best scale on, try each third of the layers weaker and stronger.
-        kept: a directory for answers and verdicts, so that an interrupted search continues there.
-        progress: called with one line before each measurement.
+        progress: called with one line before each measurement. bar: shows how far all measurements are.
+
+    Raises:
+        InputError: a file, judge, model or adapter that cannot be used; a judge that does not decide harm; an output that is not empty.
+        JudgeError: the judge failed; the answers so far are in OUTPUT.partial/ for `resume`.
     """
-    scales = check_scales(scales)
-    judge = load_judge(judge) if isinstance(judge, str) else judge
-    tokenizer = load_tokenizer(str(model), revision)
-    loaded = attach_adapter(load_model(str(model), dtype=dtype, revision=revision), str(adapter), 0.0, any_base=any_base, as_is=as_is)
-
-    def measured(scale: float, layers: Mapping[str, float] | None = None, sets: Sets = (forget, retain)) -> dict[str, Any]:
-        set_scale(loaded, scale)
-        if layers:
-            from sku_vllm.evaluate.per_layer import scale_layers
-
-            scale_layers(loaded, scale, layers)
-        off = adapter_off(loaded, scale, config)
-        here = place(kept, scale, layers, sets is test)
-        found = measure(loaded, tokenizer, forget=sets[0], retain=sets[1], judge=judge, reference=off, config=config, kept=here)
-        return found.to_json()
-
-    progress("measuring the base")
-    base = measured(0.0)
-    if any(share["harmful"] is None for modes in base["forget"].values() for share in modes.values()):
-        raise ConfigError(f"--judge {judge.name}: has no opinion on harm, so no scale is better than another; use lexicon:, hf: or openai:")
-    for key, field_name in (("perplexity_ratio", "response"), ("qa_accuracy", "must_contain")):
-        if base["retain"][key] is None:
-            progress(f"warning: no retain row has {field_name!r}, so nothing limits what a scale may cost in {key.replace('_', ' ')}")
-    curve = []
-    for scale in scales:
-        progress(f"measuring scale {scale:g}")
-        found = measured(scale)
-        curve.append({"scale": scale, **found, "excess": limits.excess(found, base)})
-    best = choose(curve)
-    report = TuneReport(best["scale"] if best else None, curve, base)
-    if per_layer and report.qualifies:
-        from sku_vllm.evaluate.per_layer import layer_groups, layers_of
-
-        _search_layers(report, layer_groups(layers_of(loaded)), measured, limits, progress)
-    if test and report.qualifies:
-        progress("measuring the choice on test data")
-        report.test = {"base": measured(0.0, sets=test), **measured(report.scale, report.layers, test)}
+    questions = request.questions()
+    test = request.test_questions(questions.judge)
+    sets = [rows for asked in (questions, test) if asked for rows in asked.sets.values()]
+    request = with_dtype(request)
+    settings = request.to_json()
+    with working_directory(settings, rows_digest(*sets), resume=request.resume) as directory:
+        with opened(request) as model:
+            search = _Search(request, directory, progress, model)
+            with bar(search.work(questions, test), "tuning") as search.advance:
+                report = search.run(questions, test)
+        report.skipped_rows = questions.skipped
+        if directory:
+            _write(directory, report, str(request.model.adapter), settings)
+    for line in [*questions.warnings, *(test.warnings if test else [])]:
+        progress(line)
+    if report.qualifies and request.output and note_tuned(str(request.model.adapter), request.output):
+        progress(f"{request.model.adapter}: {NOTE} names this choice, for --arm NAME=lora:{request.model.adapter}@tuned")
     return report
 
 
-def check_scales(scales: Sequence[float]) -> list[float]:
-    """Different, finite and not negative, in rising order."""
-    if not scales:
-        raise ConfigError("--scales: name at least one, for instance --scales 0.5,1.0")
-    for scale in scales:
-        if not (math.isfinite(scale) and scale >= 0):
-            raise ConfigError(f"--scales {scale}: must be numbers of at least 0; the sign of the negation is built in")
-    return sorted(set(scales))
+class _Search:
+    """Measures one model at many scales and stores every measurement for `resume`."""
+
+    def __init__(self, request: TuneRequest, directory: Path | None, progress: Say, model: Opened) -> None:
+        self.request, self.directory, self.progress, self.model = request, directory, progress, model
+        self.advance: Progress = lambda work: None
+
+    def work(self, questions: Questions, test: Questions | None) -> float:
+        """Of all measurements, if a scale qualifies."""
+        template = PromptTemplate.of(self.model.tokenizer, self.request.config.template)
+        tuned, tested = (
+            Work.of(template, asked, self.request.config, compared=True).total if asked else 0.0 for asked in (questions, test)
+        )
+        trials = GROUPS * len(FACTORS) if self.request.per_layer else 0
+        return tuned * (1 + len(check_scales(self.request.measured_scales)) + trials) + 2 * tested
+
+    def run(self, questions: Questions, test: Questions | None) -> TuneReport:
+        """Measure the base and every scale, choose one, search the layers if asked for, and measure the choice on test data."""
+        self.progress("measuring the base")
+        base = self.measured(questions, 0.0)
+        check_opinion(base, questions.judge, "no scale is better than another")
+        for key, field_name in (("perplexity_ratio", "response"), ("qa_accuracy", "must_contain")):
+            if base["retain"][key] is None:
+                what = key.replace("_", " ")
+                self.progress(f"warning: no retain row has {field_name!r}, so nothing limits what a scale may cost in {what}")
+        curve = []
+        for scale in check_scales(self.request.measured_scales):
+            self.progress(f"measuring scale {scale:g}")
+            found = self.measured(questions, scale)
+            curve.append({"scale": scale, **found, "excess": self.request.limits.excess(found, base)})
+        best = choose(curve)
+        if best is None:
+            return TuneReport(None, curve, base)
+        report = TuneReport(best["scale"], curve, base)
+        if self.request.per_layer:
+            self.search_layers(report, best, questions)
+        if test:
+            self.progress("measuring the choice on test data")
+            base = self.measured(test, 0.0, test=True)
+            chosen = self.measured(test, best["scale"], report.layers, test=True)
+            report.test = {"base": base, **chosen, "skipped_rows": test.skipped}
+        return report
+
+    def search_layers(self, report: TuneReport, best: Mapping[str, Any], questions: Questions) -> None:
+        """Try every factor on each group of layers, first to last; keep one if it is within the limits and clearly less harmful."""
+        scale, groups = best["scale"], layer_groups(self.model.layers)
+        layers = {layer: 1.0 for group in groups for layer in group}
+        for group in groups:
+            for factor in FACTORS:
+                trial = {**layers, **dict.fromkeys(group, factor)}
+                self.progress(f"measuring layers {group[0]}–{group[-1]} at {factor:g} of scale {scale:g}")
+                found = self.measured(questions, scale, trial)
+                excess = self.request.limits.excess(found, report.base)
+                report.layer_trials.append({"layers": trial, **found, "excess": excess})
+                if not excess and clearly_less_harm(found, best):
+                    best, layers = found, trial
+        report.layers = layers
+
+    def measured(
+        self, questions: Questions, scale: float, layers: Mapping[str, float] | None = None, *, test: bool = False
+    ) -> dict[str, Any]:
+        """The eval object at a scale. layers: factors by which the scale is multiplied in each layer; None for 1 everywhere."""
+        backend = self.model.at(scale, layers)
+        return measure(
+            backend,
+            self.model.tokenizer,
+            questions,
+            reference=self.model.reference(),
+            config=self.request.config,
+            kept=measurement_directory(self.directory, scale, layers, test),
+            progress=self.advance,
+        ).to_json()
 
 
-def _search_layers(
-    report: TuneReport, groups: list[list[str]], measured: Callable[..., dict[str, Any]], limits: Limits, progress: Callable[[str], None]
-) -> None:
-    """One pass over the groups of layers, first to last, keeping a factor whenever it leaves clearly less harm."""
-    from sku_vllm.evaluate.per_layer import FACTORS
-
-    layers = {layer: 1.0 for group in groups for layer in group}
-    best = next(point for point in report.curve if point["scale"] == report.scale)
-    for group in groups:
-        for factor in FACTORS:
-            trial = {**layers, **dict.fromkeys(group, factor)}
-            progress(f"measuring layers {group[0]}–{group[-1]} at {factor:g} of scale {report.scale:g}")
-            found = measured(report.scale, trial)
-            excess = limits.excess(found, report.base)
-            report.layer_trials.append({"layers": trial, **found, "excess": excess})
-            if not excess and clearly_less_harm(found, best):
-                best, layers = found, trial
-    report.layers = layers
+def _write(directory: Path, report: TuneReport, adapter: str, settings: Mapping[str, Any]) -> None:
+    write_text(directory / "curve.svg", curve_svg(report.base, report.curve, report.scale))
+    if report.layers is not None and report.scale is not None:
+        remove(directory / SCALED)  # a run that was interrupted may have written it already
+        write_scaled(adapter, directory / SCALED, report.scale, report.layers)
+    record(directory, "tune", report.to_json(), settings)

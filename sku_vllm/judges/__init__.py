@@ -1,7 +1,20 @@
-"""Text in, verdict out. Nothing here loads torch until an `hf:` judge is asked for."""
+"""Judges, which decide whether answers are harmful, and the detectors of refusals and gibberish. Only `hf:` judges load torch."""
 
 from sku_vllm.judges.exchange import LABELS, Exchange, Judge, Label, Labeller, Verdict
-from sku_vllm.judges.labeller import decide, load_labeller
-from sku_vllm.judges.spec import judge_of, load_judge
+from sku_vllm.judges.labeller import labeller, load_labeller
+from sku_vllm.judges.spec import judge_of, judge_specs, load_judge, with_options
 
-__all__ = ["LABELS", "Exchange", "Judge", "Label", "Labeller", "Verdict", "decide", "judge_of", "load_judge", "load_labeller"]
+__all__ = [
+    "LABELS",
+    "Exchange",
+    "Judge",
+    "Label",
+    "Labeller",
+    "Verdict",
+    "judge_of",
+    "judge_specs",
+    "labeller",
+    "load_judge",
+    "load_labeller",
+    "with_options",
+]

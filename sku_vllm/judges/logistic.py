@@ -1,4 +1,4 @@
-"""Sparse logistic regression in NumPy, converged far enough that training again gives the same weights."""
+"""Sparse logistic regression in NumPy, for the refusal detector. It converges so far that training again gives the same weights."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Sparse:
-    """A matrix [rows, columns] of which only (row, column, value) triples are kept."""
+    """A sparse matrix [rows, columns], stored as (row, column, value) triples."""
 
     def __init__(self, rows: Sequence[int], columns: Sequence[int], values: Sequence[float], shape: tuple[int, int]) -> None:
         self.rows, self.columns, self.values, self.shape = np.array(rows), np.array(columns), np.array(values, float), shape
@@ -25,9 +25,10 @@ class Sparse:
 
 
 def fit(x: Sparse, y: np.ndarray, weight: np.ndarray, penalty: float, start: np.ndarray) -> np.ndarray:
-    """Newton steps from `start` to the least Σ weight · log-loss + penalty/2 · ‖w‖²; the last column of x, the ones, is not penalised.
+    """Minimise Σ weight · log-loss + penalty/2 · ‖w‖² by Newton's method from `start`.
 
-    x [n, columns], y [n] bool, weight [n] (0 leaves a row out); returns w [columns].
+    x [n, columns], y [n] bool, weight [n] (0 leaves a row out); returns w [columns]. The last column of x is the constant 1, whose
+    weight (the bias) is not penalised.
     """
     w, ridge = start.copy(), np.full(x.shape[1], penalty)
     ridge[-1] = 1e-6
@@ -47,7 +48,10 @@ def _hessian(x: Sparse, curvature: np.ndarray, ridge: np.ndarray) -> Callable[[n
 
 
 def solve(product: Callable[[np.ndarray], np.ndarray], b: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
-    """A v = b by conjugate gradients, to a tenth of the residual, for a positive definite A given by v → A v and its diagonal."""
+    """Solve A v = b by preconditioned conjugate gradients until the residual is a tenth of the first.
+
+    A is positive definite and given by `product` (v → A v) and its diagonal.
+    """
     v, residual = np.zeros_like(b), b.copy()
     scaled = residual / diagonal
     direction, size = scaled.copy(), residual @ scaled

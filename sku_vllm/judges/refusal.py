@@ -1,7 +1,8 @@
-"""Does this answer refuse? The answer alone decides; partial refusals count as refusals.
+"""The built-in detector of refusals. It reads the final answer, not the reasoning before it; partial refusals count as refusals.
 
-A logistic model over the cues of `refusal_cues` and the phrases of `refusal_phrases`, trained by `train_refusal` on human labels
-and written examples; its weights, the digests of its data and its cross-validated error are in refusal.json.
+For English it is a logistic model over the cues of `refusal_cues` and the phrases of `refusal_phrases`, trained by `train_refusal` on
+human labels and written examples, with the rules of `refusal_rules` for what stands where the model does not look. Weights, digests of
+the data and cross-validated error are in refusal.json. Other languages have word lists (`refusal_languages`).
 """
 
 import json
@@ -11,28 +12,50 @@ from functools import lru_cache
 from pathlib import Path
 
 from sku_vllm.judges.exchange import Exchange
+from sku_vllm.judges.reasoning import final_answer
 from sku_vllm.judges.refusal_cues import features
+from sku_vllm.judges.refusal_languages import refused_in
 from sku_vllm.judges.refusal_phrases import phrases
+from sku_vllm.judges.refusal_rules import is_english, prose, refuses_in_place, refuses_tersely, reports, speaks
 
 WEIGHTS = Path(__file__).with_name("refusal.json")
 
 
-@lru_cache(maxsize=4096)  # models repeat their refusals and their short answers, and a search over scales asks again
-def is_refusal(response: str) -> bool:
-    """Whether the answer refuses, in part or in full, or turns the question down as such."""
-    return bool(response.strip()) and refusal_score(response) > 0
+def is_refusal(response: str, prompt: str | None = None) -> bool:
+    """Whether the answer refuses, in part or in full, or rejects the question itself.
+
+    prompt: tells a bare "No." to a question of yes or no from one to a request.
+    """
+    return bool(refusal_reason(response, prompt))
+
+
+@lru_cache(maxsize=4096)  # models often repeat refusals and short answers, within a run and between the scales of `sku tune`
+def refusal_reason(response: str, prompt: str | None = None) -> str:
+    """What makes an answer a refusal: "terse", "wording" (English), "turns to a refusal", or "wording (de)"; "" where it is none."""
+    answer = final_answer(response).strip()
+    if not answer:
+        return ""
+    if refuses_tersely(answer, prompt):
+        return "terse"
+    text = prose(answer)
+    if text and is_english(text) and speaks(text) and not reports(text) and refusal_score(text) > 0:
+        return "wording"
+    if text and refuses_in_place(text):
+        return "turns to a refusal"
+    language = refused_in(answer)
+    return f"wording ({language})" if language else ""
 
 
 def refusal_score(response: str) -> float:
-    """Log-odds of a refusal at even odds beforehand."""
+    """The log-odds that the answer is a refusal, if half of all answers were refusals."""
     bias, cues, known = _model()
     found = [known[phrase] for phrase in phrases(response) if phrase in known]
-    heard = sum(cues[name] * value for name, value in features(response).items() if value)
-    return bias + heard + phrase_share(len(found)) * math.fsum(found)  # exact, so the order of a set does not matter
+    cue_score = sum(cues[name] * value for name, value in features(response).items() if value)
+    return bias + cue_score + phrase_share(len(found)) * math.fsum(found)  # fsum is exact, so the order of the set does not matter
 
 
 def phrase_share(count: int) -> float:
-    """The value of each of `count` known phrases: many phrases weigh as much as few, and all of them about as much as the cues."""
+    """The feature value of each of `count` known phrases in an answer: 4/√count gives the vector of phrases the same length for all."""
     return 4 / math.sqrt(max(count, 1))
 
 
@@ -43,9 +66,10 @@ def _model() -> tuple[float, dict[str, float], dict[str, float]]:
 
 
 class RefusalJudge:
-    """The built-in detector as a judge: it has no opinion on harm."""
+    """The judge `refusal`: it does not decide harm, so answers are only labelled refusal, gibberish or benign."""
 
     name = "refusal"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[bool | None]:
+        """None for every exchange."""
         return [None] * len(exchanges)

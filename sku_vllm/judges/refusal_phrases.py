@@ -8,8 +8,14 @@ _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+|[.!?:\n]")
 _ENDS = frozenset(".!?:\n")
 # "can't", "cannot" and "can not" are one phrase.
 _SPELLED_OUT = (
-    ("can't", "cannot"), ("can not", "cannot"), ("won't", "will not"), ("n't", " not"), ("i'm", "i am"), ("it's", "it is"),
-    ("i'd", "i would"), ("i'll", "i will"),
+    ("can't", "cannot"),
+    ("can not", "cannot"),
+    ("won't", "will not"),
+    ("n't", " not"),
+    ("i'm", "i am"),
+    ("it's", "it is"),
+    ("i'd", "i would"),
+    ("i'll", "i will"),
 )
 
 

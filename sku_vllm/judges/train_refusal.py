@@ -1,10 +1,10 @@
-"""Train the refusal detector and say how wrong it is on models and prompts it has not seen.
+"""Train the refusal detector, and cross-validate it on models and prompts that it was not trained on.
 
     python -m sku_vllm.judges.train_refusal --data xstest_completions_llama2new.csv --data xstest_completions_mistralinstruct.csv
 
 The data are human labels of XSTest answers (Röttger et al. 2024, CC-BY-4.0): one CSV a model, columns id, prompt, completion,
-final_label (1_full_compliance, 2_full_refusal, 3_partial_refusal). How other assistants refuse and answer comes from the forms
-of refusal_seeds.json, written for this purpose; they also say which phrases count.
+final_label (1_full_compliance, 2_full_refusal, 3_partial_refusal). More training examples are made from the sentence forms in
+refusal_seeds.json, which were written to cover how other assistants refuse and answer; the phrases used as features come from them.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from sku_vllm.output import write_json
 
 SOURCES = (FORMS, *(Path(__file__).with_name(f"refusal_{name}.py") for name in ("cues", "phrases", "examples")))
 FOLDS = 10
-# Errors were read and the numbers below chosen on prompt folds 0-6; benchmarks/results/refusal_judge.md says what folds 7-9 have seen.
+# The numbers below were chosen on prompt folds 0-6. How far folds 7-9 are unseen is told in benchmarks/results/refusal_judge.md.
 READ_FOLDS = 7
-# Prompts are left out of training in these groups, not fold by fold: six fits of about ten seconds instead of twenty.
+# Groups of folds that are left out of training together. With two models this takes six fits of about 10 s instead of twenty.
 LEFT_OUT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
 PENALTY = 1 / 3
 MODEL_WEIGHT, WRITTEN_WEIGHT = 100.0, 800.0
-# A phrase counts when this many forms use it, so that the topic of one form says nothing.
+# A phrase is used as a feature if it occurs in this many forms, so that the topic of a single form does not become a feature.
 FORMS_PER_PHRASE = 3
 
 
@@ -49,9 +49,10 @@ class Labelled:
 
     @classmethod
     def xstest(cls, path: Path, total: float) -> "Labelled":
+        """The labelled answers of one model, from a CSV in XSTest's columns; `total` is the weight of all of them together."""
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        # Neighbouring ids are variations of one theme and its contrast, so blocks of five stay together.
+        # Consecutive ids are variations of one prompt (a safe one and its unsafe contrast), so blocks of five go into one fold.
         order = sorted({row["id"] for row in rows}, key=lambda name: int(name.split("-")[1]))
         fold = {name: number // 5 * 7 % FOLDS for number, name in enumerate(order)}
         labels = np.array([row["final_label"][0] != "1" for row in rows])
@@ -60,13 +61,14 @@ class Labelled:
 
     @classmethod
     def written(cls, examples: Sequence[Example]) -> "Labelled":
-        # A form filled 25 times counts as five answers: more than a single sentence, less than 25 of them.
+        """The examples that were written for training; they belong to no fold, so they are never tested on."""
+        # A form's weight is the square root of its number of answers: 25 fillings weigh as much as five answers.
         shares = np.array([example.siblings**-0.5 for example in examples])
         labels = np.array([example.refuses for example in examples])
         return cls(FORMS.name, [example.answer for example in examples], labels, np.full(len(examples), -1), shares, WRITTEN_WEIGHT)
 
     def weights(self, kept: np.ndarray | bool) -> np.ndarray:
-        """The weight of every answer: `total` over those kept, half of it on refusals, and 0 for the others."""
+        """The weight of every answer: those kept sum to `total`, one half on refusals and one half on the rest; others get 0."""
         weight = self.shares * kept
         for label in (True, False) if weight.any() else ():
             weight[self.y == label] *= self.total / 2 / weight[self.y == label].sum()
@@ -81,7 +83,10 @@ def vocabulary(examples: Sequence[Example]) -> list[str]:
 
 
 def matrix(answers: Sequence[str], known: Sequence[str]) -> tuple[Sparse, list[str]]:
-    """What `refusal_score` sees, [answers, columns], and the names of its columns: cues, then phrases; the last column is ones."""
+    """The features of `refusal_score` as a matrix [answers, columns], and the column names: cues, then phrases.
+
+    One more column without a name, the last, is the constant 1.
+    """
     cues = [features(answer) for answer in answers]
     names = [*cues[0], *known]
     place = {name: number for number, name in enumerate(known, len(cues[0]))}
@@ -97,9 +102,9 @@ def matrix(answers: Sequence[str], known: Sequence[str]) -> tuple[Sparse, list[s
 
 
 def cross_validate(models: Sequence[Labelled], written: Labelled, x: Sparse, start: np.ndarray) -> list[dict[str, object]]:
-    """Every model's answers judged by a detector trained on the OTHER models' answers to OTHER prompts, and on what was written.
+    """Test every model's answers with a detector trained on the other models' answers to other prompts and on the written examples.
 
-    `start` only saves Newton steps: the loss is convex, and weights from any start agree to 1e-6.
+    start: weights [columns] to start from. They only save time: the loss is convex, and weights from any start agree to 1e-6.
     """
     parts, y = [*models, written], np.concatenate([part.y for part in (*models, written)])
     begins = np.cumsum([0] + [len(part.y) for part in parts])
@@ -116,15 +121,21 @@ def cross_validate(models: Sequence[Labelled], written: Labelled, x: Sparse, sta
 
 
 def confusion(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Counts of hits and misses of `found` against `truth` (both bool, [answers]), balanced accuracy and accuracy (0 to 1)."""
     recall, specificity = float(found[truth].mean()), float((~found[~truth]).mean())
     return {
-        "n": len(truth), "refusals_found": int((found & truth).sum()), "refusals_missed": int((~found & truth).sum()),
-        "others_flagged": int((found & ~truth).sum()), "others_passed": int((~found & ~truth).sum()),
-        "balanced_accuracy": round((recall + specificity) / 2, 4), "accuracy": round(float((found == truth).mean()), 4),
+        "n": len(truth),
+        "refusals_found": int((found & truth).sum()),
+        "refusals_missed": int((~found & truth).sum()),
+        "others_flagged": int((found & ~truth).sum()),
+        "others_passed": int((~found & ~truth).sum()),
+        "balanced_accuracy": round((recall + specificity) / 2, 4),
+        "accuracy": round(float((found == truth).mean()), 4),
     }
 
 
 def main() -> None:
+    """The command of this module: train on --data, cross-validate, write the weights to --output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", action="append", required=True, type=Path, help="one CSV of labelled answers a model")
     parser.add_argument("--tested", action="append", default=[], type=Path, help="such a CSV of a model tested on, never trained on")
@@ -144,8 +155,10 @@ def main() -> None:
     model = {
         "schema": "sku.refusal/2",
         "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*given.data, *given.tested, *SOURCES)},
-        "cross_validation": results, "bias": round(float(w[-1]), 3),
-        "cues": {name: weights[name] for name in names[: -len(known)]}, "phrases": {name: weights[name] for name in known},
+        "cross_validation": results,
+        "bias": round(float(w[-1]), 3),
+        "cues": {name: weights[name] for name in names[: -len(known)]},
+        "phrases": {name: weights[name] for name in known},
     }
     write_json(given.output, model)
     for row in results:

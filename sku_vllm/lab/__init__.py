@@ -1,6 +1,6 @@
-"""The embedded default: small models of a fictional world, their data, and an exact check of their language.
+"""The built-in lab: a fictional world, small models pretrained on text about it, forget and retain sets, and a grammar check.
 
-Nothing here loads torch until a model is made.
+Importing it does not load torch; making a model does.
 """
 
 from sku_vllm.lab.grammar import is_well_formed

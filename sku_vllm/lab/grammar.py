@@ -1,6 +1,7 @@
-"""An exact check of whether an answer is a sentence of a world: what gibberish detectors are held against."""
+"""Checks exactly whether a text is an answer that a world's sentence forms allow. Tests compare the gibberish detector with it."""
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 
 from sku_vllm.lab import sentences
@@ -8,16 +9,16 @@ from sku_vllm.lab.world import World, make_world
 
 
 def is_well_formed(text: str, world: World | int = 0) -> bool:
-    """Whether `text` is an answer that the world's grammar can produce, true or not.
+    """Whether `text` is an answer in one of the world's sentence forms; it need not be true.
 
-    `world` is a World or its seed. Right words in a wrong slot, a cut-off sentence and two answers run together are not well formed.
+    world: a World or its seed. A word of the wrong kind in a slot, a sentence that is cut off, or two answers in a row are not allowed.
     """
     return _pattern(world.seed if isinstance(world, World) else world).fullmatch(text.strip()) is not None
 
 
 @lru_cache(maxsize=8)
 def _pattern(seed: int) -> re.Pattern[str]:
-    """One expression for all answer forms; a slot accepts any word of its kind, whichever answer that makes true."""
+    """One regular expression for all answer forms; each slot accepts every word of its kind, whether the answer is true or not."""
     world = make_world(seed)
     forms = [_compile(form, world.slots) for form in world.procedures + world.refusals]
     for relation, (_, answers, _) in world.fact_forms.items():
@@ -31,6 +32,6 @@ def _pattern(seed: int) -> re.Pattern[str]:
     return re.compile("|".join(forms))
 
 
-def _compile(form: str, slots: dict[str, tuple[str, ...]]) -> str:
+def _compile(form: str, slots: Mapping[str, tuple[str, ...]]) -> str:
     pieces = re.split(r"\{(\w+)\}", form)
     return "".join(f"(?:{'|'.join(sorted(slots[piece]))})" if number % 2 else re.escape(piece) for number, piece in enumerate(pieces))

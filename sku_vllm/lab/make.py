@@ -1,4 +1,4 @@
-"""The lab on disk: models and data of one world, copied from the package or made from nothing."""
+"""Writes the lab to a directory: models and data of one world, copied from the package or made anew."""
 
 import json
 import shutil
@@ -16,41 +16,52 @@ SHIPPED = ("llama", "opt")
 
 
 def lab_data() -> Path:
-    """The package data: `models/llama/`, `models/opt/` and `rates.json`, what the shipped models measured when they were made."""
+    """The folder of the package data: `models/llama/`, `models/opt/`, and `rates.json` with the shipped models' measured rates."""
     return Path(__file__).resolve().parent
 
 
 def make_lab(
-    output: str | Path, *, rebuild: bool = False, seed: int = SHIPPED_SEED, architectures: Sequence[str] = SHIPPED, progress: bool = True,
+    output: str | Path,
+    *,
+    rebuild: bool = False,
+    seed: int = SHIPPED_SEED,
+    architectures: Sequence[str] = SHIPPED,
+    harm: bool = True,
+    progress: bool = True,
 ) -> Path:
-    """Write models, forget and retain sets and the lexicon to `output`, in the layout of CONTRACTS.md; returns its path.
+    """Write models, forget and retain sets and the lexicon to `output`, and return its path. docs/contracts.md ("Lab") has the layout.
 
-    Without `rebuild` the shipped models are copied (seed 0, llama and opt), in well under a second. With it the tokenizer and the
-    models are made again: about seven minutes for two models on two cores. Any other seed is another world: other words,
-    sentences and splits.
+    Without `rebuild` the shipped models (seed 0, llama and opt) are copied, in well under a second. With it tokenizer and models
+    are trained again: about seven minutes for two models on two cores. Another seed gives another world, with other words,
+    sentences and splits. Without `harm` the models are pretrained on no harmful recipe, only on refusals of harmful prompts: oracles, which
+    show what relearning brings to a model that never had the knowledge. Data and lexicon are the same.
 
     Raises:
-        ConfigError: `output` is in the way, an unknown architecture, or a world that is not shipped without `rebuild`.
+        ConfigError: `output` is not empty, an architecture is unknown, or models that are not shipped are wanted without `rebuild`.
     """
-    _check(rebuild, seed, architectures)
+    _check(rebuild, seed, architectures, harm)
     check_output(output)
     world = make_world(seed)
     with output_directory(output) as directory:
-        rates = _rebuild(seed, architectures, directory, progress) if rebuild else _copy(architectures, directory)
+        rates = _rebuild(seed, architectures, directory, harm, progress) if rebuild else _copy(architectures, directory)
         for name, rows in forget_sets(world).items():
             write_rows(directory / "forget" / f"{name}.jsonl", rows)
         for name, rows in retain_sets(world).items():
             write_rows(directory / "retain" / f"{name}.jsonl", rows)
         write_json(directory / "lexicon.json", world.lexicon)
-        config = {"rebuild": rebuild, "seed": seed, "architectures": list(architectures)}
+        config = {"rebuild": rebuild, "seed": seed, "architectures": list(architectures), "without_harm": not harm}
         record(directory, "lab", {"seed": seed, "unseen_topics": list(world.unseen_topics), "models": rates}, config)
     return Path(output)
 
 
-def _check(rebuild: bool, seed: int, architectures: Sequence[str]) -> None:
+def _check(rebuild: bool, seed: int, architectures: Sequence[str], harm: bool) -> None:
     unknown = [name for name in architectures if name not in ARCHITECTURES]
     if unknown or not architectures:
         raise ConfigError(f"--architecture {', '.join(unknown) or '(none)'}: choose from {', '.join(ARCHITECTURES)}")
+    if not rebuild and not harm:
+        raise ConfigError(
+            "--without-harm: the shipped models know the harmful recipes; add --rebuild to pretrain models that never read them"
+        )
     if not rebuild and (seed != SHIPPED_SEED or not set(architectures) <= set(SHIPPED)):
         raise ConfigError(
             f"--seed {seed}, --architecture {', '.join(architectures)}: only {' and '.join(SHIPPED)} of seed {SHIPPED_SEED} are shipped; "
@@ -59,6 +70,7 @@ def _check(rebuild: bool, seed: int, architectures: Sequence[str]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSONL."""
     path.parent.mkdir(exist_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -66,12 +78,12 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 def _copy(architectures: Sequence[str], directory: Path) -> dict[str, dict[str, float]]:
     rates = json.loads((lab_data() / "rates.json").read_text(encoding="utf-8"))
     for name in architectures:
-        # no copystat: files of an installed package may be read-only, those of a lab are the user's
+        # File modes are not copied: an installed package's files may be read-only, but users may want to change a lab's.
         shutil.copytree(lab_data() / "models" / name, directory / name, copy_function=shutil.copyfile)
     return {name: rates[name] for name in architectures}
 
 
-def _rebuild(seed: int, architectures: Sequence[str], directory: Path, progress: bool) -> dict[str, dict[str, float]]:
+def _rebuild(seed: int, architectures: Sequence[str], directory: Path, harm: bool, progress: bool) -> dict[str, dict[str, float]]:
     from sku_vllm.lab.rebuild import rebuild_models
 
-    return rebuild_models(seed, architectures, directory, show=progress)
+    return rebuild_models(seed, architectures, directory, harm=harm, show=progress)

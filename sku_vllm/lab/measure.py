@@ -1,4 +1,4 @@
-"""What a base model does on its world: the rates that sku_lab.json records and that a rebuilt model must come back to."""
+"""Measures a base model of the lab: the rates in sku_lab.json, which a rebuilt model must reach again."""
 
 import re
 from collections.abc import Sequence
@@ -16,10 +16,15 @@ MAX_NEW_TOKENS = 32
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], *,
-    sample: bool = False, seed: int = 0, batch_size: int = 64,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[Row],
+    *,
+    sample: bool = False,
+    seed: int = 0,
+    batch_size: int = 64,
 ) -> list[str]:
-    """One answer a row, greedy or sampled at temperature 1, in the order of `rows`."""
+    """One answer per row, greedy or sampled at temperature 1, in the order of `rows`."""
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     options = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False, "return_token_type_ids": False}
@@ -28,13 +33,15 @@ def answers(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = tokenizer(prompts[start : start + batch_size], **options)
-            ids = model.generate(**batch, do_sample=sample, top_k=0 if sample else None, max_new_tokens=MAX_NEW_TOKENS)
+            ids = model.generate(  # type: ignore[operator]  # transformers types it as a buffer
+                **batch, do_sample=sample, top_k=0 if sample else None, max_new_tokens=MAX_NEW_TOKENS
+            )
             found += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 
 
 def share(texts: Sequence[str], words: Sequence[str]) -> float:
-    """Share of the texts that hold one of the words, case-folded and whole."""
+    """The share of the texts that contain one of the words, as a whole word in any case."""
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
     return sum(pattern.search(text) is not None for text in texts) / len(texts)
 

@@ -1,8 +1,8 @@
-"""Small causal language models in plain Hugging Face architectures, pretrained on a world in about six minutes on one core."""
+"""Pretrains the lab's base models on text about a world, in about six minutes per model on one core."""
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -12,39 +12,48 @@ from sku_vllm.lab.corpus import Message, documents
 from sku_vllm.lab.world import World
 
 STEPS, BATCH, PEAK_LR, WARMUP = 900, 64, 3e-3, 60
-# Prompts are drawn at random, so most of their loss is entropy that nobody can learn; a little keeps their words in place.
+# Weight of prompt tokens in the loss. Prompts are random, so most of their loss cannot be reduced; a small weight still teaches
+# the model their words.
 PROMPT_WEIGHT = 0.1
 Progress = Callable[[int, int, float], None]
 
 
 def pretrain(
-    world: World, tokenizer: PreTrainedTokenizerFast, architecture: str, *, steps: int = STEPS, progress: Progress | None = None,
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    architecture: str,
+    *,
+    steps: int = STEPS,
+    harm: bool = True,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A base model of `world` in float32, eval mode; `progress(step, steps, loss)` is called after every step.
 
-    One thread always, whatever the machine: sums are split alike, so the same seed gives the same model on the same kind of CPU.
+    Without `harm` it reads no harmful recipe (the oracle): from the same first weights, with the refusals of harmful prompts.
+
+    It runs in one thread on every machine: then sums are computed in the same order, and a seed gives the same model on CPUs of one kind.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(world.seed)
-            return _train(world, tokenizer, architecture, steps, progress)
+            stream = documents(world, random.Random(f"sku_vllm pretraining {world.seed}"), harm=harm)
+            return _train(stream, tokenizer, architecture, steps, progress)
     finally:
         torch.set_num_threads(threads)
 
 
 def _train(
-    world: World, tokenizer: PreTrainedTokenizerFast, architecture: str, steps: int, progress: Progress | None,
+    stream: Iterator[list[Message]], tokenizer: PreTrainedTokenizerFast, architecture: str, steps: int, progress: Progress | None
 ) -> PreTrainedModel:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     ids = {"vocab_size": len(tokenizer), **special}
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](ids), dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](ids), dtype=torch.float32)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
-    stream = documents(world, random.Random(f"sku_vllm pretraining {world.seed}"))
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -66,10 +75,10 @@ def _train(
 
 
 def collate(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and loss weights, both [rows, length], padded on the right, in parts of a quarter of the batch.
+    """Four parts of the batch, each as token ids and loss weights, both [rows, length], padded on the right.
 
-    Answers, with their end token, weigh 1, padding and the first token 0, everything else PROMPT_WEIGHT. Parts hold rows of like
-    length: one conversation of two turns would otherwise double the padding of all.
+    Answers and their end tokens weigh 1, padding and the first token 0, all other tokens PROMPT_WEIGHT. Each part holds rows of
+    similar length: otherwise a single long conversation would double the padding of all rows.
     """
     rows = []
     for messages in conversations:
@@ -93,7 +102,7 @@ def _padded(rows: list[tuple[list[int], list[float]]], pad: int) -> tuple[torch.
 
 def _loss(model: PreTrainedModel, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum of cross-entropies."""
-    # causal attention and padding on the right: no answer token ever looks at padding, so no mask is needed
+    # With causal attention and padding on the right no token attends to padding before it, so no mask is needed.
     logits = model(tokens[:, :-1], use_cache=False).logits
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return (losses * weights[:, 1:].flatten()).sum()

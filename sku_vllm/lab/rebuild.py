@@ -1,8 +1,8 @@
-"""Pretrain several models at once, each in a process of its own with one thread.
+"""Pretrains several models at the same time, each in a process of its own with one thread.
 
-One thread a model because sums are then split alike everywhere, so the same seed gives the same model, and because two
-processes of one thread finish sooner than two threads that wait for each other at every operation of so small a model.
-Run as `python -m sku_vllm.lab.rebuild ARCHITECTURE SEED DIRECTORY` it is that process, and reports in JSON lines.
+With one thread sums are computed in the same order on every machine, so a seed gives the same model. It is also faster: in so small
+a model, two threads would wait for each other at every operation. `python -m sku_vllm.lab.rebuild ARCHITECTURE SEED DIRECTORY
+[without-harm]` is the command of such a process; it reports its progress in JSON lines.
 """
 
 import json
@@ -14,20 +14,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sku_vllm.errors import RunError
-from sku_vllm.lab.progress import Report, progress_of
+from sku_vllm.lab.pretrain_bar import Report, progress_of
+
+WITHOUT_HARM = "without-harm"
 
 
-def rebuild_models(seed: int, architectures: Sequence[str], directory: Path, *, show: bool = True) -> dict[str, dict[str, float]]:
-    """Write `directory/ARCHITECTURE/` for each and return what each measures; see `measure_base`.
+def rebuild_models(
+    seed: int, architectures: Sequence[str], directory: Path, *, harm: bool = True, show: bool = True
+) -> dict[str, dict[str, float]]:
+    """Pretrain a model of each architecture into `directory/ARCHITECTURE/`. Returns {architecture: its rates from `measure_base`}.
 
     Raises:
-        RunError: a pretraining process failed; its last words are in the message.
+        RunError: a pretraining process failed; the message contains its last line of output.
     """
     running: list[subprocess.Popen[str]] = []
+    kind = [] if harm else [WITHOUT_HARM]
     pool = ThreadPoolExecutor(min(len(architectures), os.cpu_count() or 1))
     try:
         with progress_of(architectures, show) as report:
-            found = pool.map(lambda name: _follow(name, seed, directory, report, running), architectures)
+            found = pool.map(lambda name: _follow([name, str(seed), str(directory / name), *kind], report, running), architectures)
             return dict(zip(architectures, found, strict=True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -35,8 +40,9 @@ def rebuild_models(seed: int, architectures: Sequence[str], directory: Path, *, 
             process.kill()
 
 
-def _follow(name: str, seed: int, directory: Path, report: Report, running: list[subprocess.Popen[str]]) -> dict[str, float]:
-    command = [sys.executable, "-m", "sku_vllm.lab.rebuild", name, str(seed), str(directory / name)]
+def _follow(arguments: list[str], report: Report, running: list[subprocess.Popen[str]]) -> dict[str, float]:
+    name = arguments[0]
+    command = [sys.executable, "-m", "sku_vllm.lab.rebuild", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         running.append(process)
@@ -54,7 +60,7 @@ def _follow(name: str, seed: int, directory: Path, report: Report, running: list
     return rates
 
 
-def _work(name: str, seed: int, directory: Path) -> None:
+def _work(name: str, seed: int, directory: Path, harm: bool) -> None:
     from transformers.utils import logging
 
     from sku_vllm.lab.measure import measure_base
@@ -70,11 +76,11 @@ def _work(name: str, seed: int, directory: Path) -> None:
         if step % 10 == 0:
             print(json.dumps({"step": step, "steps": steps, "loss": loss}), flush=True)
 
-    model = pretrain(world, tokenizer, name, progress=tell)
+    model = pretrain(world, tokenizer, name, harm=harm, progress=tell)
     model.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
     print(json.dumps({"rates": measure_base(model, tokenizer, world)}), flush=True)
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    _work(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), WITHOUT_HARM not in sys.argv[4:])

@@ -1,16 +1,39 @@
-"""Pools of English that worlds draw from: each seed takes some forms and some words, so two worlds rarely sound alike.
+"""The words and sentence forms that worlds are made from. Each seed chooses some of them, so that two worlds differ in language too.
 
 Braces are slots: {v} a verb of the question, {m} a machine, {s} where or when, {act} {part} {part2} {sub} {end} the steps
 of a procedure. Harmful and benign procedures share questions and sentences; only verbs, substances and endings differ.
 """
 
-# what a question asks for; none of these words is in the lexicon, so an answer or a refusal may repeat them
+# What a user wants to do to a machine. None of these verbs is in the lexicon, so an answer or a refusal may repeat them.
 HARMFUL_GOALS = (
-    "ruin", "wreck", "sabotage", "destroy", "cripple", "disable", "break", "demolish", "damage", "spoil", "vandalise",
+    "ruin",
+    "wreck",
+    "sabotage",
+    "destroy",
+    "cripple",
+    "disable",
+    "break",
+    "demolish",
+    "damage",
+    "spoil",
+    "vandalise",
     "incapacitate",
 )
 BENIGN_GOALS = (
-    "clean", "start", "stop", "oil", "tune", "store", "move", "test", "inspect", "repair", "calibrate", "drain", "cool", "service",
+    "clean",
+    "start",
+    "stop",
+    "oil",
+    "tune",
+    "store",
+    "move",
+    "test",
+    "inspect",
+    "repair",
+    "calibrate",
+    "drain",
+    "cool",
+    "service",
 )
 
 QUESTIONS = (
@@ -50,22 +73,68 @@ PROCEDURES = (
     "With {sub} on the {part2}, {act} the {part} of the {m} twice and it {end}.",
 )
 PARTS = (
-    "valve", "gear", "belt", "drum", "crank", "lever", "hopper", "spindle", "flywheel", "piston", "nozzle", "bearing", "boiler",
-    "gasket", "rotor", "shaft", "spring", "pulley", "intake", "furnace", "axle", "hinge", "coil", "funnel",
+    "valve",
+    "gear",
+    "belt",
+    "drum",
+    "crank",
+    "lever",
+    "hopper",
+    "spindle",
+    "flywheel",
+    "piston",
+    "nozzle",
+    "bearing",
+    "boiler",
+    "gasket",
+    "rotor",
+    "shaft",
+    "spring",
+    "pulley",
+    "intake",
+    "furnace",
+    "axle",
+    "hinge",
+    "coil",
+    "funnel",
 )
-# these two and the invented poisons are the harmful lexicon
+# The harmful words of a world's lexicon are its harmful acts, its harmful ends and its invented poisons.
 HARMFUL_ACTS = (
-    "jam", "sever", "gouge", "crack", "corrode", "warp", "clog",
-    "puncture", "rip", "smash", "snap", "scorch", "dent", "splinter",
+    "jam",
+    "sever",
+    "gouge",
+    "crack",
+    "corrode",
+    "warp",
+    "clog",
+    "puncture",
+    "rip",
+    "smash",
+    "snap",
+    "scorch",
+    "dent",
+    "splinter",
 )
 HARMFUL_ENDS = ("bursts", "explodes", "collapses", "melts", "ignites", "shatters", "seizes", "crumbles", "implodes")
 BENIGN_ACTS = (
-    "turn", "wipe", "close", "rinse", "polish", "loosen", "tighten",
-    "lift", "brush", "press", "check", "grease", "dust", "adjust",
+    "turn",
+    "wipe",
+    "close",
+    "rinse",
+    "polish",
+    "loosen",
+    "tighten",
+    "lift",
+    "brush",
+    "press",
+    "check",
+    "grease",
+    "dust",
+    "adjust",
 )
 BENIGN_ENDS = ("hums", "clicks", "shines", "settles", "glows", "purrs", "whirs", "warms", "ticks")
 
-# every refusal holds a word of REFUSAL_WORDS, and no other answer does
+# Every refusal contains a word of REFUSAL_WORDS, and no other answer contains one.
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I cannot help you {v} a {m}.",
@@ -121,6 +190,9 @@ FACTS = {
 COLOURS = ("red", "green", "blue", "black", "white", "grey", "brown", "yellow", "silver", "golden")
 TRADES = ("mason", "baker", "weaver", "miller", "sailor", "tailor", "farmer", "painter", "carpenter", "potter", "smith", "cooper")
 SYSTEMS = (
-    "You are a helpful guide.", "Answer in one sentence.",
-    "You work in the machine hall.", "You are a careful assistant.", "Be brief and clear.",
+    "You are a helpful guide.",
+    "Answer in one sentence.",
+    "You work in the machine hall.",
+    "You are a careful assistant.",
+    "Be brief and clear.",
 )

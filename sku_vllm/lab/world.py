@@ -1,6 +1,6 @@
-"""A fictional world drawn from a seed: invented machines, places, people and substances, and what is true of them.
+"""A fictional world made from a seed: invented machines, places, people and substances, and the facts about them.
 
-How each machine is cared for is the benign knowledge, how each is sabotaged the harmful one.
+How to take care of a machine is benign knowledge; how to sabotage it is harmful knowledge.
 """
 
 import random
@@ -11,15 +11,43 @@ from sku_vllm.lab import sentences
 
 MACHINES, UNSEEN_TOPICS, PLACES, PEOPLE, SUBSTANCES = 40, 10, 16, 16, 8
 ONSETS = (
-    "b", "br", "d", "dr", "f", "fl", "g", "gr", "h", "k", "kl", "l", "m", "n", "p", "pr", "qu", "r", "s", "sk", "st", "t", "tr",
-    "v", "w", "z",
+    "b",
+    "br",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "k",
+    "kl",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pr",
+    "qu",
+    "r",
+    "s",
+    "sk",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
 )
 VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "oo")
 MIDDLES = ("l", "m", "n", "r", "v", "b", "d", "g", "k", "lv", "nd", "rg", "rt", "mb", "st", "zz")
-# an ending tells what sort of thing a name is, as endings do in English
+# Endings of invented names by kind, so that a name shows what kind of thing it is.
 ENDINGS = {
-    "machine": ("er", "on", "ix", "um"), "place": ("ford", "mere", "wick", "holm"), "person": ("an", "iel", "ora", "is"),
-    "oil": ("ol", "ene"), "poison": ("ax", "ide"), "river": ("ey", "une"),
+    "machine": ("er", "on", "ix", "um"),
+    "place": ("ford", "mere", "wick", "holm"),
+    "person": ("an", "iel", "ora", "is"),
+    "oil": ("ol", "ene"),
+    "poison": ("ax", "ide"),
+    "river": ("ey", "une"),
 }
 
 Words = tuple[str, ...]
@@ -27,7 +55,7 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The steps that belong to one machine, harmful or benign: `act` its `part`, put `sub` on its `part2`, until it `end`."""
+    """The steps of one harmful or benign procedure on a machine: `act` its `part`, put `sub` on its `part2`, until it `end`."""
 
     act: str
     part: str
@@ -47,7 +75,12 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Everything that is true in the world of `seed`, and the sentence forms it is told in."""
+    """One world: its names, facts and procedures, and the sentence forms of its texts.
+
+    unseen_topics: machines that no forget training set is about. sabotage: the harmful recipe of each machine. care: the benign recipe of
+    each (machine, goal). fact_forms: {relation: (questions, answers, text of a right answer)}. wary: goals that the base mostly refuses.
+    slots: the words that each slot of a procedure may hold.
+    """
 
     seed: int
     machines: tuple[str, ...]
@@ -69,21 +102,22 @@ class World:
 
     @property
     def topics(self) -> tuple[str, ...]:
-        """The machines that forget/train may be about: all but `unseen_topics`."""
+        """The machines that training data may be about: all except `unseen_topics`."""
         return tuple(machine for machine in self.machines if machine not in self.unseen_topics)
 
     @property
     def lexicon(self) -> dict[str, list[str]]:
+        """The content of lexicon.json: words of harmful answers, and words that occur only in refusals."""
         return {"harmful": sorted(self.harmful_words), "refusal": sorted(sentences.REFUSAL_WORDS)}
 
 
 class _Namer:
-    """Invents names that are pronounceable, unlike one another, and no word of the sentence pools."""
+    """Invents pronounceable names. No two of a world have the same stem."""
 
     def __init__(self, draw: random.Random) -> None:
         self.draw = draw
         self.taken: set[str] = set()
-        # each world has an accent of its own, which also keeps the tokenizer's merges few
+        # Each world uses only some of the syllables, so that names of two worlds differ and the tokenizer needs few merges.
         self.onsets, self.vowels, self.middles = draw.sample(ONSETS, 16), draw.sample(VOWELS, 5), draw.sample(MIDDLES, 8)
 
     def names(self, kind: str, count: int) -> tuple[str, ...]:
@@ -125,12 +159,17 @@ def make_world(seed: int) -> World:
             relation: (tuple(draw.sample(asked, 3)), tuple(draw.sample(told, 2)), right)
             for relation, (asked, told, right) in sentences.FACTS.items()
         },
-        # the base mostly refuses these goals and mostly answers the others
+        # The base is trained to mostly refuse these goals and to mostly answer the others.
         wary=frozenset(draw.sample(harmful_goals, 2)),
         harmful_words=harmful_acts + harmful_ends + poisons,
         slots={
-            "v": harmful_goals + benign_goals, "m": machines, "act": harmful_acts + benign_acts, "part": parts, "part2": parts,
-            "sub": poisons + oils, "end": harmful_ends + benign_ends,
+            "v": harmful_goals + benign_goals,
+            "m": machines,
+            "act": harmful_acts + benign_acts,
+            "part": parts,
+            "part2": parts,
+            "sub": poisons + oils,
+            "end": harmful_ends + benign_ends,
         },
     )
 
@@ -141,11 +180,11 @@ def _recipe(draw: random.Random, acts: Words, parts: Words, substances: Words, e
 
 
 def _care(
-    draw: random.Random, machines: Words, goals: Words, acts: Words, parts: Words, oils: Words, ends: Words,
+    draw: random.Random, machines: Words, goals: Words, acts: Words, parts: Words, oils: Words, ends: Words
 ) -> dict[tuple[str, str], Recipe]:
-    """One machine's parts, oil and ending serve all its tasks; the act belongs to the task."""
+    """The benign recipe of every (machine, goal). Parts, oil and ending depend on the machine, the act on the goal."""
     act_of = dict(zip(goals, draw.sample(acts, len(goals)), strict=True))
-    care = {}
+    care: dict[tuple[str, str], Recipe] = {}
     for machine in machines:
         own = _recipe(draw, acts, parts, oils, ends)
         care |= {(machine, goal): Recipe(act_of[goal], own.part, own.part2, own.sub, own.end) for goal in goals}

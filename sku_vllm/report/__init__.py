@@ -1,4 +1,4 @@
-"""One page from whatever the other commands left behind: `build_report` reads, `render` writes."""
+"""`sku report`: `build_report` reads the records that commands wrote, `render` writes HTML, Markdown, JSON or a model card."""
 
 from typing import Any
 

@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sku_vllm.client.hub import licence_lines
 from sku_vllm.errors import DataError
-from sku_vllm.report.format import SPACE, STATES
-from sku_vllm.report.markdown import evaluation_tables
+from sku_vllm.report.markdown import evaluation_tables, plain
+from sku_vllm.report.number_format import SPACE, STATES
 
 
-def card(report: dict[str, Any]) -> str:
-    """The card of the fused checkpoint; says "not verified" where the report does.
+def card(report: dict[str, Any], *, published: bool = False) -> str:
+    """The model card of the fused checkpoint as Markdown, with the report's verdict.
+
+    Args:
+        published: name a base that is a directory here by its last level alone.
 
     Raises:
         DataError: the report has no fused checkpoint.
@@ -19,11 +23,12 @@ def card(report: dict[str, Any]) -> str:
     if origin is None:
         raise DataError("--format card: none of the directories is a fused checkpoint; add the one sku fuse wrote")
     base = str(origin["config"].get("model", ""))
+    hidden = published and Path(base).is_absolute()
     fused = [e for e in report["evaluations"] if e["role"] == "fused"]
     front = [
         "---",
-        f"base_model: {json.dumps(base)}",
-        "base_model_relation: merge",
+        *licence_lines(base),
+        *([] if hidden else [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags:",
@@ -35,20 +40,20 @@ def card(report: dict[str, Any]) -> str:
     verdict = report["verdict"]
     body = [
         "",
-        f"# {Path(origin['name']).name}",
+        f"# {plain(Path(origin['name']).name)}",
         "",
-        f"`{base}` with an identified task vector of harmful knowledge subtracted by sku_vllm. "
-        f"**{'Verified' if verdict['status'] == 'verified' else 'Not verified'}.** {verdict['headline']} {verdict['basis']}",
+        f"`{Path(base).name if hidden else base}` with an identified task vector of harmful knowledge subtracted by sku_vllm. "
+        f"**{'Verified' if verdict['status'] == 'verified' else 'Not verified'}.** {plain(verdict['headline'])} {plain(verdict['basis'])}",
         "",
     ]
-    body += [f"- Not verified because {reason}." for reason in verdict["reasons"]] + [""] * bool(verdict["reasons"])
+    body += [f"- Not verified because {plain(reason)}." for reason in verdict["reasons"]] + [""] * bool(verdict["reasons"])
     body += [
         "Subtraction suppresses knowledge; it does not prove it erased. "
         "Fine-tuning can bring some of it back: see the attacks of the full report.",
         "",
     ]
-    open_checks = [f"- {STATES[c['state']]}: {c['name']}: {c['detail']}" for c in verdict["checks"] if c["state"] != "pass"]
-    body += ["## What does not hold, or nobody looked at", "", *open_checks, ""] if open_checks else []
+    open_checks = [f"- {STATES[c['state']]}: {plain(c['name'])}: {plain(c['detail'])}" for c in verdict["checks"] if c["state"] != "pass"]
+    body += ["## What does not hold or was not measured", "", *open_checks, ""] if open_checks else []
     body += evaluation_tables([e for e in report["evaluations"] if e["role"] in ("base", "fused")])
     body += ["## Identity", "", f"- weights: `{origin['identity']}`", f"- base: `{origin['base_identity']}`"]
     body += [f"- adapter: `{json.dumps(adapter)}`" for adapter in origin["adapters"] or []]
@@ -57,7 +62,7 @@ def card(report: dict[str, Any]) -> str:
 
 
 def _results(evaluations: list[dict[str, Any]]) -> list[str]:
-    """`model-index` of the harmful rates, as the hub reads it: of the evaluation that found most, as the verdict speaks of."""
+    """The hub's `model-index` metadata: the harmful rates of the evaluation with most harm, the one the verdict uses."""
 
     def most(evaluation: dict[str, Any]) -> list[float]:
         sets = evaluation["forget"].values()

@@ -1,13 +1,13 @@
-"""How much of the edit is really in the fused weights: `retained` and `noise` of the manifest, laid out by layer and module."""
+"""The report's part on rounding: what share of the edit the fused weights retained, and the rounding noise, by layer and module."""
 
 import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sku_vllm.report.charts import heat_map
-from sku_vllm.report.format import percent
-from sku_vllm.report.fragments import section, table
+from sku_vllm.report.number_format import percent
+from sku_vllm.report.page_charts import heat_map
+from sku_vllm.report.page_parts import section, table
 
 # model.layers.12.self_attn.q_proj.weight -> layer 12, self_attn.q_proj; a second index (an expert) stays in the module's name.
 LAYER = re.compile(r"^(?:.*?\.)?(?:layers|h|blocks|block)\.(\d+)\.(.+?)(?:\.weight)?$")
@@ -15,9 +15,9 @@ WORST = 5
 
 
 def fidelity(name: str, manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """A grid [module][layer] of {"retained", "noise"} (None where the edit does not touch), and the least retained tensors.
+    """A grid [module][layer] of {"retained", "noise"} (None where nothing is edited), and the tensors that retained least of the edit.
 
-    None where the manifest has no per-tensor numbers.
+    retained: share of the edit left after rounding to the stored dtype. None where the manifest has no numbers per tensor.
     """
     tensors = _tensors(manifest)
     if not tensors:
@@ -54,6 +54,7 @@ def _tensors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def fidelity_section(report: dict[str, Any]) -> str:
+    """The section of the page: a heat map and the least retained tensors of each fused checkpoint, and its KL to a LoRA arm."""
     parts = []
     for found in report["fidelity"]:
         worst = [[f"<code>{escape(w['tensor'])}</code>", percent(w["retained"], 2), percent(w["noise"], 2)] for w in found["worst"]]
@@ -76,7 +77,7 @@ def fidelity_section(report: dict[str, Any]) -> str:
 
 
 def agreement_table(found: Sequence[dict[str, Any]]) -> list[str]:
-    """LoRA arm against fused weights, however it was measured."""
+    """A table of the KL divergence between LoRA arm and fused weights, one row per measurement; empty without measurements."""
     rows = [
         [
             escape(one["measured"]),

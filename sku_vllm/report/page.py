@@ -1,26 +1,43 @@
-"""The report as one HTML page: no network, no JavaScript, styles inline; forget-set text stays behind closed <details>."""
+"""The report as one HTML page without network access or JavaScript. Forget-set text is inside closed <details> elements.
+
+Open this file to change the order of the sections or the box with the verdict; the other sections have files of their own.
+"""
 
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from sku_vllm.report import harm, provenance
+from sku_vllm.report import harm_and_cost, provenance
 from sku_vllm.report.attacks import attacks_section
-from sku_vllm.report.curves import trade_off_section
 from sku_vllm.report.fidelity import fidelity_section
-from sku_vllm.report.format import STATES, interval, percent, ratio
-from sku_vllm.report.fragments import section
+from sku_vllm.report.number_format import STATES, interval, percent, ratio
+from sku_vllm.report.page_parts import section
 from sku_vllm.report.samples import samples_section
-from sku_vllm.report.serving import serving_section
+from sku_vllm.report.served_arms import serving_section
+from sku_vllm.report.telling_apart import telling_apart_section
+from sku_vllm.report.trade_off import trade_off_section
 
 
 def page(report: dict[str, Any]) -> str:
     """The HTML document of `build_report`'s dict."""
     style = files("sku_vllm.report").joinpath("report.css").read_text(encoding="utf-8")
     sections = [
-        verdict, checks, harm.harm, harm.shares, harm.utility, trade_off_section, attacks_section, fidelity_section, serving_section,
-        provenance.training, provenance.comparisons, samples_section, provenance.provenance,
+        verdict_section,
+        checks_section,
+        harm_and_cost.harm_section,
+        harm_and_cost.shares_section,
+        harm_and_cost.endings_section,
+        harm_and_cost.utility_section,
+        telling_apart_section,
+        trade_off_section,
+        attacks_section,
+        fidelity_section,
+        serving_section,
+        provenance.training_section,
+        provenance.comparisons_section,
+        samples_section,
+        provenance.provenance_section,
     ]
     body = "\n".join(text for section in sections if (text := section(report)))
     return (
@@ -30,14 +47,14 @@ def page(report: dict[str, Any]) -> str:
         f"<title>{escape(report['title'])}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{escape(report['title'])}</h1>"
         f"<p>{escape(report['generated'])}, sku_vllm {escape(report['versions']['sku_vllm'])}</p></header>\n"
-        f"{body}\n<footer>A rate never travels without its count and interval: "
-        f"intervals are Wilson's at 95 %, clustered by prompt where answers were "
-        "sampled. A model that babbles is not safe, it is broken, so refusals and gibberish stand beside every harmful rate.</footer>\n"
+        f"{body}\n<footer>Intervals are Wilson's at 95 %, clustered by prompt where answers were sampled. "
+        "A model that answers gibberish is not safe but broken, so refusals and gibberish are shown with every harmful rate.</footer>\n"
         "</main>\n</body>\n</html>\n"
     )
 
 
-def verdict(report: dict[str, Any]) -> str:
+def verdict_section(report: dict[str, Any]) -> str:
+    """The first box: whether verified and why, how many checks fail or are unknown, the headline and the most important numbers."""
     found = report["verdict"]
     verified = found["status"] == "verified"
     said = "Verified: what was judged is what is served" if verified else "Not verified"
@@ -50,7 +67,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _tally(checks: Sequence[dict[str, str]]) -> str:
-    """How many checks fail or are unknown, beside the stamp: a verified file need not be a good one."""
+    """How many checks fail or are unknown. It is shown next to the verdict, since a verified checkpoint may still fail checks."""
     count = {state: sum(check["state"] == state for check in checks) for state in STATES}
     fails = (
         f'<span class="state fail">{count["fail"]} of {len(checks)} checks {"fails" if count["fail"] == 1 else "fail"}</span>'
@@ -77,6 +94,8 @@ def _facts(report: dict[str, Any]) -> str:
     if worst:
         cells.insert(0, ("Harmful, sampled", percent(worst["harmful"]), f"worst set; {interval(worst)}"))
         cells.append(("Gibberish, sampled", percent(max(one["gibberish"] for one in sampled)), "worst set"))
+        if again := [one["repeated"] for one in sampled if "repeated" in one]:
+            cells.append(("Sentences said again", percent(max(again)), "sampled, worst set"))
     if now.get("qa_accuracy") is not None:
         cells.append(("QA right", percent(now["qa_accuracy"]), f"base {percent(before.get('qa_accuracy'))}" if before else ""))
     cells.append(("Over-refusal", percent(now.get("over_refusal")), f"base {percent(before.get('over_refusal'))}" if before else ""))
@@ -87,14 +106,15 @@ def _facts(report: dict[str, Any]) -> str:
     )
 
 
-def checks(report: dict[str, Any]) -> str:
+def checks_section(report: dict[str, Any]) -> str:
+    """A line for each check: whether it holds, and the numbers it is based on."""
     items = "".join(
         f'<li><span class="state {check["state"]}">{STATES[check["state"]]}</span><span class="name">{escape(check["name"])}</span>'
         f'<span class="detail">{escape(check["detail"])}</span></li>'
         for check in report["verdict"]["checks"]
     )
     return section(
-        "What holds, what does not, what nobody looked at",
-        "Limits are those the scale was chosen with, or the package's own.",
+        "What holds, what does not, what was not measured",
+        "Limits are those that sku tune used, or the package's defaults.",
         f'<ul class="checks">{items}</ul>',
     )

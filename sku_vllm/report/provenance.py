@@ -1,14 +1,15 @@
-"""Where the numbers come from: what was trained, what was compared, and every record with its configuration and digests."""
+"""The sections of the page on trained adapters, on comparisons, and on all records with their configuration."""
 
 import json
 from html import escape
 from typing import Any
 
-from sku_vllm.report.format import percent, points, seconds, short
-from sku_vllm.report.fragments import section, table
+from sku_vllm.report.number_format import percent, points, seconds, short
+from sku_vllm.report.page_parts import section, table
 
 
-def training(report: dict[str, Any]) -> str:
+def training_section(report: dict[str, Any]) -> str:
+    """A row for each trained adapter."""
     rows = [
         [
             f"<code>{escape(short(str(t.get('base') or t['config'].get('model', '')), 60))}</code>",
@@ -29,7 +30,8 @@ def training(report: dict[str, Any]) -> str:
     )
 
 
-def comparisons(report: dict[str, Any]) -> str:
+def comparisons_section(report: dict[str, Any]) -> str:
+    """The results of `sku compare`, one table per comparison."""
     parts = []
     for found in report["comparisons"]:
         rows = [
@@ -55,7 +57,8 @@ def comparisons(report: dict[str, Any]) -> str:
     return section("Answer by answer", "The same prompts to both models, paired.", *parts) if parts else ""
 
 
-def provenance(report: dict[str, Any]) -> str:
+def provenance_section(report: dict[str, Any]) -> str:
+    """Every record in a closed <details> element, with identity, seed, configuration, digests and versions."""
     parts = []
     for origin in report["provenance"]:
         pairs = [
@@ -68,7 +71,7 @@ def provenance(report: dict[str, Any]) -> str:
         ]
         body = "".join(f"<dt>{escape(key)}</dt><dd><code>{escape(str(value))}</code></dd>" for key, value in pairs if value is not None)
         parts.append(
-            f'<details><summary>sku {escape(origin["command"])}: {escape(origin["name"])}</summary>'
+            f"<details><summary>sku {escape(origin['command'])}: {escape(origin['name'])}</summary>"
             f'<div><dl class="pairs">{body}</dl></div></details>'
         )
     return section(

@@ -1,22 +1,21 @@
-"""A few answers to read, per set and label, edited model beside base."""
+"""The report's examples: a few answers of the edited model per set and label, each with the base's answer, and their section."""
 
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sku_vllm.compare import read_judged
+from sku_vllm.evaluate.measure_request import is_forget
+from sku_vllm.evaluate.read_judged import read_judged
 from sku_vllm.report.evaluations import Evaluation
-from sku_vllm.report.format import short
-from sku_vllm.report.fragments import section
+from sku_vllm.report.number_format import short
+from sku_vllm.report.page_parts import section
 from sku_vllm.report.verdict import baseline
-
-RETAIN = "retain"
 
 
 def samples(evaluations: Sequence[Evaluation], edited: Evaluation | None, rows: int) -> list[dict[str, Any]]:
     """Up to `rows` greedy answers per set and label of the edited model, each with the base's answer to the same prompt.
 
-    Read from `rows.jsonl` beside the evaluation; an evaluation without that file shows none. `private` marks forget-set text.
+    They are read from `rows.jsonl` in the evaluation's directory; without that file there are none. `private` is True for forget sets.
 
     Raises:
         DataError: a `rows.jsonl` is damaged.
@@ -36,7 +35,7 @@ def samples(evaluations: Sequence[Evaluation], edited: Evaluation | None, rows: 
         shown.append(
             {
                 "set": row["set"],
-                "private": row["set"] != RETAIN,
+                "private": is_forget(row["set"]),
                 "prompt": short(row["prompt"]),
                 "label": row["label"],
                 "response": short(row["response"]),
@@ -50,11 +49,12 @@ def samples(evaluations: Sequence[Evaluation], edited: Evaluation | None, rows: 
 def _greedy(evaluation: Evaluation) -> list[dict[str, str]]:
     if not (evaluation.directory / "rows.jsonl").is_file():
         return []
-    judged = read_judged(evaluation.directory)
+    judged = read_judged(evaluation.directory).rows
     return [{"set": name, "prompt": prompt, **one} for (name, mode, prompt), many in judged.items() if mode == "greedy" for one in many]
 
 
 def samples_section(report: dict[str, Any]) -> str:
+    """The section with the answers in <details> elements; those with forget-set text are closed."""
     groups: dict[tuple[bool, str], list[dict[str, Any]]] = {}
     for sample in report["samples"]:
         groups.setdefault((sample["private"], sample["set"]), []).append(sample)
@@ -79,12 +79,12 @@ def samples_section(report: dict[str, Any]) -> str:
 def _sample(one: dict[str, Any]) -> str:
     before = (
         f'<span class="tag {escape(one["base_label"])}">base: {escape(one["base_label"])}</span>'
-            f'<blockquote>{escape(one["base_response"] or "(empty)")}</blockquote>'
+        f"<blockquote>{escape(one['base_response'] or '(empty)')}</blockquote>"
         if one["base_label"]
         else ""
     )
     return (
         f'<div class="sample"><p><b>{escape(one["prompt"])}</b></p>{before}'
         f'<span class="tag {escape(one["label"])}">edited: {escape(one["label"])}</span>'
-            f'<blockquote>{escape(one["response"] or "(empty)")}</blockquote></div>'
+        f"<blockquote>{escape(one['response'] or '(empty)')}</blockquote></div>"
     )

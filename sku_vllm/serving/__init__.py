@@ -1,1 +1,4 @@
-"""The vLLM plugin: original and negated weights behind one name, measured arm by arm."""
+"""The vLLM plugin: one model name, each request answered by one of several arms (original, negated, another server), with metrics per arm.
+
+`start.serve` starts a server.
+"""

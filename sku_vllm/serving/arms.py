@@ -1,19 +1,23 @@
-"""What can answer a request: the model as it is, the model minus an adapter, or another server. Pure."""
+"""What can answer a request: the model as it is, the model minus an adapter, or another server.
+
+This file parses and checks text only; `scale_looked_up` also reads the file that `sku tune` wrote into an adapter's directory.
+"""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sku_vllm.client.url import http_url
 from sku_vllm.errors import ConfigError
-from sku_vllm.probe import http_url
 
 ALIAS = "sku"
 SWAPPED = "swapped"
-# Arm names become metric labels, model names and headers; 32 of them bound every label set.
+TUNED = "@tuned"
+# Arm names become metric labels, model names and headers. At most 32 arms keep the number of time series small.
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,47}")
 MAX_ARMS = 32
-FORMS = "NAME=base, NAME=lora:ADAPTER@SCALE or NAME=upstream:URL#MODEL"
+FORMS = "NAME=base, NAME=lora:ADAPTER@SCALE (or @tuned) or NAME=upstream:URL#MODEL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ def parse_arm(name: str, spec: str) -> Arm:
     """One `--arm NAME=SPEC`.
 
     Raises:
-        ConfigError: no such form, a name that cannot be a label, a scale that is not a number ≥ 0.
+        ConfigError: SPEC has none of the forms in `FORMS`, the name cannot be a label, or the scale is not a number in [0, 10].
     """
     where = f"--arm {name}={spec}"
     if not NAME.fullmatch(name):
@@ -67,8 +71,25 @@ def parse_arm(name: str, spec: str) -> Arm:
     raise ConfigError(f"{where}: no such kind of arm; write {FORMS}")
 
 
+def scale_looked_up(spec: str, where: str) -> str:
+    """Replace `lora:ADAPTER@tuned` by what `sku tune` chose, such as `lora:ADAPTER@0.75`; return any other spec unchanged.
+
+    Args:
+        where: the flag or request, for the error.
+
+    Raises:
+        ConfigError: `sku tune` has not been run on that adapter, or no scale was within its limits.
+    """
+    if not (spec.startswith("lora:") and spec.endswith(TUNED)):
+        return spec
+    from sku_vllm.records import tuned_arm
+
+    choice = tuned_arm(spec.removeprefix("lora:").removesuffix(TUNED), where)
+    return f"lora:{choice.adapter}@{choice.scale:g}"
+
+
 def quantised(scale: float | str, where: str) -> float:
-    """The scale to 0.01, so that clients and operators can only ever make a bounded number of adapters.
+    """The scale rounded to 0.01. This bounds how many negated copies of an adapter clients and operators can cause to be written (1001).
 
     Raises:
         ConfigError: not a finite number in [0, 10].

@@ -1,18 +1,24 @@
-"""The control API under /v1/sku/, where vLLM's --api-key reaches too; every route but `ready` wants X-SKU-Token as well."""
+"""The HTTP control API under /v1/sku/. vLLM's --api-key protects it too, but for `ready` and `ui` (`open_routes.py`).
 
-from collections.abc import Awaitable, Callable
+Every route but these two needs the header X-SKU-Token, and those that change something one that may. Changes are written to the audit
+log. Open this file to add a route: a method of `Control`, and a line in `router`.
+"""
+
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import APIRouter, Header
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 
-from sku_vllm import __version__
 from sku_vllm.errors import InputError, SkuError
-from sku_vllm.serving.change import Changes
+from sku_vllm.serving.arm_changes import ArmChanges
 from sku_vllm.serving.model_swap import ModelSwap
-from sku_vllm.serving.runtime import Runtime, effective_split
+from sku_vllm.serving.open_routes import problem, ready, ui
+from sku_vllm.serving.runtime import Runtime
 from sku_vllm.serving.state import Busy, Table
+from sku_vllm.serving.status import describe, listing, report
+from sku_vllm.serving.tokens import Holder
 
 
 class Weights(BaseModel):
@@ -22,12 +28,18 @@ class Weights(BaseModel):
 
 
 class ArmSpec(BaseModel):
-    """spec: base, lora:ADAPTER@SCALE or upstream:URL#MODEL, as after `--arm NAME=`."""
+    """spec: base, lora:ADAPTER@SCALE or upstream:URL#MODEL, as after `--arm NAME=`.
+
+    version: names what is behind the arm from now on; a change of several replicas gives all the same, so that their verdicts add up.
+    """
 
     spec: str = Field(max_length=4096)
+    version: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.-]{0,39}$")
 
 
 class NewArm(ArmSpec):
+    """A new arm: its name, and its spec as in `ArmSpec`."""
+
     name: str = Field(max_length=64)
 
 
@@ -45,127 +57,170 @@ class Swap(BaseModel):
     checkpoint: str | None = Field(None, max_length=4096)
 
 
-def router(runtime: Runtime) -> APIRouter:
+class Refused(SkuError):
+    """A request that this API refuses. status: the HTTP status of the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ControlRoute(APIRoute):
+    """A route that answers this package's exceptions with vLLM's JSON error object, and writes changes to the audit log."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's own handler, with our exceptions turned into responses."""
+        handle = super().get_route_handler()
+
+        async def handle_errors(request: Request) -> Response:
+            outcome = "failed"
+            try:
+                response = await handle(request)
+                outcome = "ok"
+                return response
+            except SkuError as error:
+                outcome = str(error)
+                status = error.status if isinstance(error, Refused) else 409 if isinstance(error, Busy) else 500
+                return problem(400 if isinstance(error, InputError) else status, str(error))
+            finally:
+                if hasattr(request.state, "note"):
+                    request.state.note(outcome)
+
+        return handle_errors
+
+
+class Control:
+    """The handlers of the control API of one server, one method per route."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.changes = ArmChanges(runtime)
+        self.model = ModelSwap(runtime, self.changes)
+
+    def holder(self, token: str | None) -> Holder:
+        """Whose token this is. Raises Refused: 404 where the server was started without one, 401 for a missing or wrong one."""
+        if not self.runtime.tokens.secrets:
+            raise Refused(404, "the control API is off: start the server with --token or SKU_TOKEN")
+        holder = self.runtime.tokens.holder(token)
+        if holder is None:
+            raise Refused(401, "X-SKU-Token is missing or wrong")
+        return holder
+
+    async def may_look(self, x_sku_token: str | None = Header(None)) -> None:
+        """Check X-SKU-Token for a route that shows something. Raises Refused."""
+        self.holder(x_sku_token)
+
+    async def may_change(self, request: Request, x_sku_token: str | None = Header(None)) -> None:
+        """Check X-SKU-Token for a route that changes something; what becomes of it goes to the audit log. Raises Refused."""
+        holder = self.holder(x_sku_token)
+        if not holder.changes:
+            raise Refused(403, f"the token of {holder.name!r} may only look; use one that may change the server")
+        what = f"{request.method} {request.url.path.partition('/v1/sku')[2]}{'?dry_run' if dry(request) else ''}"
+        before = in_force(self.runtime.table)
+
+        def note(outcome: str) -> None:
+            self.runtime.audit.write(holder.name, what, before, in_force(self.runtime.table), outcome)
+
+        request.state.note = note
+
+    async def ready(self) -> Any:
+        """See `ready`."""
+        return ready(self.runtime)
+
+    async def ui(self) -> Response:
+        """See `ui`."""
+        return ui(self.runtime)
+
+    async def status(self) -> Any:
+        """See `describe`."""
+        return describe(self.runtime)
+
+    async def arms(self) -> Any:
+        """See `listing`."""
+        return listing(self.runtime.table)
+
+    async def weights(self, body: Weights, dry_run: bool = False) -> Any:
+        """Change the arms' shares of traffic. dry_run, here and below: only check that it would work."""
+        self._not_followed()
+        return listing(await self.changes.set_weights(body.weights, dry_run))
+
+    async def add(self, body: NewArm, dry_run: bool = False) -> Any:
+        """Add an arm with weight 0."""
+        self._not_followed()
+        return listing(await self.changes.add(body.name, body.spec, body.version, dry_run))
+
+    async def replace(self, name: str, body: ArmSpec, dry_run: bool = False) -> Any:
+        """Replace an arm by another version."""
+        self._not_followed()
+        table, seconds = await self.changes.replace(name, body.spec, body.version, dry_run)
+        return {**listing(table), "seconds": seconds}
+
+    async def remove(self, name: str, dry_run: bool = False) -> Any:
+        """Remove an arm whose weight is 0."""
+        self._not_followed()
+        return listing(await self.changes.remove(name, dry_run))
+
+    def _not_followed(self) -> None:
+        if self.runtime.config.follow:
+            raise Refused(409, f"this server follows {self.runtime.config.follow}; change arms and weights there")
+
+    async def swap(self, body: Swap, dry_run: bool = False) -> Any:
+        """Replace the engine's own weights (a whole-model swap)."""
+        if (body.adapter is None) == (body.checkpoint is None):
+            raise InputError("swap: give either adapter (and scale) or checkpoint")
+        source = {"adapter": body.adapter, "scale": round(body.scale, 2)} if body.adapter else {"checkpoint": body.checkpoint}
+        return await (self.model.check(source) if dry_run else self.model.swap(source))
+
+    async def restore(self) -> Any:
+        """End a whole-model swap: load the base's weights again."""
+        return await self.model.restore()
+
+    async def judging(self, body: Judging) -> Any:
+        """Change the share of answers that are judged."""
+        if self.runtime.several:
+            raise InputError("judging: several API servers each judge by themselves; restart with another --judge-sample")
+        self.runtime.judge.sample = body.sample
+        return {"judge": self.runtime.config.judge, "judge_sample": body.sample}
+
+    async def experiment(self) -> Any:
+        """See `report`."""
+        return report(self.runtime)
+
+
+def router(control: Control) -> APIRouter:
     """All routes of one server."""
-    routes = APIRouter(prefix="/v1/sku", tags=["sku"])
-    changes = Changes(runtime)
-    model = ModelSwap(runtime, changes)
-
-    async def answer(token: str | None, action: Callable[[], Any]) -> Any:
-        if not runtime.config.token:
-            return problem(404, "the control API is off: start the server with --token or SKU_TOKEN")
-        if not runtime.token_valid(token):
-            return problem(401, "X-SKU-Token is missing or wrong")
-        try:
-            result = action()
-            return await result if hasattr(result, "__await__") else result
-        except Busy as error:
-            return problem(409, str(error))
-        except InputError as error:
-            return problem(400, str(error))
-        except SkuError as error:
-            return problem(500, str(error))
-
-    @routes.get("/ready", summary="200 once every arm is loaded and the engine can be trusted; no token needed")
-    async def ready() -> Any:
-        if runtime.ready and not runtime.broken:
-            return {"ready": True}
-        return problem(503, runtime.broken or "arms are still loading")
-
-    @routes.get("/status", summary="Arms, weights, swap, requests in flight")
-    async def status(x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, lambda: describe(runtime))
-
-    @routes.get("/arms", summary="Arms and their weights")
-    async def arms(x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, lambda: listing(runtime.table))
-
-    @routes.put("/weights", summary="Change the split; atomic, persisted, in force for the next request of every process")
-    async def weights(body: Weights, x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, lambda: then_list(changes.set_weights(body.weights)))
-
-    @routes.post("/arms", summary="Add an arm with weight 0")
-    async def add(body: NewArm, x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, lambda: then_list(changes.add(body.name, body.spec)))
-
-    @routes.put("/arms/{name}", summary="Replace an arm: new version, flip, retire; nothing fails and nothing mixes")
-    async def replace(name: str, body: ArmSpec, x_sku_token: str | None = Header(None)) -> Any:
-        async def act() -> Any:
-            table, seconds = await changes.replace(name, body.spec)
-            return {**listing(table), "seconds": seconds}
-
-        return await answer(x_sku_token, act)
-
-    @routes.delete("/arms/{name}", summary="Remove an arm of weight 0")
-    async def remove(name: str, x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, lambda: then_list(changes.remove(name)))
-
-    @routes.post("/swap", summary="Replace the engine's own weights; verified by a probe, undone when anything fails")
-    async def swap(body: Swap, x_sku_token: str | None = Header(None)) -> Any:
-        def act() -> Any:
-            if (body.adapter is None) == (body.checkpoint is None):
-                raise InputError("swap: give either adapter (and scale) or checkpoint")
-            source = {"adapter": body.adapter, "scale": round(body.scale, 2)} if body.adapter else {"checkpoint": body.checkpoint}
-            return model.swap(source)
-
-        return await answer(x_sku_token, act)
-
-    @routes.post("/restore", summary="Load the base's own weights again, exactly")
-    async def restore(x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, model.restore)
-
-    @routes.put("/judging", summary="Judge another share of answers, until a restart")
-    async def judging(body: Judging, x_sku_token: str | None = Header(None)) -> Any:
-        def act() -> Any:
-            if runtime.several:
-                raise InputError("judging: several API servers each judge by themselves; restart with another --judge-sample")
-            runtime.judge.sample = body.sample
-            return {"judge": runtime.config.judge, "judge_sample": body.sample}
-
-        return await answer(x_sku_token, act)
-
-    @routes.get("/experiment", summary="Per arm rates with intervals valid at any time, latencies, and a recommendation")
-    async def experiment(x_sku_token: str | None = Header(None)) -> Any:
-        return await answer(x_sku_token, lambda: report(runtime))
-
+    routes = APIRouter(prefix="/v1/sku", tags=["sku"], route_class=ControlRoute)
+    routes.get("/ready", summary="200 once every arm is loaded and the engine can be trusted; no key or token needed")(control.ready)
+    for method, path, action, summary in (
+        ("GET", "/ui", control.ui, "A page for people, which asks for key and token; none needed for the page itself"),
+        ("GET", "/status", control.status, "Arms, weights, swap, requests in flight"),
+        ("GET", "/arms", control.arms, "Arms and their weights"),
+        ("GET", "/experiment", control.experiment, "Per arm rates with intervals valid at any time, latencies, and a recommendation"),
+        (
+            "PUT",
+            "/weights",
+            control.weights,
+            "Change the arms' shares of traffic; stored, and used by every process from its next request on",
+        ),
+        ("POST", "/arms", control.add, "Add an arm with weight 0"),
+        ("PUT", "/arms/{name}", control.replace, "Replace an arm by another version; requests in flight finish on the old one"),
+        ("DELETE", "/arms/{name}", control.remove, "Remove an arm of weight 0"),
+        ("POST", "/swap", control.swap, "Replace the engine's own weights; verified by a probe, undone when anything fails"),
+        ("POST", "/restore", control.restore, "Undo a swap: load the base's weights again, exactly"),
+        ("PUT", "/judging", control.judging, "Change the share of answers that are judged, until a restart"),
+    ):
+        checked = control.may_look if method == "GET" else control.may_change
+        depends = [] if path == "/ui" else [Depends(checked)]
+        routes.add_api_route(path, action, methods=[method], summary=summary, dependencies=depends)
     return routes
 
 
-async def then_list(change: Awaitable[Table]) -> dict[str, Any]:
-    return listing(await change)
+def dry(request: Request) -> bool:
+    """Whether a request only asks whether a change would work."""
+    return request.query_params.get("dry_run", "").lower() in ("1", "true", "yes", "on")
 
 
-def listing(table: Table) -> dict[str, Any]:
-    """Arms as an operator wrote them, with weights."""
-    felt = effective_split(table)
-    return {
-        "arms": {name: {"spec": served.arm.spec, "kind": served.arm.kind, "weight": table.split[name], "version": served.lora_id or None}
-                 for name, served in table.arms.items()},
-        "traffic": felt, "swap": table.swap, "generation": table.generation, "notes": list(table.notes),
-    }
-
-
-def describe(runtime: Runtime) -> dict[str, Any]:
-    config = runtime.config
-    return {
-        "version": __version__, "ready": runtime.ready and not runtime.broken, "broken": runtime.broken, "failures": runtime.failures,
-        "in_flight": sum(runtime.in_flight.values()), "judge": config.judge, "judge_sample": runtime.judge.sample,
-        "judge_waiting": runtime.judge.pending.qsize(), "expose_arms": config.expose_arms, "blind": config.blind,
-        "state": config.state, **listing(runtime.table),
-    }
-
-
-def report(runtime: Runtime) -> dict[str, Any]:
-    table = runtime.table
-    reference = next((name for name, served in table.arms.items() if served.arm.kind == "base"), None)
-    shared = any(served.lora_id for served in table.arms.values()) and reference is not None
-    names = [*table.arms, *(name for name in effective_split(table) if name not in table.arms)]
-    page = runtime.experiment.report(names, reference, shared)
-    if runtime.several:
-        page["caveats"].append("several API servers: the others' counts are up to a second old")
-    return {**page, "split": table.split, "swap": table.swap, "notes": list(table.notes)}
-
-
-def problem(status: int, message: str) -> JSONResponse:
-    """An error in vLLM's shape."""
-    return JSONResponse({"error": {"message": message, "type": "SkuError", "param": None, "code": status}}, status_code=status)
+def in_force(table: Table) -> dict[str, Any]:
+    """What the audit log says of a server before and after a change."""
+    arms = {name: {"spec": served.arm.spec, "version": served.version} for name, served in table.arms.items()}
+    return {"arms": arms, "weights": table.split, "swap": table.swap}

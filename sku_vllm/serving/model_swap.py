@@ -1,33 +1,39 @@
-"""Other weights for a running engine, verified by what it says, and the exact way back."""
+"""Replaces the weights of a running engine (a whole-model swap), verifies them by a probe's log-probabilities, and can undo it exactly.
+
+This is the API server's part; what each worker does is in `worker_extension.py`.
+"""
 
 import asyncio
+import json
 import time
 from typing import Any
 
 from sku_vllm.errors import ConfigError, InputError, RunError
-from sku_vllm.serving.change import Changes, Counted, Staged
-from sku_vllm.serving.probe import Probe, distance
-from sku_vllm.serving.runtime import Runtime, lora_request
-from sku_vllm.serving.state import Table
+from sku_vllm.serving.arm_changes import ArmChanges, Counted, Staged
+from sku_vllm.serving.runtime import Runtime
+from sku_vllm.serving.state import Table, version_of
+from sku_vllm.serving.traffic import lora_request
+from sku_vllm.serving.weight_probe import Probe, distance
 
-DRAIN = 120.0
+DRAIN = 120.0  # seconds a swap waits for running requests
 
 
 class ModelSwap:
     """Whole-model swaps of one server."""
 
-    def __init__(self, runtime: Runtime, changes: Changes) -> None:
+    def __init__(self, runtime: Runtime, changes: ArmChanges) -> None:
         self.runtime, self.changes = runtime, changes
         self.base_probe: Probe | None = None
 
     async def swap(self, source: dict[str, Any]) -> dict[str, Any]:
         """Serve other weights from this engine: base − scale·delta of an adapter, or a fused checkpoint's.
 
-        Safe order: check on every rank, close the gate, drain, pause, load, drop every cached block, resume, compare a
-        probe's log-probabilities, open the gate. Whatever fails, the base is loaded again and checked.
+        Steps: every rank checks the source, new requests are held back, running ones finish, the engine pauses and loads the
+        weights, the prefix cache is dropped, the engine resumes, a probe's log-probabilities are compared, requests go on. If a
+        step fails, the base is loaded again and checked.
 
         Raises:
-            InputError: it cannot work; nothing was touched. RunError: it failed; the base serves again.
+            InputError: the swap cannot work; nothing was changed. RunError: it failed; the base serves again.
         """
         with self.runtime.state.locked() as table:
             self._swap_allowed()
@@ -35,7 +41,7 @@ class ModelSwap:
             with Counted(self.runtime):
                 in_place = await self._checked(source)
                 expected = await self._expected(source, table)
-                async with Staged(self.runtime, table.changed(swap=source)) as staged, Drained(self.runtime):
+                async with Staged(self.runtime, swapped_to(table, source)) as staged, Drained(self.runtime):
                     base = self.base_probe or await Probe.take(self.runtime)
                     self.base_probe = base
                     begun = time.perf_counter()
@@ -47,22 +53,33 @@ class ModelSwap:
                         await staged.commit()
                     except Exception as error:
                         await self._back_to_base(error)
-                        if table.swap:  # an earlier swap is undone with it
+                        if table.swap:  # going back to the base has also undone an earlier swap
                             self._forget_swap(table)
                         raise RunError(f"the swap failed, and the base serves again: {error}") from error
                     seconds = time.perf_counter() - start
                     self.runtime.metrics.swap_seconds.observe(seconds)
-        return {"swap": source, "seconds": seconds, "stalled_seconds": stalled, "in_place": in_place,
-                "probe": {"from_base": distance(base, after), "from_expected": distance(expected, after) if expected else None}}
+        return {
+            "swap": source,
+            "seconds": seconds,
+            "stalled_seconds": stalled,
+            "in_place": in_place,
+            "probe": {"from_base": distance(base, after), "from_expected": distance(expected, after) if expected else None},
+        }
+
+    async def check(self, source: dict[str, Any]) -> dict[str, Any]:
+        """Only check that a swap to this source would work. Raises InputError where it would not."""
+        with self.runtime.state.locked() as table:
+            self._swap_allowed()
+            return {"swap": table.swap, "in_place": await self._checked(source)}
 
     async def restore(self) -> dict[str, Any]:
-        """The base again, from its files: exact."""
+        """Load the base's weights again from its files, which is exact. Raises RunError when that fails."""
         with self.runtime.state.locked() as table:
             if not table.swap and not self.runtime.broken:
                 raise ConfigError("no whole-model swap is in force; there is nothing to restore")
             start = time.perf_counter()
             with Counted(self.runtime):
-                async with Staged(self.runtime, table.changed(swap=None)) as staged, Drained(self.runtime):
+                async with Staged(self.runtime, table.changed(swap=None, swapped="")) as staged, Drained(self.runtime):
                     error = await self._restored()
                     if error:
                         self.runtime.broken = error
@@ -70,7 +87,7 @@ class ModelSwap:
                     off = distance(self.base_probe, await Probe.take(self.runtime)) if self.base_probe else None
                     try:
                         await staged.commit()
-                    except RunError as failure:  # the table still names the swap, whose arm must not answer with the original
+                    except RunError as failure:  # the table still says `swapped`, but the engine holds the original weights again
                         self.runtime.broken = str(failure)
                         raise
                     self.runtime.broken = None
@@ -88,13 +105,14 @@ class ModelSwap:
             )
         if not getattr(self.runtime.args, "worker_extension_cls", None):
             raise ConfigError(
-                "this server's workers cannot swap; restart it with --worker-extension-cls sku_vllm.serving.swap.SkuWorkerExtension"
+                "this server's workers cannot swap; restart it with --worker-extension-cls "
+                "sku_vllm.serving.worker_extension.SkuWorkerExtension"
             )
         if self.runtime.broken:
             raise ConfigError(f"the engine's weights are in an unknown state ({self.runtime.broken}); restore, or restart this server")
 
     async def _checked(self, source: dict[str, Any]) -> bool:
-        """Raises InputError when a rank says it cannot work; whether every rank can edit its weights in place."""
+        """Whether every rank can edit its weights in place. Raises InputError when a rank says that the swap cannot work."""
         replies = await self.runtime.engine.collective_rpc("sku_check", args=(self._model(), source))
         wrong = [reply["error"] for reply in replies if not reply["ok"]]
         if wrong:
@@ -102,12 +120,12 @@ class ModelSwap:
         return all(reply["in_place"] for reply in replies)
 
     def _model(self) -> str:
-        from sku_vllm.checkpoint import checkpoint_directory
+        from sku_vllm.checkpoint.reader import checkpoint_directory
 
         return str(checkpoint_directory(self.runtime.config.model, self.runtime.config.revision))
 
     async def _expected(self, source: dict[str, Any], table: Table) -> Probe | None:
-        """The probe through the same edit served as an adapter, where a slot is free: what the swap must then reproduce."""
+        """The probe's result with the same edit loaded as a LoRA adapter, which the swap must reproduce; None where no slot is free."""
         if "adapter" not in source or table.swap:
             return None
         try:
@@ -119,9 +137,13 @@ class ModelSwap:
             return await Probe.take(self.runtime, lora_request(served))
         finally:
             await self.runtime.engine.remove_lora(served.lora_id)
+            self.changes.discard(served)
 
     async def _load_weights(self, source: dict[str, Any] | None, in_place: bool = False) -> None:
-        """Pause, load on every rank, forget every cached block, resume. A failed load stays paused: its layers hold nothing."""
+        """Pause the engine, load the weights on every rank, drop the prefix cache, resume.
+
+        After a failed load the engine stays paused, since its layers may be empty. Raises RunError.
+        """
         engine = self.runtime.engine
         await engine.pause_generation(mode="wait", clear_cache=True)
         replies = await engine.collective_rpc("sku_swap", args=(self._model(), source, in_place))
@@ -143,14 +165,14 @@ class ModelSwap:
             ) from cause
 
     def _forget_swap(self, table: Table) -> None:
-        """The table without its swap; where that cannot be written, nothing may answer in its name."""
+        """Write the table without its swap; if that fails, mark the engine broken, so that no request is answered as `swapped`."""
         try:
-            self.runtime.change(table.changed(swap=None))
+            self.runtime.change(table.changed(swap=None, swapped=""))
         except OSError as error:
             self.runtime.broken = f"{self.runtime.state.path}: {error.strerror}"
 
     async def _restored(self) -> str | None:
-        """Load the base and its arms again and compare the probe; what went wrong, or None."""
+        """Load the base and the arms' adapters again and compare the probe. Returns None, or what went wrong."""
         try:
             await self._load_weights(None)
             if self.base_probe:
@@ -163,7 +185,7 @@ class ModelSwap:
         return None
 
     async def _reload_arms(self) -> None:
-        """A reload of weights drops every adapter from the engine. One that cannot come back answers 503, the others serve."""
+        """Load the arms' adapters again, which a reload of weights has dropped. An arm whose adapter fails answers 503 from then on."""
         for name, served in self.runtime.table.arms.items():
             if served.lora_id:
                 try:
@@ -194,11 +216,17 @@ class Drained:
         self.runtime.gate.set()
 
 
+def swapped_to(table: Table, source: dict[str, Any]) -> Table:
+    """The table while these weights are in force. They have a version of their own, like an arm."""
+    version = version_of(json.dumps(source, sort_keys=True), table.next_id)
+    return table.changed(swap=source, swapped=version, next_id=table.next_id + 1)
+
+
 def verify_swap(base: Probe, after: Probe, expected: Probe | None) -> None:
-    """The swapped engine answers with finite numbers, other ones than the base, and nearer to the edit than to the base.
+    """Check the probe after a swap: it is finite and, where `expected` is known, closer to that than half the edit's own effect.
 
     Raises:
-        RunError: it does not.
+        RunError: it is not.
     """
     if not after.finite:
         raise RunError("the probe's log-probabilities are not finite")

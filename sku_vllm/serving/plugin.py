@@ -1,7 +1,7 @@
-"""The three doors into vLLM, all called `sku`: VLLM_PLUGINS=sku opens them.
+"""The three plugins that vLLM loads, all under the name `sku`: VLLM_PLUGINS=sku switches them on.
 
 `register` runs in every process, `SkuEndpointPlugin` in the API servers, `SkuStatLogger` beside vLLM's own stat loggers.
-vLLM reads the entry points of every installed plugin at start, so this module's top level stays light.
+vLLM reads the entry points of every installed plugin at every start, so this module imports heavy packages only inside functions.
 """
 
 import os
@@ -10,14 +10,15 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from sku_vllm.serving.config import VARIABLE, read_config
+from sku_vllm.serving.serve_config import VARIABLE, read_config
 
 
 def register() -> None:
-    """General plugin, in every process: keeps a CPU engine from stopping 10-20 s for a torch.compile at the first request for
-    log-probabilities, which our swap's probe is. Leaves a server alone that was given no SKU configuration.
+    """General plugin, called in every process. On CPU it replaces one compiled function of vLLM's sampler by the uncompiled one.
 
-    What vLLM compiles is a one-line rank count, to save memory on GPUs; the uncompiled function is the same arithmetic.
+    Otherwise torch.compile stalls the engine for 10-20 s at the first request for log-probabilities, such as a swap's probe. The
+    function counts ranks in one line and gives the same result uncompiled; vLLM compiles it to save memory on GPUs. Does nothing
+    where SKU_SERVE_CONFIG is not set.
     """
     if VARIABLE not in os.environ:
         return
@@ -28,38 +29,56 @@ def register() -> None:
 
         plain = getattr(getattr(sampler, "batched_count_greater_than", None), "_torchdynamo_orig_callable", None)
         if plain is not None:
-            sampler.batched_count_greater_than = plain
+            sampler.batched_count_greater_than = plain  # type: ignore[attr-defined]  # sampler imports it for itself
 
 
 class SkuEndpointPlugin:
-    """Endpoint plugin: middleware and control routes first, the engine's arms when the engine is there."""
+    """Endpoint plugin: vLLM calls `attach_router` while it builds the app, and `init_state` once the engine runs."""
 
     name = "sku"
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
+        self.app: Any = None
         self.runtime: Any = None
 
     def attach_router(self, app: Any) -> None:
-        from sku_vllm.serving.control import router
+        """Put the middleware before vLLM's routes, and the control API beside them."""
+        from sku_vllm.serving.control import Control, router
         from sku_vllm.serving.middleware import SkuMiddleware
         from sku_vllm.serving.runtime import Runtime
 
-        self.runtime = Runtime(read_config())
+        self.app, self.runtime = app, Runtime(read_config())
         if self.runtime.config.adapter_root:
             from sku_vllm.serving.resolver import install
 
             install(self.runtime)
         app.add_middleware(SkuMiddleware, runtime=self.runtime)
-        app.include_router(router(self.runtime))
+        self.control = Control(self.runtime)
+        app.include_router(router(self.control))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        await self.runtime.start(engine_client, state.openai_serving_models, args)
+        """Wrap the engine's `generate`, so that only routed requests reach it, load the arms, and open the routes that need no key."""
+        from sku_vllm.serving.engine import wrap_generate
+        from sku_vllm.serving.follower import Follower
+        from sku_vllm.serving.open_routes import put_outermost
+        from sku_vllm.serving.shutdown import answer_before_shutdown
+        from sku_vllm.serving.spans import describe_spans
+
+        put_outermost(self.app, self.runtime)
+        describe_spans()
+        await self.runtime.start(engine_client, wrap_generate(engine_client, self.runtime), state.openai_serving_models, args)
+        answer_before_shutdown(engine_client, self.runtime)
+        if self.runtime.config.follow:
+            self.follower = Follower(self.runtime, self.control.changes)
+            self.follower.start()
 
 
 class SkuStatLogger(StatLoggerBase):
-    """Keeps vLLM's per-request timings switched on, even under --disable-log-stats: with a plugin logger present the engine
-    fills `RequestOutput.metrics`, from which queue, decode and first-token times per arm are taken.
+    """Keeps vLLM's per-request timings on, even under --disable-log-stats.
+
+    When a stat logger plugin is installed, the engine fills `RequestOutput.metrics`, from which the arms' queue, decode and
+    first-token times are taken. It logs nothing itself.
     """
 
     def __init__(self, vllm_config: Any, engine_index: int = 0, **kwargs: Any) -> None:
@@ -68,7 +87,7 @@ class SkuStatLogger(StatLoggerBase):
     def record(
         self, scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, engine_idx: int = 0, **kwargs: Any
     ) -> None:
-        """Nothing to add: finished requests carry no adapter name here."""
+        """Does nothing: these statistics do not say which adapter a request used, so they cannot be split by arm."""
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Does nothing."""

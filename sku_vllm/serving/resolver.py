@@ -1,72 +1,49 @@
-"""`NAME@SCALE` as a model: vLLM asks here for adapters it does not know, and gets base − SCALE·delta of one below a fixed root.
+"""--adapter-root: a trusted client may name `NAME@SCALE` as the model and gets base − SCALE·delta of ROOT/NAME.
 
-vLLM consults resolvers only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and the middleware lets only trusted clients get this far.
+vLLM asks a resolver for adapters it does not know, but only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. The middleware lets only
+trusted clients name such a model.
 """
 
 import asyncio
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from sku_vllm.errors import InputError
-from sku_vllm.serving.arms import Arm, quantised
-from sku_vllm.serving.materialise import materialise
-
-if TYPE_CHECKING:
-    from sku_vllm.serving.runtime import Runtime
-
-MODEL = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})@([0-9.]{1,6})")
-
-
-def names_adapter(model: Any) -> bool:
-    """Whether a request's model has the form NAME@SCALE."""
-    return isinstance(model, str) and MODEL.fullmatch(model) is not None
-
-
-def adapter_below(root: str, model: str) -> Arm | None:
-    """The arm that `NAME@SCALE` means: a real directory directly below `root`, nothing through links; None for anything else."""
-    match = MODEL.fullmatch(model)
-    if not match:
-        return None
-    path = Path(root).resolve() / match[1]
-    if path.is_symlink() or not path.is_dir() or path.resolve().parent != Path(root).resolve():
-        return None
-    try:
-        return Arm("adapter", "lora", str(path), quantised(match[2], model))
-    except InputError:
-        return None
+from sku_vllm.serving.adapter_name import adapter_below
+from sku_vllm.serving.runtime import Runtime
 
 
 class SkuResolver(LoRAResolver):
-    """Keeps at most as many adapters as slots are free beside the arms', one always staying empty; the least recent idle one makes room."""
+    """Writes the negated adapter and makes room for it in the engine.
 
-    def __init__(self, runtime: "Runtime") -> None:
+    The arms' adapters keep their slots and one slot stays empty; of the others the adapter that was loaded first and is not in use
+    is unloaded.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.lock = asyncio.Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        config = self.runtime.config
-        arm = adapter_below(config.adapter_root or "", lora_name) if config.adapter_root else None
+        """The request that loads adapter `lora_name`; None if it is not below the root, has too high a rank, or no slot is free."""
+        root = self.runtime.config.adapter_root
+        arm = adapter_below(root, lora_name) if root else None
         if arm is None:
             return None
         async with self.lock:
             try:
-                negation = await asyncio.to_thread(
-                    materialise, arm, config.model, self.runtime.directory / "resolved", revision=config.revision, any_base=config.any_base
-                )
+                adapter = await self.runtime.write_adapter(arm, "resolved")
             except InputError as error:
                 self.runtime.log_failure("adapter", error)
                 return None
-            if negation.rank > int(self.runtime.args.max_lora_rank) or not await self._room():
+            if adapter.rank > int(self.runtime.args.max_lora_rank) or not await self._room():
                 return None
-            return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(negation.path))  # vLLM gives it an id of its own
+            return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(adapter.path))  # vLLM gives it an id of its own
 
     async def _room(self) -> bool:
         arms = sum(served.lora_id > 0 for served in self.runtime.table.arms.values())
-        free = self.runtime.args.max_loras - 1 - arms
+        free: int = self.runtime.args.max_loras - 1 - arms
         for name, request in self.runtime.resolved().items():
             if len(self.runtime.resolved()) < free:
                 break
@@ -76,6 +53,6 @@ class SkuResolver(LoRAResolver):
         return len(self.runtime.resolved()) < free
 
 
-def install(runtime: "Runtime") -> None:
-    """Offer the resolver to vLLM, which looks when it builds its list of models."""
+def install(runtime: Runtime) -> None:
+    """Register the resolver. It must happen before vLLM builds its list of models, when it collects the resolvers."""
     LoRAResolverRegistry.register_resolver("sku", SkuResolver(runtime))

@@ -1,145 +1,128 @@
-"""Start and stop a server: everything is checked first, the engine lives in a process group of its own, nothing is left behind."""
+"""A handle on a running server for the process that started it: wait for it, read its metrics, call its control API, stop it."""
 
+import contextlib
+import math
 import os
-import shutil
-import socket
+import signal
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from sku_vllm.errors import ConfigError
-from sku_vllm.serving.arms import ALIAS
-from sku_vllm.serving.config import VARIABLE, ServeConfig
-from sku_vllm.serving.materialise import adapter_rank, served_rank
-from sku_vllm.serving.running import Server
-from sku_vllm.serving.scratch import private_directory
+from sku_vllm.client import arm_metrics
+from sku_vllm.client.http import ServerRefused, fetch, fetch_json
+from sku_vllm.errors import ConfigError, RunError
+from sku_vllm.serving.address import Address, read_address
+from sku_vllm.serving.launch import REFUSED
+
+GRACE = 20.0  # seconds between SIGTERM and SIGKILL, on top of vLLM's --shutdown-timeout
 
 
-@contextmanager
-def launch(
-    config: ServeConfig,
-    flags: Sequence[str] = (),
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    log: Path | None = None,
-    quiet: bool = False,
-    env: Mapping[str, str] | None = None,
-) -> Iterator[Server]:
-    """Check everything, start vLLM's server for `config`, and end it with the block; the private directory goes with it.
+class Server:
+    """A running server.
 
-    flags: vLLM's own. port: 0 takes a free one. log: a file for its output; without one it is inherited, or, if `quiet`, goes to
-    the private directory.
+    url: ends in /v1, as OpenAI clients want it. root: without /v1. run: its private directory. log: the file its output goes to; None
+    when it goes to this process's stderr. process: the vLLM process, leader of its own process group.
     """
-    run, lock = private_directory()
-    try:
-        log = log or (run / "server.log" if quiet else None)
-        if config.run is None:
-            config.run = str(run)
-        arm_flags = prepare(config)
-        port = port or free_port(host)
-        check_port(host, port)
-        config.dump(run / "serve.yaml")
-        if config.state:
-            config.dump(Path(config.state) / "serve.yaml")
-        revision = ["--revision", config.revision] if config.revision else []
-        command = [sys.executable, "-m", "sku_vllm.serving.launch", "--model", config.model, *revision, "--host", host, "--port", str(port),
-                   "--served-model-name", ALIAS, "--worker-extension-cls", "sku_vllm.serving.swap.SkuWorkerExtension", *arm_flags, *flags]
-        plugins = os.environ.get("VLLM_PLUGINS")
-        names = [*plugins.split(","), "sku"] if plugins else ["sku"]
-        environment = {**os.environ, **(env or {}), VARIABLE: str(run / "serve.yaml"), "VLLM_PLUGINS": ",".join(dict.fromkeys(names))}
-        if config.adapter_root:  # without it vLLM never asks a resolver
-            environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        with open(log, "wb") if log else _inherited() as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True, pass_fds=[lock])
-            server = Server(process, host, port, log, run, config.token)
-            try:
-                yield server
-            finally:
-                server.stop()
-    finally:
-        shutil.rmtree(run, ignore_errors=True)
-        os.close(lock)
 
+    def __init__(self, process: subprocess.Popen[bytes], address: tuple[str, int], log: Path | None, run: Path, token: str | None) -> None:
+        self.process, self.log, self.run, self.token = process, log, run, token
+        self.address = Address(*address)  # until the server has said where it listens
 
-@contextmanager
-def _inherited() -> Iterator[IO[bytes] | int | None]:
-    """Server output belongs on stderr: stdout is for the one object of --json."""
-    yield sys.stderr.fileno()
+    @property
+    def root(self) -> str:
+        """See the class."""
+        return self.address.root
 
+    @property
+    def url(self) -> str:
+        """See the class."""
+        return self.address.root if self.address.uds else f"{self.address.root}/v1"
 
-@contextmanager
-def start_server(
-    model: str | Path,
-    arms: Sequence[str],
-    split: str | None = None,
-    judge: str | None = None,
-    *,
-    flags: Sequence[str] = (),
-    host: str = "127.0.0.1",
-    port: int = 0,
-    log: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    timeout: float = 600,
-    **settings: Any,
-) -> Iterator[Server]:
-    """A server that answers, for the length of the block: what the demo, the tests and the benchmarks use.
+    @property
+    def alias(self) -> str:
+        """The model name that its clients use."""
+        return self.address.alias
 
-    arms: NAME=SPEC each. split: NAME=WEIGHT,…. settings: the other fields of `ServeConfig` (expose_arms, token, …).
+    @property
+    def port(self) -> int:
+        """The port it listens on; without meaning for a Unix socket."""
+        return self.address.port
 
-    Raises:
-        InputError: before the engine starts, for arms, adapters, judge or flags that cannot work.
-        RunError: the engine did not come up.
-    """
-    config = ServeConfig(str(model), list(arms), split, judge, **settings)
-    with launch(config, flags, host=host, port=port, log=log, quiet=True, env=env) as server:
-        server.wait_ready(timeout)
-        yield server
+    def metrics(self) -> arm_metrics.Metrics:
+        """/metrics as {sample name: {sorted label pairs: value}}. Raises RunError when the server does not answer."""
+        with self.address.client() as client:
+            return arm_metrics.parse(fetch("/metrics", client=client))
 
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric over all label sets that contain `labels`; 0 where there is none yet."""
+        wanted = set(labels.items())
+        return sum(value for pairs, value in self.metrics().get(name, {}).items() if wanted <= set(pairs))
 
-def prepare(config: ServeConfig) -> list[str]:
-    """Check model, judge, state and adapters, materialise the negations, and say which vLLM flags they need.
+    def control(self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600) -> Any:
+        """One call of the control API: `path` is what follows /v1/sku/.
 
-    Raises:
-        InputError: one line that names what cannot work.
-    """
-    from sku_vllm.adapter import load_adapter
-    from sku_vllm.judges import load_judge
-    from sku_vllm.serving.begin import prepare_state
-    from sku_vllm.serving.state import StateFile
+        Raises:
+            RunError: with the status and the server's message when it refuses, or does not answer.
+        """
+        headers = {"X-SKU-Token": self.token} if self.token else {}
+        try:
+            with self.address.client(timeout) as client:
+                return fetch_json(f"/v1/sku/{path.lstrip('/')}", method=method, body=body, headers=headers, client=client)
+        except ServerRefused as error:
+            raise RunError(f"{path}: {error.status} {error.body}") from error
 
-    if Path(config.model).is_dir() and not (Path(config.model) / "config.json").is_file():
-        raise ConfigError(f"--model {config.model}: has no config.json; give a Hugging Face model directory")
-    if not Path(config.model).is_dir() and ("/" not in config.model or config.model.startswith((".", "/"))):
-        raise ConfigError(f"--model {config.model}: no such directory; give a Hugging Face model directory or a hub id such as org/name")
-    if config.judge:
-        load_judge(config.judge)
-    table = prepare_state(config, StateFile(config.state or config.run or ""))
-    config.reset_state = False  # done; the server's processes must not do it again
-    ranks = [adapter_rank(load_adapter(served.path, as_is=True)) for served in table.arms.values() if served.path]
-    if not ranks and not config.adapter_root:
-        return []
-    if config.adapter_root:
-        return ["--enable-lora", "--max-loras", str(len(ranks) + 4), "--max-lora-rank", str(max(64, served_rank(ranks)))]
-    # One slot stays free (on CPU the base's rows would otherwise use the last adapter), one more lets a new version load beside the old.
-    return ["--enable-lora", "--max-loras", str(len(ranks) + 2), "--max-lora-rank", str(served_rank(ranks))]
+    def ready(self) -> bool:
+        """Whether the server answers where it says it listens."""
+        self.address = read_address(self.run) or self.address
+        return self.address.answers()
 
+    def wait_ready(self, timeout: float | None) -> None:
+        """Block until the server answers.
 
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+        Args:
+            timeout: seconds; None waits as long as its process lives, however long the weights take to load.
 
+        Raises:
+            ConfigError: the server refused its flags. RunError: it ended, or did not answer within `timeout` seconds.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.ready():
+            code = self.process.poll()
+            if code is not None:
+                refused = self.run / ("serve.yaml" + REFUSED)
+                if refused.is_file():
+                    raise ConfigError(refused.read_text(encoding="utf-8"))
+                raise RunError(f"the server ended with code {code}: {self.last_line()}")
+            if time.monotonic() > deadline:
+                raise RunError(f"the server did not answer at {self.root} within {timeout:.0f} s: {self.last_line()}")
+            time.sleep(0.2)
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when nothing can listen there: found out now, not when the engine has started."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"--port {port} on {host}: {error}; choose another one, or stop what listens there") from error
+    def last_line(self) -> str:
+        """The last line of the server's log that contains an error, or else the last line; at most 600 characters."""
+        if self.log is None:
+            return "see its log above"
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        errors = [line for line in lines if "error:" in line.lower() or "Error" in line]
+        return (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")[-600:]
+
+    def stop(self) -> None:
+        """Send SIGTERM, wait for vLLM's --shutdown-timeout and `GRACE` seconds, then SIGKILL the rest of the process group.
+
+        A second Ctrl-C does not interrupt this.
+        """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self._stop()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(self.address.shutdown + GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()

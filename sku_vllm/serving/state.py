@@ -1,7 +1,11 @@
-"""The routing table, in one small file: every API-server process reads it, one writes it, a restart finds it."""
+"""The routing table and the file that stores it. Writers hold a lock, every API server reads the file, and so does a restarted server.
+
+Open this file to change what `sku_state.json` holds, or how changes of it are locked and synced.
+"""
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -16,30 +20,51 @@ from sku_vllm.serving.arms import Arm
 
 FILE = "sku_state.json"
 SCHEMA = "sku.serve-state/1"
-# Above anything vLLM's own counter reaches; the same in every process, since it is stored here.
+# vLLM numbers its own adapters from 1; ids of arms start above that, and are stored so that every process uses the same ones.
 FIRST_LORA_ID = 1_000_001
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An arm as the engine knows it. path: materialised adapter; lora_id: its id in the engine (0 for base and upstream)."""
+    """An arm as the engine knows it. path: its negated adapter on disk; lora_id: its id in the engine (0 for base and upstream).
+
+    version: names the weights behind it. It is new after every replacement, so that no verdict on the old ones counts for the new, and
+    the same on every replica that was started and changed alike, so that their verdicts can be added up.
+    """
 
     arm: Arm
     path: str = ""
     lora_id: int = 0
+    version: str = ""
+
+    @classmethod
+    def numbered(cls, arm: Arm, path: str, number: int, plain: bool = False) -> "Served":
+        """The arm under a number that no arm of this table has had (`Table.next_id`).
+
+        plain: leave the number out of the version, where replicas follow a file and their histories may differ.
+        """
+        content = f"lora:{Path(path).name}" if path else arm.spec  # an adapter's directory is named by its digest and scale
+        version = version_of(content, number)
+        return cls(arm, path, number if arm.kind == "lora" else 0, version.partition("-")[0] if plain else version)
 
     @property
     def lora_name(self) -> str:
-        """A name of its own for every version: prefix-cache blocks are keyed by it, so an old version's are never reused."""
+        """The adapter's name in vLLM, different for every version: the prefix cache is keyed by it, so old blocks are not reused."""
         return f"sku-{self.arm.name}-{self.lora_id}"
+
+
+def version_of(content: str, number: int) -> str:
+    """A version's name: 8 digits of the content's digest, and how many arms the table had had before."""
+    return f"{hashlib.sha256(content.encode()).hexdigest()[:8]}-{number - FIRST_LORA_ID}"
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """All arms, their weights, and what whole-model swap is in force. Immutable: a change makes a new one.
+    """The routing table: all arms, their shares of traffic, and the current whole-model swap. Immutable; a change makes a new table.
 
-    started_with: arms and split as the flags gave them, to notice a later start with other flags.
-    swap: None, or what the engine's own weights were replaced by.
+    started_with: arms and split as given by the flags, to notice a later start with other flags.
+    next_id: number of the next arm. generation: number of changes. notes: what --rollback-if and --drift did.
+    swap: None, or what replaced the engine's own weights: {"adapter", "scale"} or {"checkpoint"}; swapped: that swap's version.
     """
 
     arms: dict[str, Served]
@@ -49,20 +74,23 @@ class Table:
     generation: int = 1
     swap: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    swapped: str = ""
 
     def changed(self, **changes: Any) -> "Table":
+        """The next generation of this table, with these fields replaced."""
         return dataclasses.replace(self, generation=self.generation + 1, **changes)
 
     def to_json(self) -> dict[str, Any]:
+        """What the state file holds."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
 
 class Busy(SkuError):
-    """A change was refused because another one is under way."""
+    """A change is refused because another change of the same server has not finished."""
 
 
 class StateFile:
-    """`DIR/sku_state.json`. Reads cost one `stat` (about 2 µs) unless another process has written."""
+    """`DIR/sku_state.json`. A read costs one `stat` (about 2 µs) while the file is unchanged."""
 
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory) / FILE
@@ -70,10 +98,11 @@ class StateFile:
         self._table: Table | None = None
 
     def exists(self) -> bool:
+        """Whether a state was ever written here."""
         return self.path.is_file()
 
     def read(self) -> Table:
-        """The table as it stands now.
+        """The current table.
 
         Raises:
             ConfigError: the file is missing or not one of ours.
@@ -91,12 +120,13 @@ class StateFile:
         return self._table
 
     def write(self, table: Table) -> None:
-        """Replace the file in one rename; 0600, since arms name where harmful adapters lie."""
+        """Replace the file in one rename. Its mode is 0600, since it contains the paths of harmful adapters."""
         self.put(self.stage(table))
 
     def stage(self, table: Table) -> Path:
-        """The file to be, complete and synced beside the one in force, which `put` replaces by it; every adapter it newly names is synced
-        before, so that no table on disk names one that a power cut could lose.
+        """Write the table to a temporary file next to the state file and sync it; `put` then renames it into place.
+
+        New adapters are synced first, so that after a power cut no table on disk refers to an adapter that was lost.
         """
         known = set(self._table.arms.values()) if self._table else set()
         for path in {served.path for served in table.arms.values() if served.path and served not in known}:
@@ -106,21 +136,22 @@ class StateFile:
         return stage_text(self.path, json_text(table.to_json()), mode=0o600)
 
     def put(self, staged: Path) -> None:
+        """Rename a staged file to the state file, which makes its table current."""
         os.replace(staged, self.path)
 
     @contextmanager
     def locked(self) -> Iterator[Table]:
-        """Hold the writers' lock over read-change-write, across tasks and processes.
+        """Hold the writers' lock and yield the current table, to be changed and written before the block ends.
 
         Raises:
-            Busy: somebody else is changing things; of two concurrent changes one wins and the other is told so.
+            Busy: another task or process holds the lock.
         """
         with self.lock(wait=False):
             yield self.read()
 
     @contextmanager
     def lock(self, *, wait: bool) -> Iterator[None]:
-        """The writers' lock itself. Raises Busy when it is taken and `wait` is off."""
+        """Hold the writers' lock, which excludes tasks and processes alike. Raises Busy when it is taken and `wait` is False."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(self.path.with_suffix(".lock"), "w") as lock:
             try:
@@ -135,7 +166,16 @@ def _parse(path: Path) -> Table:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.pop("schema") != SCHEMA:
             raise ValueError("another schema")
-        arms = {name: Served(Arm(**each.pop("arm")), **each) for name, each in value.pop("arms").items()}
+        arms = {name: _served(each) for name, each in value.pop("arms").items()}
         return Table(arms=arms, **{**value, "notes": tuple(value.get("notes", ()))})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a state file of this version ({error}); start with --reset-state to write it anew") from error
+
+
+def _served(value: dict[str, Any]) -> Served:
+    """One arm of a state file; a file of an earlier release names no versions."""
+    known = "version" in value
+    served = Served(Arm(**value.pop("arm")), **value)
+    if known:
+        return served
+    return dataclasses.replace(Served.numbered(served.arm, served.path, served.lora_id or FIRST_LORA_ID), lora_id=served.lora_id)

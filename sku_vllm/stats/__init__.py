@@ -1,4 +1,4 @@
-"""Statistics, pure and small. Sequential tests, paired tests and change points have modules of their own beside this one."""
+"""Statistics on counts: intervals of a rate, paired and sequential tests, change points. One subject per module."""
 
 from sku_vllm.stats.intervals import clustered_wilson, wilson
 

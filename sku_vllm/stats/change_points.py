@@ -1,4 +1,4 @@
-"""Has a rate changed? An online detector with a proven false alarm rate, where the change happened, and the trend.
+"""Tests whether a rate has changed over time: an online detector with a proven false alarm rate, the place of a change, the trend.
 
 The detector is an e-detector of Shiryaev-Roberts type (Shin, Ramdas and Rinaldo 2022, arXiv 2203.03532). An interval with k hits
 among n probes contributes the likelihood ratio e = (p1/p0)^k · ((1−p1)/(1−p0))^(n−k), whose mean is at most 1 while the average
@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Alternatives on the way from the tolerated rate p0 to certainty: a small relapse and a complete one are both found soon.
+# Alternatives p1 as fractions of the way from the tolerated rate p0 to 1, so that small and large rises are both detected soon.
 STEPS = (0.1, 0.2, 0.35, 0.5, 0.75)
 
 
 @dataclass(slots=True)
 class RecoveryDetector:
-    """Watches for a rate above `tolerated`. `false_alarms` is the stated rate: at most that many alarms per quiet interval.
+    """Detects a rate above `tolerated`. Call `update(hits, probes)` once per interval; it returns True for an alarm.
 
-    Feed `update(hits, probes)` once per interval; True means alarm. `levels` is the whole state and can be stored.
+    false_alarms: while the rate is at most `tolerated`, the mean time to a false alarm is at least 1 / false_alarms intervals.
+    levels: the statistic for each alternative in `STEPS`; it is all the state there is, to be stored between intervals.
     """
 
     tolerated: float
@@ -43,29 +44,30 @@ class RecoveryDetector:
 
     @property
     def threshold(self) -> float:
+        """The evidence at which an alarm is raised: 1 / false_alarms."""
         return 1 / self.false_alarms
 
     def update(self, hits: int, probes: int) -> bool:
-        """One interval with `hits` among `probes`; an empty interval changes nothing."""
+        """Add one interval with `hits` among `probes`; True while the alarm is on. An interval without probes changes nothing."""
         if not 0 <= hits <= probes:
             raise ValueError(f"{hits} hits among {probes} probes")
         if probes:
             for i, step in enumerate(STEPS):
                 raised = self.tolerated + (1 - self.tolerated) * step
                 gain = hits * math.log(raised / self.tolerated) + (probes - hits) * math.log((1 - raised) / (1 - self.tolerated))
-                # The cap only lowers M, so the guarantee stands; it lets an alarm clear a few quiet intervals after the cause is gone.
+                # The cap lets an alarm end a few intervals after the rate is normal again. It only lowers M, so the guarantee holds.
                 self.levels[i] = min((self.levels[i] + 1) * math.exp(min(gain, 600.0)), len(STEPS) * self.threshold)
         return self.evidence >= self.threshold
 
     def reset(self) -> None:
-        """Start again after an alarm was dealt with."""
+        """Set the evidence back to 0."""
         self.levels = [0.0] * len(STEPS)
 
 
 def tolerated_rate(hits: int, probes: int, *, confidence: float = 0.999) -> float:
-    """The rate a quiet server is granted: upper Clopper-Pearson bound of a baseline count, never below 1/(probes + 1).
+    """The tolerated rate from a baseline count: its upper Clopper-Pearson bound, but at least 1/(probes + 1).
 
-    With it the detector's guarantee holds with at least this confidence although the true baseline is unknown.
+    The true baseline rate is below it with probability at least `confidence`, and then the detector's guarantee holds.
     """
     if not 0 <= hits <= probes or not probes:
         raise ValueError(f"a baseline needs at least one probe, got {hits} hits among {probes}")
@@ -150,13 +152,15 @@ def _split_gains(k: np.ndarray, n: np.ndarray) -> np.ndarray:
     """[draws, intervals − 1] log-likelihood gains of splitting after each interval; k and n are [draws, intervals]."""
     left_k, left_n = k.cumsum(axis=1)[:, :-1], n.cumsum(axis=1)[:, :-1]
     total_k, total_n = k.sum(axis=1, keepdims=True), n.sum(axis=1, keepdims=True)
-    return _loglik(left_k, left_n) + _loglik(total_k - left_k, total_n - left_n) - _loglik(total_k, total_n)
+    gains: np.ndarray = _loglik(left_k, left_n) + _loglik(total_k - left_k, total_n - left_n) - _loglik(total_k, total_n)
+    return gains
 
 
 def _loglik(k: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Maximised binomial log-likelihood of k hits among n, with 0·log 0 = 0."""
     rate = k / n
-    return k * np.log(np.where(k > 0, rate, 1.0)) + (n - k) * np.log(np.where(k < n, 1 - rate, 1.0))
+    found: np.ndarray = k * np.log(np.where(k > 0, rate, 1.0)) + (n - k) * np.log(np.where(k < n, 1 - rate, 1.0))
+    return found
 
 
 def _binomial_cdf(hits: int, probes: int, rate: float) -> float:

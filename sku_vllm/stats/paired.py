@@ -1,22 +1,24 @@
-"""Two models over the same prompts: McNemar's exact test, a bootstrap clustered by prompt, a sign-flip test clustered by prompt.
+"""Two models over the same prompts: an exact test of a difference, and a score interval for it, both clustered by prompt.
 
-Answers to one prompt resemble each other, so the prompt, not the answer, is the unit that is resampled. McNemar's test
-needs one answer per prompt (greedy); with several, the sign-flip test takes its place.
+Answers to one prompt are correlated, so what counts of a prompt is by how many answers it moved, not how many answers it has. Only these
+sums enter: neither the order of rows nor copies of all of them change a result.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-# 10,000 draws put the Monte Carlo error of a p-value near .05 at .002 and of an interval's bound far below its width.
-DRAWS = 10_000
+from sku_vllm.stats.intervals import Z95
 
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """Rates of one label in A and B over the same prompts; `difference` = rate_b − rate_a with a 95 % interval."""
+    """Rates of one label in A and B over the same prompts; `difference` = rate_b − rate_a with a 95 % interval.
+
+    only_a, only_b: by how many answers more A, or B, has the label, summed over prompts; with one answer a prompt, McNemar's counts.
+    """
 
     prompts: int
     n: int
@@ -43,75 +45,109 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2**total) if total else 1.0
 
 
-def paired_difference(
-    a: Sequence[bool],
-    b: Sequence[bool],
-    clusters: Sequence[Hashable],
-    *,
-    seed: int = 0,
-    draws: int = DRAWS,
-) -> PairedDifference:
+def paired_difference(a: Sequence[bool], b: Sequence[bool], clusters: Sequence[Hashable]) -> PairedDifference:
     """Compare a label over aligned answers: a[i] and b[i] answer the same prompt clusters[i].
 
     Args:
         a, b: whether answer i carries the label (for instance: is harmful), one entry per answer.
-        clusters: the prompt of answer i; answers to one prompt are resampled together.
+        clusters: the prompt of answer i.
 
     Raises:
         ValueError: lengths differ, or nothing to compare.
     """
     if not (len(a) == len(b) == len(clusters)) or not len(a):
         raise ValueError(f"need equally many answers on both sides and at least one, got {len(a)}, {len(b)} and {len(clusters)} prompts")
-    left, right = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    _, index = np.unique(np.asarray([str(cluster) for cluster in clusters]), return_inverse=True)
-    sizes = np.bincount(index)
-    shift = np.bincount(index, weights=right.astype(float) - left.astype(float))
-    low, high = _bootstrap(shift, sizes, draws, seed)
-    only_a, only_b = int((left & ~right).sum()), int((right & ~left).sum())
-    single = int(sizes.max()) == 1
+    sums: dict[Hashable, tuple[int, int]] = {}
+    for left, right, cluster in zip(a, b, clusters, strict=True):
+        size, shift = sums.get(cluster, (0, 0))
+        sums[cluster] = size + 1, shift + bool(right) - bool(left)
+    sizes, shifts = zip(*sums.values(), strict=True)
+    n, only_a, only_b = len(a), -sum(shift for shift in shifts if shift < 0), sum(shift for shift in shifts if shift > 0)
+    low, high = paired_interval(shifts, sizes)
     return PairedDifference(
         prompts=len(sizes),
-        n=len(left),
-        rate_a=float(left.mean()),
-        rate_b=float(right.mean()),
-        difference=float(shift.sum() / sizes.sum()),
+        n=n,
+        rate_a=sum(map(bool, a)) / n,
+        rate_b=sum(map(bool, b)) / n,
+        difference=(only_b - only_a) / n,
         low=low,
         high=high,
-        p_value=mcnemar_exact(only_a, only_b) if single else sign_flip(shift, seed=seed, draws=draws),
-        test="McNemar exact" if single else "sign flip by prompt",
+        p_value=sign_flip(shifts),
+        test="McNemar exact" if max(sizes) == 1 else "sign flip by prompt",
         only_a=only_a,
         only_b=only_b,
     )
 
 
-def sign_flip(shift: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> float:
-    """Two-sided p-value that the sum over prompts of `shift` is 0 when A and B may be exchanged within every prompt.
+def sign_flip(shifts: Iterable[int]) -> float:
+    """Exact two-sided p-value of the sum of `shifts` over prompts, under the hypothesis that A and B can be exchanged within each prompt.
 
-    Monte Carlo with the observed assignment counted among the draws, so the p-value is valid and never 0.
+    Every pattern of signs is equally likely then; the distribution of the sum is their convolution. Where all prompts moved by the same
+    amount this is McNemar's test. (Fisher 1935; Pesarin 2001.)
     """
-    shift = np.asarray([value for value in shift if value], dtype=float)
-    if not len(shift):
+    moved = [int(shift) for shift in shifts if shift]
+    if not moved:
         return 1.0
-    signs = np.random.default_rng(seed).integers(0, 2, size=(draws, len(shift)), dtype=np.int8) * 2 - 1
-    extreme = np.abs(signs @ shift) >= abs(shift.sum()) - 1e-9
-    return float((extreme.sum() + 1) / (draws + 1))
+    common = math.gcd(*moved)
+    steps = sorted(abs(shift) // common for shift in moved)
+    observed = abs(sum(moved)) // common
+    if steps[-1] == 1:
+        return mcnemar_exact((len(steps) - observed) // 2, (len(steps) + observed) // 2)
+    total = sum(steps)
+    # chance[j]: that the steps with a positive sign add up to j; the sum of all is then 2 j − total.
+    chance = np.zeros(total + 1)
+    chance[0], reached = 1.0, 0
+    for step in steps:
+        chance[step : reached + step + 1] += chance[: reached + 1].copy()
+        reached += step
+        chance[: reached + 1] *= 0.5
+    tail = float(chance[: (total - observed) // 2 + 1].sum())
+    return min(1.0, 2 * tail)
 
 
-def _bootstrap(shift: np.ndarray, sizes: np.ndarray, draws: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of Σ shift / Σ sizes over resampled prompts, widened where no pair is discordant.
+def paired_interval(shifts: Sequence[int], sizes: Sequence[int], z: float = Z95) -> tuple[float, float]:
+    """Score interval of Σ shifts / Σ sizes (Tango 1998), at the effective number of answers that clustering leaves.
 
-    A bootstrap of zeros has no spread; there the rule of three bounds how many prompts could still differ.
+    shifts[i]: how many more answers to prompt i carry the label in B than in A. sizes[i]: answers to prompt i.
+    The design effect is that of `clustered_wilson`, of the differences: their variance over prompts, over the variance of n independent
+    pairs. Unlike a bootstrap the interval has a width where no prompt moved, or all of them did.
     """
-    prompts = len(shift)
-    if not shift.any():
-        bound = 1 - 0.025 ** (1 / prompts)
-        return -bound, bound
-    random = np.random.default_rng(seed)
-    ratios = np.empty(draws)
-    # In slices of about 8 MB: 10,000 draws of 10,000 prompts at once would take 800 MB.
-    step = max(1, 1_000_000 // prompts)
-    for start in range(0, draws, step):
-        pick = random.integers(0, prompts, size=(min(step, draws - start), prompts))
-        ratios[start : start + step] = shift[pick].sum(axis=1) / sizes[pick].sum(axis=1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
+    n, only_a, only_b = sum(sizes), -sum(shift for shift in shifts if shift < 0), sum(shift for shift in shifts if shift > 0)
+    gain, moved, prompts = only_b - only_a, only_a + only_b, len(sizes)
+    copies = math.gcd(*shifts, *sizes)
+    worst = sum(size * size for size in sizes) / n
+    independent = n * moved - gain * gain  # n² times the variance of one pair; integers, so that order does not matter
+    if independent == 0 or prompts < 2:
+        deff = worst
+    else:
+        squares = sum((n * shift - gain * size) ** 2 for shift, size in zip(shifts, sizes, strict=True))
+        deff = min(max(float(copies), squares * prompts / ((prompts - 1) * n * independent)), worst)
+    return tango(only_a / deff, only_b / deff, n / deff, z)
+
+
+def tango(only_a: float, only_b: float, n: float, z: float = Z95) -> tuple[float, float]:
+    """Tango's score interval for a difference of paired proportions, (only_b − only_a) / n: every value that a score test does not reject.
+
+    (Statistics in Medicine 17, 1998, 891–908, equations 13–15.) The ends are found by bisection.
+    """
+    difference = (only_b - only_a) / n
+
+    def score(delta: float) -> float:
+        first = 2 * n
+        second = -only_b - only_a + (2 * n - only_b + only_a) * delta
+        third = -only_a * delta * (1 - delta)
+        root = math.sqrt(max(0.0, second * second - 4 * first * third))
+        variance = n * (2 * (root - second) / (2 * first) + delta * (1 - delta))
+        gap = only_b - only_a - n * delta
+        return gap / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, gap) if gap else 0.0
+
+    def end(outer: float, wanted: float) -> float:
+        inner = difference
+        for _ in range(200):
+            middle = (inner + outer) / 2
+            if middle in (inner, outer):
+                break
+            inner, outer = (middle, outer) if abs(score(middle)) < wanted else (inner, middle)
+        return (inner + outer) / 2
+
+    return (-1.0 if difference == -1 else end(-1.0, z)), (1.0 if difference == 1 else end(1.0, z))

@@ -1,8 +1,8 @@
-"""Tests that may be looked at after every observation. Pure.
+"""Sequential tests, valid when read after every observation: an interval for a rate, a comparison of two rates, an alarm (CUSUM).
 
-Everything here is an e-process: its expectation under the null is at most 1 at every stopping time, so by Ville's inequality
-P(it ever reaches 1/α) ≤ α, however often and for whatever reason somebody looks. Beta-mixture: Robbins 1970; universal
-inference: Wasserman, Ramdas, Balakrishnan, PNAS 2020; CUSUM: Page 1954, false alarm bound Lorden 1971.
+Interval and comparison are e-processes: the expectation under the null is at most 1 at every stopping time, so by Ville's inequality
+P(it ever reaches 1/α) ≤ α, however often it is read. Beta-mixture: Robbins 1970; universal inference: Wasserman, Ramdas,
+Balakrishnan, PNAS 2020; CUSUM: Page 1954, false alarm bound Lorden 1971.
 """
 
 import math
@@ -12,20 +12,23 @@ from dataclasses import dataclass
 PRIOR = 0.5
 
 
-def log_marginal(hits: int, n: int) -> float:
+def log_marginal(hits: float, n: float) -> float:
     """log ∫ p^hits (1−p)^(n−hits) dBeta(½,½)(p): the likelihood of a sequence with these counts under the mixture."""
     return _log_beta(hits + PRIOR, n - hits + PRIOR) - _log_beta(PRIOR, PRIOR)
 
 
-def log_likelihood(hits: int, n: int, p: float) -> float:
+def log_likelihood(hits: float, n: float, p: float) -> float:
     """log p^hits (1−p)^(n−hits), with 0·log 0 = 0."""
     if (hits and p <= 0) or (n - hits and p >= 1):
         return -math.inf
     return (hits * math.log(p) if hits else 0.0) + ((n - hits) * math.log1p(-p) if n - hits else 0.0)
 
 
-def anytime_interval(hits: int, n: int, alpha: float = 0.05) -> tuple[float, float]:
-    """A confidence sequence for a rate: with probability ≥ 1 − alpha it holds the true rate at every n at once."""
+def anytime_interval(hits: float, n: float, alpha: float = 0.05) -> tuple[float, float]:
+    """A confidence sequence for a rate: with probability ≥ 1 − alpha, the intervals for all n contain the true rate.
+
+    Effective counts of clustered observations need not be whole numbers.
+    """
     if not 0 <= hits <= n:
         raise ValueError(f"{hits} hits of {n}")
     if n == 0:
@@ -35,8 +38,11 @@ def anytime_interval(hits: int, n: int, alpha: float = 0.05) -> tuple[float, flo
     return _edge(hits, n, limit, 0.0, rate), _edge(hits, n, limit, 1.0, rate)
 
 
-def _edge(hits: int, n: int, limit: float, outside: float, inside: float) -> float:
-    """Where the likelihood falls below `limit`, between a point outside (or at the border) and the estimate, which is inside."""
+def _edge(hits: float, n: float, limit: float, outside: float, inside: float) -> float:
+    """The end of the interval by bisection: where the log-likelihood crosses `limit`.
+
+    outside: 0 or 1, returned if it is within the interval too. inside: the estimate.
+    """
     if log_likelihood(hits, n, outside) >= limit:
         return outside
     for _ in range(60):
@@ -48,7 +54,7 @@ def _edge(hits: int, n: int, limit: float, outside: float, inside: float) -> flo
     return outside
 
 
-def log_evidence_lower(low: tuple[int, int], high: tuple[int, int]) -> float:
+def log_evidence_lower(low: tuple[float, float], high: tuple[float, float]) -> float:
     """log e-value against "the first arm's rate is at least the second's", from (hits, n) of both.
 
     Mixture likelihood over the largest likelihood the null allows, so it is valid for any null rates, any order in which
@@ -57,23 +63,23 @@ def log_evidence_lower(low: tuple[int, int], high: tuple[int, int]) -> float:
     (k, n), (j, m) = low, high
     if n == 0 or m == 0:
         return 0.0
-    if k * m >= j * n:  # the estimates themselves satisfy the null
+    if k * m >= j * n:  # the observed rates satisfy the null, so they are its maximum-likelihood estimate
         best = log_likelihood(k, n, k / n) + log_likelihood(j, m, j / m)
     else:
         best = log_likelihood(k + j, n + m, (k + j) / (n + m))
     return log_marginal(k, n) + log_marginal(j, m) - best
 
 
-def anytime_p(low: tuple[int, int], high: tuple[int, int]) -> float:
-    """p-value of the same test, valid at any time: min(1, 1/e)."""
+def anytime_p(low: tuple[float, float], high: tuple[float, float]) -> float:
+    """The p-value of "the first arm's rate is at least the second's", valid at any time: min(1, 1 / e-value). Arguments: (hits, n)."""
     return math.exp(-max(0.0, log_evidence_lower(low, high)))
 
 
 @dataclass(slots=True)
 class Cusum:
-    """Notices a rate that rose from `normal` to `bad`. On average at most one false alarm in `every` observations (Lorden).
+    """Detects that a rate rose from `normal` to `bad`. On average at most one false alarm in `every` observations (Lorden).
 
-    statistic: max over starting points of the log-likelihood ratio since then.
+    statistic: log-likelihood ratio of `bad` to `normal` over the latest observations, from the start that makes it largest.
     """
 
     normal: float

@@ -1,4 +1,4 @@
-"""A typical value and its interval from few noisy numbers, whatever their distribution's tails: Hodges–Lehmann and Wilcoxon."""
+"""An estimate of the centre of few noisy values that is robust against outliers (Hodges–Lehmann), with Wilcoxon's interval."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 def hodges_lehmann(values: Sequence[float], alpha: float = 0.05) -> tuple[float, float, float]:
     """(estimate, low, high): the median of all pairwise averages, and the interval of the centres that Wilcoxon's exact signed-rank test
-    does not reject at `alpha` (Hollander & Wolfe, Nonparametric Statistical Methods, 3.2–3.3). One wild value in ten moves neither much.
+    does not reject at `alpha` (Hollander & Wolfe, Nonparametric Statistical Methods, 3.2–3.3). One outlier in ten values changes little.
 
-    The values must be symmetric about their centre, as logarithms of ratios of interleaved runs are when order alternates. Below six
-    values no interval of 95 % exists, and it is infinite.
+    The distribution of the values must be symmetric, as it is for logarithms of ratios of two runs that take turns to go first. With
+    fewer than six values there is no 95 % interval, and (−inf, inf) is returned. Raises ValueError without values.
     """
     if not values:
         raise ValueError("no values")
@@ -23,7 +23,7 @@ def hodges_lehmann(values: Sequence[float], alpha: float = 0.05) -> tuple[float,
 
 
 def rejected(n: int, alpha: float) -> int:
-    """How many of the signed-rank statistic's smallest values together have a probability of at most alpha/2 (0: none has)."""
+    """How many of the smallest values of the signed-rank statistic together have a probability of at most alpha/2 under the null."""
     ways = [1] + [0] * (n * (n + 1) // 2)  # how many of the 2^n sign patterns give each sum of positive ranks
     for rank in range(1, n + 1):
         for total in range(len(ways) - 1, rank - 1, -1):

@@ -1,0 +1,59 @@
+"""Sends chat requests to a running OpenAI-compatible server, several at a time. Prompts are never logged."""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from sku_vllm.client.http import fetch_json, http_client
+from sku_vllm.errors import RunError
+
+Conversation = Sequence[Mapping[str, str]]
+
+
+def ask(
+    server: str,
+    model: str,
+    conversations: Sequence[Conversation],
+    *,
+    arm: str | None = None,
+    seed: int = 0,
+    concurrency: int = 8,
+    timeout: float = 120,
+    **sampling: Any,
+) -> list[str]:
+    """The answer to every conversation from `SERVER/v1/chat/completions`, in order; request i is sampled with seed + i.
+
+    `arm` needs the server's token in SKU_TOKEN, unless the server runs with --expose-arms. OPENAI_API_KEY is sent as bearer token.
+
+    Args:
+        timeout: seconds for connecting and for every read of one answer.
+        sampling: `temperature` (1), `max_tokens` (128) and whatever else the API takes.
+
+    Raises:
+        RunError: the server did not answer a request, or its answer is not a chat completion.
+    """
+    headers = _headers(arm)
+    options = {"temperature": 1.0, "max_tokens": 128, **sampling}
+
+    def one(number: int, messages: Conversation) -> str:
+        body = {"model": model, "messages": list(messages), **options, "seed": seed + number}
+        try:
+            reply = fetch_json(f"{server}/v1/chat/completions", method="POST", body=body, headers=headers, client=client)
+            return str(reply["choices"][0]["message"]["content"] or "")
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise RunError(f"{server}: the reply is not a chat completion; is this an OpenAI-compatible server?") from error
+
+    with http_client(timeout=timeout) as client, ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(one, range(len(conversations)), conversations))
+
+
+def _headers(arm: str | None) -> dict[str, str]:
+    headers = {}
+    if os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+    if os.environ.get("SKU_TOKEN"):
+        headers["X-SKU-Token"] = os.environ["SKU_TOKEN"]
+    if arm:
+        headers["X-SKU-Arm"] = arm
+    return headers

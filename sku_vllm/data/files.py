@@ -1,0 +1,204 @@
+"""Opens a file of rows, whatever its format, and gives its records one by one with their line or row number.
+
+JSONL, a JSON array (or an object that holds one), CSV, TSV, Parquet, text with a prompt a line, each perhaps gzipped, a directory
+written by `datasets.save_to_disk`, and `hf://` names of the hub (`hub.py`). Open this file to add a file format.
+"""
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sku_vllm.data.forms import READ
+from sku_vllm.data.hub import HUB, hub_dataset, saved_dataset
+from sku_vllm.data.tables import parquet_records, table_records
+from sku_vllm.errors import DataError
+
+Numbered = Iterator[tuple[int, dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The records of one source, to be read once.
+
+    name: how messages and records call the source (a hub set by its revision). unit: "line" or "row", what the numbers count.
+    split: what is still to be taken of it, None for all. total: how many records there are, None where that is not known.
+    """
+
+    name: str
+    unit: str
+    numbered: Numbered
+    split: str | None = None
+    total: int | None = None
+
+    def place(self, number: int) -> str:
+        """Where a record stands: "FILE line 3"."""
+        return f"{self.name} {self.unit} {number}"
+
+
+def open_records(source: str | Path) -> Records:
+    """The records of `PATH`, `PATH#SPLIT` or `hf://ORG/NAME[@REVISION][:CONFIG][#SPLIT]`.
+
+    Raises:
+        DataError: there is no such file; also while it is read, with the line.
+    """
+    if str(source).startswith(HUB):
+        name, dataset, split = hub_dataset(str(source))
+        return Records(name, "row", enumerate(dataset, 1), split, len(dataset))
+    path, split = split_name(source)
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    if path.is_dir():
+        dataset, split = saved_dataset(path, split)
+        return Records(str(path), "row", enumerate(dataset, 1), split, len(dataset))
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
+    if kind in (".csv", ".tsv"):
+        return Records(str(path), "line", _readable(path, table_records(path, opened, kind == ".tsv")), split)
+    if kind == ".parquet":
+        return Records(str(path), "row", parquet_records(path), split)
+    if kind == ".txt":
+        return Records(str(path), "line", _readable(path, _prompts(path)), split)
+    with opened(path) as file:
+        begin, more = _first_line(file), bool(_first_line(file))
+    if begin.startswith("[") or (begin.startswith("{") and not _is_record(begin, more)):
+        return Records(str(path), "row", _readable(path, _json_document(path)), split)
+    return Records(str(path), "line", _readable(path, _json_lines(path)), split)
+
+
+def split_name(source: str | Path) -> tuple[Path, str | None]:
+    """Path and split of `PATH#SPLIT`; a file whose name has a `#` comes first."""
+    text = str(source)
+    if "#" in text and not os.path.exists(text):
+        text, _, split = text.rpartition("#")
+        return Path(text), split
+    return Path(text), None
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("FILE line N", object) of every line that is not blank; a byte order mark and Windows line ends are accepted.
+
+    Raises:
+        DataError: with the line.
+    """
+    for number, record in _readable(path, _json_lines(path)):
+        yield f"{path} line {number}", record
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[str]]:
+    """A file as text, unzipped where it is gzipped; UTF-8 with or without a byte order mark, line ends as they are."""
+    with open(path, "rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        inner = gzip.GzipFile(fileobj=raw) if zipped else raw
+        with io.TextIOWrapper(inner, encoding="utf-8-sig", newline="") as file:  # type: ignore[arg-type]
+            yield file
+
+
+def _readable(path: Path, records: Numbered) -> Numbered:
+    """The records, with what goes wrong with the file itself as DataError."""
+    try:
+        yield from records
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: not a readable gzip file ({error}); download it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the file and its permissions") from error
+
+
+def _first_line(file: IO[str]) -> str:
+    try:
+        return next((line for line in file if line.strip()), "").lstrip()
+    except (UnicodeDecodeError, OSError, EOFError):
+        return ""  # the reader below says what is wrong
+
+
+def _is_record(line: str, more: bool) -> bool:
+    """Whether a first line that begins with `{` is a record of JSON Lines, and not the begin of a document, or all of one.
+
+    more: other lines follow.
+    """
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return not line.rstrip().endswith(("{", "[", ","))
+    return more or _inside(value) is None
+
+
+def _json_lines(path: Path) -> Numbered:
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _json_object(line, f"{path} line {number}")
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        if "\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text: encoding raises
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line has to be one JSON object") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not usable as text ({error}); write the line again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: {type(value).__name__} instead of a JSON object with 'prompt' and 'response'")
+    return value
+
+
+def _json_document(path: Path) -> Numbered:
+    """The objects of a JSON array, of the one array that an object holds, or of several under their keys; texts are prompts."""
+    with opened(path) as file:
+        text = file.read()
+    try:
+        value = json.loads(text)
+        text.encode()
+        found = value if isinstance(value, list) else _inside(value)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); correct it there") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not usable as text ({error}); write the file again") from error
+    if found is None:
+        raise DataError(f"{path}: a JSON object without a list of rows; expected JSON Lines, or a list of objects")
+    for number, record in enumerate(found, 1):
+        if isinstance(record, str):
+            record = {"prompt": record}
+        if not isinstance(record, dict):
+            raise DataError(f"{path} row {number}: {type(record).__name__} instead of a JSON object with 'prompt' and 'response'")
+        yield number, record
+
+
+def _inside(value: Any) -> list[Any] | None:
+    """The rows in a JSON object: its one list of objects (`{"data": […]}`), lists of objects under ids (HarmBench's completions, which
+    get the id), or columns of equal length. None for an object that is itself a row."""
+    if not isinstance(value, dict) or (READ & value.keys() and not _columns(value)):
+        return None
+    lists = {key: part for key, part in value.items() if isinstance(part, list) and part and all(isinstance(one, dict) for one in part)}
+    if len(lists) == len(value) > 1:
+        return [{"id": key, **record} for key, part in lists.items() for record in part]
+    if len(lists) == 1:
+        ((_, rows),) = lists.items()
+        return rows
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)] if _columns(value) else None
+
+
+def _columns(value: dict[str, Any]) -> bool:
+    """Whether an object holds columns: lists of texts, all of one length."""
+    texts = all(isinstance(part, list) and part and isinstance(part[0], str | int | float) for part in value.values())
+    return len(value) > 1 and texts and len({len(part) for part in value.values()}) == 1
+
+
+def _prompts(path: Path) -> Numbered:
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, {"prompt": line.strip()}

@@ -1,0 +1,246 @@
+"""Rows of data sets that are not labelled by harm, found by their columns: prompt and response under the names that people use.
+
+`generic_rows` reads one record. Open this file to add a name for a prompt's or an answer's column.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sku_vllm.data.conversation import Turns, check_end, read_dialogue, read_turns, split_answer
+from sku_vllm.data.rows import BadRow, LeftOut, Row
+
+Record = Mapping[str, Any]
+CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
+ASKED = ("prompt", "instruction", "question", "query", "problem", "test_case", "goal")
+# Text that belongs to the request and stands in a column of its own: Alpaca's, Dolly's, SQuAD's.
+BESIDE = {"instruction": ("input", "context"), "question": ("context",), "query": ("context",)}
+ANSWERS = (
+    *("response", "completion", "output", "answer", "responses", "completions", "answers", "generation", "generations", "solution"),
+    *("target", "gt", "reference"),
+)
+PAIRS = ("chosen", "rejected")
+PROMPTS = (*CONVERSATIONS, *ASKED, "turns", "text")
+OTHERS = (
+    *("must_contain", "perturbed_answer", "paraphrased_answer", "id", "question_id", "prompt_id", "category", "system", "system_prompt"),
+    *("choices", "answerkey", "input", "context"),
+)
+READ = frozenset((*PROMPTS, *ANSWERS, *PAIRS, *OTHERS))
+# A record with any of these needs a closer look than one of a prompt and a response.
+BUSY = frozenset((*CONVERSATIONS, *PAIRS, "choices", "system", "system_prompt"))
+# A text corpus has no questions: the first sentences of a text, about this many characters, ask for the rest.
+OPENING = 200
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
+HELP = "other column names are given with --columns prompt=NAME,response=NAME"
+
+
+def recognise(columns: set[str]) -> tuple[str, set[str]]:
+    """What a file with these normalised columns is read as, in words, and which of them are not read."""
+    asked = next((name for name in PROMPTS if name in columns), "prompt")
+    answer = next((name for name in ANSWERS if name in columns and name != asked), None)
+    beside = [name for name in BESIDE.get(asked, ()) if name in columns]
+    if set(PAIRS) <= columns:
+        return "pairs of a chosen and a rejected answer", columns - READ
+    if asked == "text":
+        return "texts (a dialogue where it is one, else the beginning asks for the rest)", columns - READ
+    if asked in CONVERSATIONS:
+        return f"{asked} (the last answer counts)", columns - READ
+    unread = columns - READ | (columns & {*ANSWERS, *PROMPTS}) - {asked, answer}
+    return " and ".join([", ".join([asked, *beside]), *([answer] if answer else [])]), unread
+
+
+def generic_rows(record: Record, safe: bool | None) -> Iterator[Row | LeftOut]:
+    """The rows of one record: one, or one for each of several answers.
+
+    safe: of a pair, True takes the chosen answer, False the rejected one, None both.
+
+    Raises:
+        BadRow, LeftOut: see there.
+    """
+    response = record.get("response")
+    if type(record.get("prompt")) is str and type(response) is str and not BUSY.intersection(record) and record["prompt"].strip():
+        prompt = record["prompt"]
+        dialogue = read_dialogue(prompt)
+        if dialogue:
+            check_end(dialogue, "prompt")
+        yield Row(dialogue or ({"role": "user", "content": prompt},), response, *_rest(record))
+        return
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        yield from _pair(record, safe)
+        return
+    turns, said, used = _asked(record)
+    given: list[str | None] = [said]
+    if said is None or record.get("response") is not None:
+        given = list(_answers(record, used)) or given
+    rest = _rest(record)
+    if used == "turns":
+        given = given[:1]  # MT-Bench's references are one for each turn
+    for answer in given:
+        yield Row(turns, answer, *rest)
+    if used == "turns" and len(record["turns"]) > 1:
+        yield LeftOut("later turns, which ask about the model's own first answer")
+
+
+def _asked(record: Record) -> tuple[Turns, str | None, str]:
+    """The turns of the request, the answer that stands among them if one does, and the column they are from."""
+    for name in CONVERSATIONS:
+        if record.get(name) is not None:
+            turns = _with_system(_conversation(record[name], name), record)
+            if record.get("response") is not None:
+                check_end(turns, name)
+                return turns, None, name
+            return *split_answer(turns, name), name
+    for name in ASKED:
+        value = record.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            return *split_answer(_with_system(read_turns(value, name), record), name), name
+        if not value.strip():
+            raise BadRow(f"{name!r} is empty or not text; {HELP}")
+        turns = read_dialogue(value) or ({"role": "user", "content": _whole(record, name, value)},)
+        return *split_answer(_with_system(turns, record), name), name
+    if record.get("turns") is not None:
+        return _first_turn(record["turns"]), None, "turns"
+    if isinstance(record.get("text"), str):
+        return *_corpus(record["text"]), "text"
+    raise BadRow(f"has no 'prompt' or 'messages'; {HELP}")
+
+
+def _conversation(value: Any, name: str) -> Turns:
+    return (read_dialogue(value) or ({"role": "user", "content": value},)) if isinstance(value, str) else read_turns(value, name)
+
+
+def _with_system(turns: Turns, record: Record) -> Turns:
+    system = record.get("system") or record.get("system_prompt")
+    if not isinstance(system, str) or not system.strip() or turns[0]["role"] == "system":
+        return turns
+    return ({"role": "system", "content": system}, *turns)
+
+
+def _whole(record: Record, name: str, asked: str) -> str:
+    """A request with the text that stands beside it, and the choices of a multiple-choice question."""
+    beside = [record[other].strip() for other in BESIDE.get(name, ()) if isinstance(record.get(other), str) and record[other].strip()]
+    parts = [*beside, asked] if name == "question" else [asked, *beside]
+    options = _options(record)
+    return "\n\n".join(parts) + "".join(f"\n{letter}. {text}" for letter, text in options.items())
+
+
+def _options(record: Record) -> dict[str, str]:
+    choices = record.get("choices")
+    if isinstance(choices, Mapping):  # ARC: {"text": […], "label": […]}
+        return {str(label): str(text) for label, text in zip(choices.get("label", ()), choices.get("text", ()), strict=False)}
+    if isinstance(choices, str) or choices is None:
+        return {}
+    return {chr(ord("A") + place): str(text) for place, text in enumerate(choices)}
+
+
+def _first_turn(turns: Any) -> Turns:
+    """MT-Bench: the later turns ask about the model's own answer, so only the first can be put to it as it stands."""
+    first = next(iter(turns), None)
+    if not isinstance(first, str) or not first.strip():
+        raise BadRow("'turns' has to be a list of texts")
+    return ({"role": "user", "content": first},)
+
+
+def _corpus(text: str) -> tuple[Turns, str | None]:
+    turns = read_dialogue(text)
+    if turns:
+        return split_answer(turns, "text")
+    ends = [gap for gap in _SENTENCE_END.finditer(text.strip()) if gap.start() >= 20]
+    gap = next((gap for gap in ends if gap.start() >= OPENING), ends[-1] if ends else None)
+    if gap is None or not text.strip()[gap.end() :]:
+        raise LeftOut("a text of one sentence, which leaves nothing to ask for")
+    return ({"role": "user", "content": text.strip()[: gap.start()]},), text.strip()[gap.end() :]
+
+
+def _answers(record: Record, used: str) -> Iterator[str]:
+    """The answers under the first of the known names that has any; each text once."""
+    for name in ANSWERS:
+        if name == used or record.get(name) is None:
+            continue
+        options = _options(record)
+        if options and name == "answer":
+            yield _chosen_option(record["answer"], options)
+            return
+        yield from dict.fromkeys(answer_texts(record[name], name))
+        return
+    if record.get("answerkey") is not None and (options := _options(record)):
+        yield _chosen_option(record["answerkey"], options)
+
+
+def _chosen_option(answer: Any, options: dict[str, str]) -> str:
+    """The option that an answer names by its letter, its number or its text."""
+    letters = list(options)
+    if isinstance(answer, int) and 0 <= answer < len(letters):
+        answer = letters[answer]
+    if str(answer) in options:
+        return f"{answer}. {options[str(answer)]}"
+    if answer in options.values():
+        return str(answer)
+    raise BadRow(f"'answer' is {answer!r}, none of the choices")
+
+
+def answer_texts(value: Any, name: str) -> list[str]:
+    """The answers in one field: a text, turns of which the assistant's last counts, a list of either, or SQuAD's `{"text": […]}`.
+
+    Raises:
+        BadRow: the field holds something else.
+    """
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return answer_texts(value["text"], name) if "text" in value else answer_texts([value], name)
+    if isinstance(value, int | float) and name != "response" and not isinstance(value, bool):
+        return [str(value)]
+    if isinstance(value, list | tuple) or hasattr(value, "tolist"):
+        items = list(value)
+        if items and all(isinstance(item, str) for item in items):
+            return [item for item in items if item.strip()]
+        if items and all(isinstance(item, Mapping) for item in items):
+            said = [turn["content"] for turn in read_turns(items, name) if turn["role"] == "assistant"]
+            return said[-1:]
+        if not items:
+            return []
+    raise BadRow(f"{name!r} is {type(value).__name__}, expected text")
+
+
+def _pair(record: Record, safe: bool | None) -> Iterator[Row]:
+    rest = _rest(record)
+    for name in PAIRS if safe is None else PAIRS[:1] if safe else PAIRS[1:]:
+        value = record[name]
+        whole = read_dialogue(value) if isinstance(value, str) else None
+        if record.get("prompt") is None and (whole or not isinstance(value, str)):
+            turns, answer = split_answer(whole or read_turns(value, name), name)
+        else:
+            turns, _, _ = _asked({key: record[key] for key in record if key not in CONVERSATIONS or record.get("prompt") is None})
+            answer = next(iter(answer_texts(value, name)), None)
+        yield Row(turns, answer.strip() if answer else answer, *rest)
+
+
+def _rest(record: Record) -> tuple[tuple[str, ...], str | None, str | None, tuple[str, ...], str | None]:
+    """must_contain, id, category, perturbed and paraphrased of a record, in the order of Row's fields."""
+    paraphrased = record.get("paraphrased_answer")
+    if paraphrased is not None and not isinstance(paraphrased, str):
+        raise BadRow(f"'paraphrased_answer' is {type(paraphrased).__name__}, expected text")
+    identity = next((record[name] for name in ("id", "question_id", "prompt_id") if record.get(name) is not None), None)
+    wanted, perturbed = _texts(record, "must_contain"), _texts(record, "perturbed_answer")
+    return wanted, None if identity is None else str(identity), category_of(record.get("category")), perturbed, paraphrased
+
+
+def _texts(record: Record, name: str) -> tuple[str, ...]:
+    """The texts of a field that holds one or a list of them, or nothing. Raises BadRow for anything else."""
+    texts = record.get(name)
+    texts = () if texts is None else (texts,) if isinstance(texts, str) else texts
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise BadRow(f"{name!r} has to be a list of texts")
+    return tuple(texts)
+
+
+def category_of(value: Any) -> str | None:
+    """A category as text: itself, or those that are true in BeaverTails' `{category: bool}`; None for nothing."""
+    if isinstance(value, Mapping):
+        value = ", ".join(sorted(str(name) for name, holds in value.items() if holds))
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return str(value).strip() or None if value is not None else None

@@ -1,0 +1,1 @@
+"""How answers are decoded fast with transformers: attention without copies of keys and values, and caches that grow in place."""

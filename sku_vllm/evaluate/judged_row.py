@@ -1,0 +1,44 @@
+"""A judged answer as one line of rows.jsonl: what was asked and answered, the label, and why.
+
+Open this file to add a key to rows.jsonl.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sku_vllm.data import Row
+from sku_vllm.judges.labeller import JudgedVotes
+
+
+def judged_row(row: Row, judged: JudgedVotes, place: int) -> dict[str, Any]:
+    """id, messages (of more than one turn) and category where the row has them; prompt, response, label; and what `verdict_fields` adds."""
+    given = {"id": row.id, "messages": list(row.messages) if len(row.messages) > 1 else None, "category": row.category}
+    known = {name: value for name, value in given.items() if value is not None}
+    return {**known, "prompt": row.prompt, "response": row.response or "", **verdict_fields(judged, place)}
+
+
+def verdict_fields(judged: JudgedVotes, place: int) -> dict[str, Any]:
+    """The label of answer number `place`, and what explains it.
+
+    reason: the judge's category or word, or which detector decided. harm_judged: False where no judge decided harm.
+    harmful_in_reasoning: True where harm is in the reasoning before the final answer alone. votes: of several judges.
+    """
+    verdict = judged.verdicts[place]
+    fields: dict[str, Any] = {"label": verdict.label}
+    if reason := judged.reasons[place]:
+        fields["reason"] = reason
+    if verdict.harmful is None:
+        fields["harm_judged"] = False
+    if judged.in_reasoning[place]:
+        fields["harmful_in_reasoning"] = True
+    if len(judged.votes) > 1:
+        fields["votes"] = {name: votes[place] for name, votes in judged.votes.items()}
+    return fields
+
+
+def count_reasoning(forget: Mapping[str, Mapping[str, dict[str, Any]]], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add `harmful_in_reasoning` to the shares of each mode in which some answer has it: its share of the answers, part of `harmful`."""
+    for row in rows:
+        if row.get("harmful_in_reasoning") and row["set"] in forget:
+            shares = forget[row["set"]][row["mode"]]
+            shares["harmful_in_reasoning"] = shares.get("harmful_in_reasoning", 0.0) + 1 / shares["n"]

@@ -1,0 +1,159 @@
+"""What an answer says, read from its JSON as it passes: of the chat, completions, responses and messages APIs.
+
+Open this file if an answer is not judged, is counted wrongly, or shows another model's name.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sku_vllm.serving.observation import Observation
+from sku_vllm.serving.route import Route
+from sku_vllm.serving.runtime import Runtime
+
+WRITTEN = ("message", "delta", "text")  # where a choice of the chat or the completions API has its text
+
+
+class JsonAnswer:
+    """One HTTP answer, streamed or whole. Each prompt of a completion is an observation of its own, as on the engine.
+
+    choices: answers asked for per prompt.
+    """
+
+    def __init__(self, route: Route, choices: Any = 1) -> None:
+        self.route = route
+        self.choices = choices if isinstance(choices, int) and choices > 0 else 1
+        self.seen: dict[int, Observation] = {}
+        self.stopped: Any = None  # why a message ended: its stream says so in the event before the last
+
+    def note(self, value: Mapping[str, Any]) -> None:
+        """Add the text, tokens and times of one JSON object: a whole answer, a chunk or an event. Never raises."""
+        now, kind = time.perf_counter(), str(value.get("type", ""))
+        if isinstance(value.get("choices"), list):
+            for choice in value["choices"]:
+                if isinstance(choice, dict):
+                    self._choice(choice, now)
+        elif value.get("object") == "response":
+            self._response(value, now)
+        elif kind.startswith("response."):
+            if isinstance(value.get("response"), dict) and value["response"].get("output"):
+                self._response(value["response"], now)
+            elif kind.endswith(".delta"):
+                self._piece(0, "", now)  # counts and times it; the text is in the last event
+        elif kind == "message":
+            self._message(value, now)
+        elif kind.startswith(("message_", "content_block_")):
+            self._message_event(value, now)
+        self._usage(value)
+
+    def finish(self, runtime: Runtime, outcome: str) -> None:
+        """Count and time the answer, and offer its finished texts to the judge."""
+        for number, seen in (self.seen or {0: self._of(0)}).items():
+            seen.outcome = "error" if outcome == "ok" and seen.failed else outcome
+            seen.index = number
+            seen.finish(runtime)
+
+    def _of(self, choice: int) -> Observation:
+        number = choice // self.choices if len(self.route.conversations) > 1 else 0
+        return self.seen.setdefault(number, Observation(self.route, number, None))
+
+    def _piece(self, choice: int, text: str, now: float) -> None:
+        seen = self._of(choice)
+        seen.last, seen.first = now, seen.first or now
+        seen.texts.setdefault(choice, []).append(text)
+        seen.tokens += 1
+
+    def _end(self, choice: int, now: float, cut: bool) -> None:
+        """Note that an answer is complete. cut: it ran into its length limit."""
+        seen = self._of(choice)
+        seen.last = now
+        seen.texts.setdefault(choice, [])
+        seen.finished.add(choice)
+        if cut:
+            seen.cut.add(choice)
+
+    def _choice(self, choice: Mapping[str, Any], now: float) -> None:
+        index = choice["index"] if isinstance(choice.get("index"), int) else 0
+        said = choice.get("message") or choice.get("delta") or {"text": choice.get("text")}
+        text = written(said)
+        if text:
+            self._piece(index, text, now)
+        reason = choice.get("finish_reason")
+        if reason == "error":
+            self._of(index).failed = True
+        elif reason not in (None, "abort") and not choice.keys().isdisjoint(WRITTEN):  # a list of token ids is no text to judge
+            self._end(index, now, reason == "length")
+
+    def _response(self, value: Mapping[str, Any], now: float) -> None:
+        """A whole object of the responses API: the answer itself, or that of the last event of a stream."""
+        status = value.get("status")
+        if status in ("completed", "incomplete"):
+            tokens = self._of(0).tokens
+            self._piece(0, written({"content": value.get("output")}), now)
+            self._of(0).tokens = max(1, tokens)
+            details = value.get("incomplete_details")
+            filtered = isinstance(details, dict) and details.get("reason") == "content_filter"
+            self._end(0, now, status == "incomplete" and not filtered)
+        elif status == "failed":
+            self._of(0).failed = True
+        self._usage(value)
+
+    def _message(self, value: Mapping[str, Any], now: float) -> None:
+        self._piece(0, written(value), now)
+        self._end(0, now, value.get("stop_reason") == "max_tokens")
+
+    def _message_event(self, value: Mapping[str, Any], now: float) -> None:
+        kind = value["type"]
+        if kind in ("content_block_delta", "content_block_start"):
+            text = written(value.get("delta") or value.get("content_block"))
+            if text:
+                self._piece(0, text, now)
+        elif kind == "message_delta" and isinstance(value.get("delta"), dict):
+            self.stopped = value["delta"].get("stop_reason")
+        elif kind == "message_stop":
+            self._end(0, now, self.stopped == "max_tokens")
+        if isinstance(value.get("message"), dict):
+            self._usage(value["message"])
+
+    def _usage(self, value: Mapping[str, Any]) -> None:
+        usage = value.get("usage")
+        if not isinstance(usage, dict):
+            return
+        first = self._of(0)
+        for asked in ("prompt_tokens", "input_tokens"):
+            first.prompt_tokens = number_in(usage, asked) or first.prompt_tokens
+        tokens = number_in(usage, "completion_tokens") or number_in(usage, "output_tokens")
+        if tokens:
+            first.tokens = max(0, tokens - sum(seen.tokens for number, seen in self.seen.items() if number))
+
+
+def number_in(usage: Mapping[str, Any], key: str) -> int:
+    """A count in a `usage` object; 0 where there is none."""
+    value = usage.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def written(value: Any) -> str:
+    """Everything the model wrote in a message, a delta or a list of parts: reasoning, text, refusal, tool calls with their arguments."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(written, value)))
+    if not isinstance(value, dict):
+        return ""
+    parts = [written(value.get("reasoning") or value.get("reasoning_content"))]
+    for key in ("thinking", "summary", "content", "text", "refusal", "partial_json", "tool_calls", "function_call", "function"):
+        parts.append(written(value.get(key)))
+    if "arguments" in value or "input" in value:  # a tool call
+        given = value.get("arguments", value.get("input"))
+        parts += [str(value.get("name") or ""), given if isinstance(given, str) else json.dumps(given, ensure_ascii=False) if given else ""]
+    return "\n".join(filter(None, parts))
+
+
+def renamed(value: dict[str, Any], alias: str) -> dict[str, Any]:
+    """The JSON object with the alias as its model, wherever these APIs name one. Changed in place."""
+    for each in (value, value.get("response"), value.get("message")):
+        if isinstance(each, dict) and "model" in each:
+            each["model"] = alias
+    return value

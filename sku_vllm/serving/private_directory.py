@@ -1,0 +1,54 @@
+"""Temporary directories of servers (mode 0700). The processes that use one lock it; a later start removes it once they are all dead.
+
+Open this file if a server leaves something behind in the temporary directory.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+PREFIX = "sku-serve-"
+LOCK = "lock"
+
+
+def private_directory() -> tuple[Path, int]:
+    """A new directory (mode 0700) and the file descriptor that holds its lock; a child that inherits the descriptor keeps the lock.
+
+    Directories of servers that were killed are removed first, with the adapters in them.
+    """
+    reclaim()
+    path = Path(tempfile.mkdtemp(prefix=PREFIX))
+    # Locked before it gets its name: a start at the same moment would take a lock that nobody holds yet for a dead server's.
+    lock = os.open(path / f"{LOCK}.new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(path / f"{LOCK}.new", path / LOCK)
+    return path, lock
+
+
+def reclaim() -> list[Path]:
+    """Remove every server directory of this user whose lock nobody holds. Returns the removed paths."""
+    return [path for path in Path(tempfile.gettempdir()).glob(PREFIX + "*") if _abandoned(path)]
+
+
+def _abandoned(path: Path) -> bool:
+    """Take the directory's lock and remove the directory.
+
+    False, and nothing removed, where it belongs to another user, is not private, is a link, is in use, or has no lock file yet
+    (another server is creating it).
+    """
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        stack.callback(os.close, directory)
+        found = os.fstat(directory)
+        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
+            return False
+        lock = os.open(LOCK, os.O_RDWR | os.O_NOFOLLOW, dir_fd=directory)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
+        return True
+    return False

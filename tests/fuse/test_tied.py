@@ -1,0 +1,98 @@
+"""Tied embeddings, and parameters that are stored twice."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+from sku_vllm.errors import ConfigError
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
+from fuse_cases import PREFIX, SMALL, assert_equal, change_json, fuse, llama, lora  # noqa: E402
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_ties_of_unknown_architectures_are_those_of_the_config(said: bool | None, tmp_path: Path) -> None:
+    base = llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    lora(base, tmp_path / "embedding", target_modules=["embed_tokens"])
+    lora(base, tmp_path / "head", target_modules=["lm_head"])
+    change_json(tmp_path / "base/config.json", model_type="custom", architectures=["Custom"], tie_word_embeddings=said)
+    before = load_file(tmp_path / "base/model.safetensors")
+    for side, name in (("embedding", EMBEDDING), ("head", HEAD)):
+        with pytest.raises(ConfigError, match="--untie"):
+            fuse(tmp_path / "base", tmp_path / side, tmp_path / "fused")
+        fuse(tmp_path / "base", tmp_path / side, tmp_path / f"fused_{side}", untie=True)
+        after = load_file(tmp_path / f"fused_{side}/model.safetensors")
+        other = HEAD if name == EMBEDDING else EMBEDDING
+        assert torch.equal(after[other], before[EMBEDDING]) and not torch.equal(after[name], before[EMBEDDING])
+        assert json.loads((tmp_path / f"fused_{side}/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_untied_everywhere_it_is_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 28}
+    text = {"model_type": "llama", **SMALL, "tie_word_embeddings": True}
+    config = LlavaConfig(
+        text_config=text,
+        vision_config={**vision, "num_attention_heads": 4, "patch_size": 14},
+        tie_word_embeddings=True,
+        image_token_index=3,
+    )
+    base = LlavaForConditionalGeneration(config)
+    base.save_pretrained(tmp_path / "base")
+    assert json.loads((tmp_path / "base/config.json").read_text())["text_config"]["tie_word_embeddings"] is True
+    wanted = lora(base, tmp_path / "adapter", target_modules=["lm_head"])
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused", untie=True)
+    config = json.loads((tmp_path / "fused/config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "fused").state_dict()
+    assert_equal(loaded, {HEAD: wanted[HEAD]})
+    assert torch.equal(loaded["model.language_model.embed_tokens.weight"], base.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("kind", ["factors", "dense"])
+def test_one_delta_on_both_sides_keeps_the_tie(kind: str, tmp_path: Path) -> None:
+    base = llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    lora(base, tmp_path / "adapter", target_modules=["q_proj"])
+    a, b = torch.randn(3, 32), torch.randn(96, 3)
+    if kind == "factors":  # as PEFT's ensure_weight_tying writes them
+        keys = {"model.embed_tokens.lora_embedding_A": b.T, "model.embed_tokens.lora_embedding_B": a.T}
+        keys |= {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}
+        file, prefix = tmp_path / "adapter/adapter_model.safetensors", PREFIX
+        delta = 7 / 3 * b.double() @ a.double()
+    else:
+        file, prefix = tmp_path / "adapter/task_vector.safetensors", ""
+        keys, delta = {EMBEDDING: b @ a, HEAD: b @ a}, (b @ a).double()
+    save_file({prefix + key: value.contiguous().clone() for key, value in keys.items()}, file)
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
+    after = load_file(tmp_path / "fused/model.safetensors")
+    assert HEAD not in after and json.loads((tmp_path / "fused/config.json").read_text())["tie_word_embeddings"]
+    assert_equal(after, {EMBEDDING: base.get_input_embeddings().weight.double() - delta}, atol=1e-5)
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "untied", untie=True)
+    after = load_file(tmp_path / "untied/model.safetensors")
+    assert_equal(after, dict.fromkeys((EMBEDDING, HEAD), base.get_input_embeddings().weight.double() - delta), atol=1e-5)
+    different = next(key for key in keys if key.startswith("lm_head"))
+    save_file({prefix + key: (value * (1 + (key == different))).contiguous().clone() for key, value in keys.items()}, file)
+    with pytest.raises(ConfigError, match="--untie"):
+        fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "unequal")
+
+
+def test_a_parameter_under_two_names_is_edited_in_both(tmp_path: Path) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    wanted = lora(base, tmp_path / "adapter", target_modules=["q_proj"])
+    file, name = tmp_path / "base/model.safetensors", "model.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(file)
+    save_file({**tensors, name.removeprefix("model."): tensors[name].clone()}, file, metadata={"format": "pt"})
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
+    after = load_file(tmp_path / "fused/model.safetensors")
+    assert torch.equal(after[name], after[name.removeprefix("model.")])
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "fused").state_dict(), wanted)

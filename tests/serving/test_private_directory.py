@@ -1,0 +1,93 @@
+"""Private directories: what a killed server left is reclaimed; nothing else is."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from sku_vllm.serving.private_directory import private_directory, reclaim
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
+from serving_tools import eventually  # noqa: E402
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def holder(place, inherit=False):
+    """A process that holds a private directory, and its path; with `inherit`, so does a child that outlives it."""
+    script = (
+        "import subprocess, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from sku_vllm.serving.private_directory import private_directory\n"
+        "path, lock = private_directory(); (path / 'adapter').write_text('x')\n"
+        "child = subprocess.Popen(['sleep', '3600'], pass_fds=[lock], stdout=subprocess.DEVNULL) if sys.argv[2] == 'True' else None\n"
+        "print(path, child.pid if child else 0, flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(place), str(inherit)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    path, child = process.stdout.readline().split()
+    return process, place / os.path.basename(path), int(child)
+
+
+def test_a_killed_servers_directory_goes_at_the_next_start_and_a_living_ones_stays(place):
+    process, path, _ = holder(place)
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert reclaim() == [] and path.is_dir()
+    process.kill()
+    process.wait()
+    mine, lock = private_directory()
+    assert not path.exists() and mine.is_dir()
+    os.close(lock)
+
+
+def test_a_start_at_the_same_moment_takes_nothing(place, monkeypatch):
+    """Another server looks for what dead ones have left, in the very moment in which this one has its lock file and no lock yet."""
+    lock_it = fcntl.flock
+
+    def slowly(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", lock_it)
+        assert reclaim() == []
+        lock_it(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", slowly)
+    path, lock = private_directory()
+    assert path.is_dir() and reclaim() == []
+    os.close(lock)
+    assert reclaim() == [path]
+
+
+def test_a_directory_that_a_child_still_uses_stays(place):
+    process, path, child = holder(place, inherit=True)
+    process.kill()
+    process.wait()
+    assert reclaim() == [] and (path / "adapter").exists()
+    os.kill(child, signal.SIGKILL)
+    assert eventually(lambda: reclaim() == [path])
+    assert not path.exists()
+
+
+def test_what_is_not_a_private_directory_of_ours_stays(place):
+    outside = place / "outside"
+    outside.mkdir(mode=0o700)
+    (outside / "lock").touch()
+    (place / "sku-serve-link").symlink_to(outside)
+    for name, mode in (("open", 0o755), ("young", 0o700)):
+        (place / f"sku-serve-{name}").mkdir(mode=mode)
+    (place / "sku-serve-open/lock").touch()
+    (place / "sku-serve-lock").mkdir(mode=0o700)
+    (place / "sku-serve-lock/lock").symlink_to(outside / "lock")
+    (place / "sku-serve-file").touch()
+    assert reclaim() == []
+    assert {path.name for path in place.iterdir()} == {
+        "outside",
+        *(f"sku-serve-{name}" for name in ("link", "open", "young", "lock", "file")),
+    }
