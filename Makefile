@@ -1,4 +1,4 @@
-# make install | demo | lint | test | test-slow | test-all | sweep | wheel | clean: each starts from nothing and installs what it needs, once.
+# make install | demo | lint | test | test-slow | test-again | test-all | sweep | wheel | clean: each starts from nothing and installs what it needs, once.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ HARDWARE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # Tests run side by side, a file at a time, each on one core: most use no more, and torch's threads would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(shell nproc) --dist loadfile
 
-.PHONY: install demo lint test test-slow test-all sweep wheel clean
+.PHONY: install demo lint test test-slow test-again test-all sweep wheel clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -49,6 +49,10 @@ test: install
 
 test-slow: install
 	$(PYTEST) -m slow
+
+# The tests that failed in the run before, one at a time.
+test-again: install
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 test-all: install
 	$(PYTEST)

@@ -1,10 +1,10 @@
 """The command line as a whole: start-up time, laziness, help, configuration files, errors, exit codes."""
 
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -22,10 +22,12 @@ def test_help_is_fast_and_loads_neither_torch_nor_vllm():
     )
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        begun = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        times.append(time.perf_counter() - start)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime)
         assert result.returncode == 0 and "LOADED set()" in result.stdout
+    # Of the processor, not of the clock, which counts what other programs of a busy machine take as well.
     assert min(times) < 0.5, f"sku --help took {min(times):.2f} s"
 
 
