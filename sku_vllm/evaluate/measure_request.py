@@ -12,7 +12,7 @@ from sku_vllm.data.columns import Columns
 from sku_vllm.data.hub import pinned
 from sku_vllm.data.long_rows import LongRows, check_on_long
 from sku_vllm.data.readers import notices_at_the_end, read_rows
-from sku_vllm.data.rows import Row
+from sku_vllm.data.rows import Row, rows_digest
 from sku_vllm.data.template import PromptTemplate
 from sku_vllm.errors import ConfigError
 from sku_vllm.evaluate.eval_config import BACKENDS, EvalConfig
@@ -53,6 +53,11 @@ class Questions:
     def sets(self) -> dict[str, Sequence[Row]]:
         """Every set by its name in rows.jsonl: forget sets, retain set, border sets."""
         return {**self.forget, RETAIN: self.retain, **{BORDER + name: rows for name, rows in self.border.items()}}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of each set's rows, by its name in rows.jsonl: `row_digests` of a record."""
+        return {name: rows_digest(rows) for name, rows in self.sets.items()}
 
     @property
     def skipped(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """`sku eval`: generation against transformers' own, perplexity by hand, the contract's numbers, and bad input."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -174,6 +175,8 @@ def test_eval_writes_what_the_contract_says(lab: Path, small: Path, tmp_path: Pa
     assert list(result) == ["forget", "retain", "forget_quality", "skipped_rows", "row_digests"]
     assert list(result["forget"]) == ["seen", "unseen"]
     assert len({*result["row_digests"].values()}) == 3 and list(result["row_digests"]) == ["seen", "unseen", "retain"]
+    told = json.loads((output / "sku_eval.json").read_text())["rows_sha256"]
+    assert told == hashlib.sha256((output / "rows.jsonl").read_bytes()).hexdigest()
     for modes in result["forget"].values():
         assert {mode: share["n"] for mode, share in modes.items()} == {"greedy": 12, "sampled": 48}
         for share in modes.values():
