@@ -293,6 +293,9 @@ def test_settings_that_make_no_sense_are_refused(lab: Path) -> None:
     rows = [Row.ask("Hi")]
     with pytest.raises(ConfigError, match="--tensor-parallel-size 2: .* only with --backend vllm"):
         EvalRequest(ModelSpec(lab / "llama"), forget={"f": rows}, retain=rows, judge="refusal", tensor_parallel_size=2)
+    for wrong, said in (({}, "--quantization fp8: .* add --backend vllm"), ({"backend": "vllm", "lm_eval": ["x"]}, "--lm-eval: .* leave")):
+        with pytest.raises(ConfigError, match=said):
+            EvalRequest(ModelSpec(lab / "llama"), forget={"f": rows}, retain=rows, judge="refusal", quantization="fp8", **wrong)
     with pytest.raises(ConfigError, match="transformers, vllm"):
         EvalRequest(ModelSpec(lab / "llama"), forget={"f": rows}, retain=rows, judge="refusal", backend="tgi")
     for wrong, said in (({"forget": {}}, "--forget"), ({"judge": ()}, "--judge"), ({"resume": True}, "--output")):
