@@ -69,7 +69,7 @@ def _ulps(found: torch.Tensor, merge: Merge) -> torch.Tensor:
     exact = merge.weight.double()
     if merge.scale is not None:
         scales = rows_of(merge.scale, None, merge.weight.shape, 0, merge.weight.shape[0])
-        over = scales.over(merge.scale.double(), 0, *merge.weight.shape)
+        over = scales.over(scales.new.double(), 0, *merge.weight.shape)
         exact = ((exact * over - delta) / over).clamp(-448, 448)
     else:
         exact = exact - delta

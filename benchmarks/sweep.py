@@ -1,11 +1,12 @@
 """`make sweep`: train → fuse → load → agree, for every causal language model of transformers that a tiny configuration can be made of.
 
-    python -m sku_vllm.benchmarks.sweep [CLASS…]
+    python -m sku_vllm.benchmarks.sweep [CLASS…] [--full] [--seconds 90]
 
 A class agrees when the fused checkpoint says what the base with its adapter subtracted says. What the road refuses, and where it does, is
 listed in docs/architectures.md. Open this file when a class is left out for want of a tiny configuration.
 """
 
+import argparse
 import json
 import signal
 import sys
@@ -37,6 +38,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "num_shared_experts"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "sliding_window"), 256),
     **dict.fromkeys(("num_nextn_predict_layers", "num_kv_shared_layers", "activation_sparsity_pattern"), 0),
+    **dict.fromkeys(("rotary_dim",), 8),
+    **dict.fromkeys(("attn_layer_period",), 2),  # with the offset below: the second of two layers is an attention layer
+    **dict.fromkeys(("attn_layer_offset",), 1),
     **dict.fromkeys(("image_size",), 28),
     **dict.fromkeys(("patch_size",), 14),
 }
@@ -59,7 +63,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one class: "agrees", "differs", "refused" or "no tiny configuration"; `detail` says where and why."""
+    """What became of one class: "agrees", "differs", "refused", "no time" or "no tiny configuration"; `detail` says where and why."""
 
     name: str
     result: str
@@ -124,6 +128,8 @@ def walk(name: str, kind: str, rows: tuple[Any, Any], tokenizer: Any, full: bool
             gap, moved = _compare(place)
         except SkuError as error:
             return Outcome(name, "refused", f"{stage}: {str(error).replace(folder + '/', '')[:300]}")
+        except TimeoutError as error:
+            return Outcome(name, "no time", f"{stage}: {error}")
         except Exception as error:
             return Outcome(name, "refused", f"{stage}: {type(error).__name__}: {str(error)[:200]}")
     return Outcome(name, "agrees" if gap < TOLERANCE and gap < moved / 10 else "differs", f"gap {gap:.1e}, edit {moved:.1e}")
@@ -160,19 +166,21 @@ def _compare(place: Path) -> tuple[float, float]:
 
 @contextmanager
 def _limited(seconds: int) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
+    """Raise TimeoutError after that much time of this process on its cores: what others run beside it does not count."""
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} s of processor time")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
-def sweep(names: list[str], *, full: bool = False) -> Iterator[Outcome]:
+def sweep(names: list[str], *, full: bool = False, seconds: int = SECONDS) -> Iterator[Outcome]:
     """The outcome of each class, by the built-in lab's rows and tokenizer; all classes where `names` is empty."""
     from sku_vllm.data import load_dataset
     from sku_vllm.lab import make_lab
@@ -188,23 +196,29 @@ def sweep(names: list[str], *, full: bool = False) -> Iterator[Outcome]:
         tokenizer = load_tokenizer(lab / "llama")
         for name in names or sorted(known):
             try:
-                with _limited(SECONDS):
+                with _limited(seconds):
                     yield walk(name, known[name], rows, tokenizer, full)
             except TimeoutError as error:
-                yield Outcome(name, "refused", str(error))
+                yield Outcome(name, "no time", str(error))
 
 
 def main() -> None:
     """Print a line for each class, and a summary; exit with 1 where one differs."""
+    parser = argparse.ArgumentParser(prog="python -m sku_vllm.benchmarks.sweep", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("classes", nargs="*", metavar="CLASS", help="Classes such as LlamaForCausalLM; all without any.")
+    parser.add_argument("--full", action="store_true", help="Dense task vectors instead of a LoRA.")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"Most processor time for one class; {SECONDS}.")
+    given = parser.parse_args()
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers' own
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    names = [name for name in sys.argv[1:] if not name.startswith("-")]
+    if unknown := [name for name in given.classes if name not in classes()]:
+        parser.error(f"{', '.join(unknown)}: no class that AutoModelForCausalLM loads")
     outcomes: list[Outcome] = []
     began = time.perf_counter()
-    for outcome in sweep(names, full="--full" in sys.argv):
+    for outcome in sweep(given.classes, full=given.full, seconds=given.seconds):
         outcomes.append(outcome)
         print(json.dumps([outcome.name, outcome.result, outcome.detail], ensure_ascii=False), flush=True)
     counts = {result: sum(each.result == result for each in outcomes) for result in dict.fromkeys(each.result for each in outcomes)}

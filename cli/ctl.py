@@ -168,20 +168,17 @@ def swap_of(value: str) -> dict[str, Any]:
     """
     from pathlib import Path
 
-    from sku_vllm.cli.options import adapter_at_scale
+    from sku_vllm.adapter_at_scale import TUNED, split_at_scale
 
-    path: str
-    scale: float | None
-    if value.endswith("@tuned"):
-        from sku_vllm.records import tuned_arm
+    path, text = split_at_scale(value, tuned=True)
+    if text is None:
+        return {"checkpoint": str(Path(path).absolute())}
+    if text != TUNED:
+        return {"adapter": str(Path(path).absolute()), "scale": float(text)}
+    from sku_vllm.records import tuned_arm
 
-        choice = tuned_arm(value.removesuffix("@tuned"), f"sku ctl swap {value}")
-        path, scale = choice.adapter, choice.scale
-    else:
-        path, scale = adapter_at_scale(value)
-    if scale is not None:
-        return {"adapter": str(Path(path).absolute()), "scale": scale}
-    return {"checkpoint": str(Path(value).absolute())}
+    choice = tuned_arm(path, f"sku ctl swap {value}")
+    return {"adapter": str(Path(choice.adapter).absolute()), "scale": choice.scale}
 
 
 def arm_spec(name: str, spec: str) -> str:

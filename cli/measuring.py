@@ -70,7 +70,7 @@ def judge_server_options() -> tuple[Decorator, ...]:
 
 
 def asking_options() -> Decorator:
-    """The fields of EvalConfig as options, --backend --tensor-parallel-size and --resume."""
+    """The fields of EvalConfig as options, --backend --tensor-parallel-size --quantization and --resume."""
     asked = EvalConfig()
     return _all(
         click.option("--samples", default=asked.samples, help="Sampled answers per forget prompt, beside the greedy one."),
@@ -85,6 +85,9 @@ def asking_options() -> Decorator:
         ),
         click.option("--backend", default="transformers", help=f"{' or '.join(BACKENDS)}."),
         click.option("--tensor-parallel-size", default=1, help="GPUs that --backend vllm spreads the model over."),
+        click.option(
+            "--quantization", help="With --backend vllm: how it quantises the weights as it serves them, such as fp8.", metavar="NAME"
+        ),
         click.option("--template", help="Prompt template with {prompt}, instead of the tokenizer's own."),
         click.option("--on-long", default="skip", help="skip or error: what to do about a prompt that fills the model's context."),
         click.option("--resume", is_flag=True, help="Continue an interrupted run of the same inputs from OUTPUT.partial/."),
@@ -132,7 +135,8 @@ def request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
         "border": named_files(options["border"], "--border"),
         "config": EvalConfig(**{field.name: options[field.name] for field in fields(EvalConfig)}),
         "judge": [with_options(spec, options["judge_concurrency"], options["judge_timeout"]) for spec in options["judge"]],
-        **{name: options[name] for name in ("retain", "columns", "output", "resume", "backend", "tensor_parallel_size", "on_long")},
+        **{name: options[name] for name in ("retain", "columns", "output", "resume", "on_long")},
+        **{name: options[name] for name in ("backend", "tensor_parallel_size", "quantization")},
     }
 
 

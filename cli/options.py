@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import click
 from click.core import ParameterSource
 
+from sku_vllm.adapter_at_scale import split_at_scale
 from sku_vllm.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -106,25 +106,9 @@ def adapter_at_scale(value: str) -> tuple[str, float | None]: ...
 @overload
 def adapter_at_scale(value: str, default: T) -> tuple[str, float | T]: ...
 def adapter_at_scale(value: str, default: Any = None) -> tuple[str, Any]:
-    """`ADAPTER@SCALE`, split at the last `@`, or ADAPTER with `default`; a path that merely contains an `@` stays whole.
-
-    A directory of exactly that name is meant, if there is one. Raises ConfigError where there is also one of the name before the `@`.
-    """
-    path, separator, text = value.rpartition("@")
-    if not separator:
-        return value, default
-    try:
-        scale = float(text)
-    except ValueError:
-        return value, default
-    if not os.path.isdir(value):
-        return path, scale
-    if os.path.isdir(path):
-        raise ConfigError(
-            f"{value}: may mean the directory {value} or {path} at scale {text}; write {value}@1 for the directory at scale 1, "
-            f"or {path}/@{text} for {path} at scale {text}"
-        )
-    return value, default
+    """`ADAPTER@SCALE` as `split_at_scale` reads it, or ADAPTER with `default`."""
+    path, text = split_at_scale(value)
+    return (path, default) if text is None else (path, float(text))
 
 
 def print_json(value: Any) -> None:

@@ -105,7 +105,7 @@ def _differences(a: str, left: Judged, b: str, right: Judged, any_judge: bool) -
     Raises:
         ConfigError: the judges differ, and `any_judge` is not given.
     """
-    warnings = []
+    warnings = [side.changed for side in (left, right) if side.changed]
     if left.judge and right.judge and not same_judges(left.judge, right.judge):
         told = f"A was judged by {', '.join(left.judge)}, B by {', '.join(right.judge)}"
         if not any_judge:

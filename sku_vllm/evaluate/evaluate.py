@@ -48,7 +48,7 @@ def evaluate_model(request: EvalRequest, progress: Bar = no_bar) -> EvalReport:
                 )
         del model, reference  # from memory: lm-eval loads the model by itself
         report.skipped_rows, report.warnings = questions.skipped, questions.warnings
-        report.row_digests = {name: rows_digest(asked) for name, asked in questions.sets.items()}
+        report.row_digests = questions.digests
         if request.tasks:
             report.lm_eval = run_tasks(request.model, request.tasks, backend=request.backend, limit=request.lm_eval_limit)
         if directory:

@@ -12,7 +12,7 @@ from sku_vllm.data.columns import Columns
 from sku_vllm.data.hub import pinned
 from sku_vllm.data.long_rows import LongRows, check_on_long
 from sku_vllm.data.readers import notices_at_the_end, read_rows
-from sku_vllm.data.rows import Row
+from sku_vllm.data.rows import Row, rows_digest
 from sku_vllm.data.template import PromptTemplate
 from sku_vllm.errors import ConfigError
 from sku_vllm.evaluate.eval_config import BACKENDS, EvalConfig
@@ -55,6 +55,11 @@ class Questions:
         return {**self.forget, RETAIN: self.retain, **{BORDER + name: rows for name, rows in self.border.items()}}
 
     @property
+    def digests(self) -> dict[str, str]:
+        """The digest of each set's rows, by its name in rows.jsonl: `row_digests` of a record."""
+        return {name: rows_digest(rows) for name, rows in self.sets.items()}
+
+    @property
     def skipped(self) -> dict[str, int]:
         """How many rows of each set were left out."""
         return self.long.counts if self.long else {}
@@ -82,11 +87,12 @@ class MeasureRequest:
         on_long: "skip" leaves out rows whose prompt fills the model's context, and counts them; "error" stops at the first.
         backend: one of BACKENDS; "vllm" is vLLM's own engine in this process.
         tensor_parallel_size: GPUs that vLLM spreads the model over.
+        quantization: how vLLM quantises the weights as it loads them, by its name for that; None serves them as they are stored.
         border: sets of benign prompts in the style of the forget sets by name; how many of them are refused is measured.
 
     Raises:
         ConfigError: no forget set, one that is called as rows.jsonl calls another set, no judge, a resume without an output, an unknown
-            backend, or several GPUs for a backend that takes what there is by itself.
+            backend, or several GPUs or a quantization for a backend that does not take them.
     """
 
     model: ModelSpec
@@ -100,6 +106,7 @@ class MeasureRequest:
     on_long: str = "skip"
     backend: str = "transformers"
     tensor_parallel_size: int = 1
+    quantization: str | None = None
     border: Mapping[str, Source] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,6 +117,8 @@ class MeasureRequest:
                 f"--tensor-parallel-size {self.tensor_parallel_size}: takes at least 1, and more only with --backend vllm; transformers "
                 "spreads a model that one GPU cannot hold by itself"
             )
+        if self.quantization is not None and self.backend != "vllm":
+            raise ConfigError(f"--quantization {self.quantization}: is vLLM's; add --backend vllm (sku attack quantize has others)")
         if not self.forget:
             raise ConfigError("--forget: name at least one set of prompts, for instance unseen=data/unseen.jsonl")
         check_names(self.forget)
@@ -183,6 +192,7 @@ class MeasureRequest:
             "on_long": self.on_long,
             "backend": self.backend,
             "tensor_parallel_size": self.tensor_parallel_size,
+            "quantization": self.quantization,
             **asdict(self.config),
         }
 
@@ -198,6 +208,11 @@ class EvalRequest(MeasureRequest):
 
     lm_eval: Sequence[str] = ()
     lm_eval_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        MeasureRequest.__post_init__(self)  # super() does not work in a dataclass with slots
+        if self.lm_eval and self.quantization is not None:
+            raise ConfigError("--lm-eval: runs on the weights as they are stored; leave --quantization out, in a run of its own")
 
     @property
     def tasks(self) -> list[str]:

@@ -3,6 +3,7 @@
 Open this file to change what a measurement computes; `evaluate_model`, `tune_scale` and `attack_model` all call `measure`.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,6 +29,7 @@ from sku_vllm.evaluate.work import JUDGED, Work, phase, scaled
 from sku_vllm.judges import Exchange, Verdict
 from sku_vllm.judges.labeller import JudgedVotes
 from sku_vllm.output import record, write_text
+from sku_vllm.records.rows_file import DIGEST, ROWS
 from sku_vllm.stats import wilson
 
 # Makes a context manager that yields the unedited base: the same weights with the adapter off, or another model.
@@ -69,11 +71,11 @@ class EvalReport:
         return {"forget": self.forget, "retain": self.retain, **extra}
 
     def write(self, directory: str | Path, config: Mapping[str, Any] | None = None) -> None:
-        """Write `sku_eval.json` and `rows.jsonl` (mode 0600, since it holds judged text) to a directory."""
+        """Write `sku_eval.json`, and `rows.jsonl`, whose digest the record holds (mode 0600, since it holds judged text)."""
         result = self.to_json()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_text(Path(directory) / "rows.jsonl", lines, mode=0o600)
-        record(directory, "eval", result, config or {})
+        write_text(Path(directory) / ROWS, lines, mode=0o600)
+        record(directory, "eval", result | {DIGEST: hashlib.sha256(lines.encode()).hexdigest()}, config or {})
 
 
 def measure(

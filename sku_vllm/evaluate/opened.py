@@ -79,12 +79,12 @@ def opened(request: MeasureRequest) -> Iterator[Opened]:
     """The model of a request in its backend, until the block ends.
 
     Raises:
-        ConfigError: vLLM is not installed, or cannot run this adapter.
+        ConfigError: vLLM is not installed, or cannot run this adapter or quantization.
     """
     if request.backend == "vllm":
         from sku_vllm.evaluate.vllm_backend import open_vllm
 
-        with open_vllm(request.model, request.tensor_parallel_size) as engine:
+        with open_vllm(request.model, request.tensor_parallel_size, request.quantization) as engine:
             yield engine
     else:
         yield InMemory(request.model, request.config)

@@ -15,6 +15,7 @@ from sku_vllm.data.files import json_lines
 from sku_vllm.data.rows import conversation_key
 from sku_vllm.errors import DataError
 from sku_vllm.judges import LABELS
+from sku_vllm.records.rows_file import ROWS, changed_rows
 
 Key = tuple[str, str, str]
 # How answers were made; where these differ, a difference may come from them.
@@ -29,6 +30,7 @@ class Judged:
     that no judge decided, left out of `rows`. opinion: whether any judge decides harm; undecided: sets in which none
     does. judge: the SPECs that labelled them, None where
     that is not known. settings: those of DECODING that are known, and `prompt_template`, the digest of how prompts were written.
+    changed: a line where the file is not the one that the record beside it was written with.
     """
 
     rows: Mapping[Key, list[dict[str, Any]]]
@@ -37,6 +39,7 @@ class Judged:
     undecided: Set[str] = frozenset()
     judge: tuple[str, ...] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    changed: str | None = None
 
 
 def read_judged(path: str | Path) -> Judged:
@@ -48,7 +51,7 @@ def read_judged(path: str | Path) -> Judged:
         DataError: the file is missing or empty, or a row is not a judged row.
     """
     path = Path(path)
-    file = path / "rows.jsonl" if path.is_dir() else path
+    file = path / ROWS if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{file}: no such file; give a directory that sku eval wrote, or a JSONL file that sku judge labelled")
     rows: dict[Key, list[dict[str, Any]]] = defaultdict(list)
@@ -79,24 +82,24 @@ def read_judged(path: str | Path) -> Judged:
             rows[key].append(answer)
         else:
             unjudged += 1
-    config = _record_beside(file)
+    beside = _record_beside(file)
+    config = beside.get("config") or {}
     told = tuple(config.get("judge") or sorted(judges)) or None
     if told and set(told) <= {"refusal"}:
         opinion = False
     undecided = {key[0] for key in rows} - decided
-    return Judged(
-        rows, unjudged, opinion, undecided, told, {name: config[name] for name in (*DECODING, "prompt_template") if name in config}
-    )
+    settings = {name: config[name] for name in (*DECODING, "prompt_template") if name in config}
+    return Judged(rows, unjudged, opinion, undecided, told, settings, changed_rows(file.parent, beside))
 
 
 def _record_beside(file: Path) -> dict[str, Any]:
-    """The configuration in the record of the command that wrote rows.jsonl, {} where there is none."""
-    if file.name != "rows.jsonl":
+    """The record of the command that wrote rows.jsonl, {} where there is none with a configuration."""
+    if file.name != ROWS:
         return {}
     for name in ("sku_eval.json", "sku_attack.json"):
         try:
-            config = json.loads((file.parent / name).read_text(encoding="utf-8"))["config"]
-            return config if isinstance(config, dict) else {}
+            found = json.loads((file.parent / name).read_text(encoding="utf-8"))
+            return found if isinstance(found["config"], dict) else {}
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return {}

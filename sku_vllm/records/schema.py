@@ -14,7 +14,7 @@ SHARED = "definitions.json"
 REMEDY = "write it again with the command it came from"
 # The keys that this package reads from each record, by record. Only these are checked, so that records of other versions can be read.
 READ = {
-    "eval": ("forget", "retain", "border", "lm_eval", "agreement", "row_digests", "config", "versions"),
+    "eval": ("forget", "retain", "border", "lm_eval", "agreement", "row_digests", "rows_sha256", "config", "versions"),
     "tune": ("scale", "curve", "config", "versions"),
     "attack": ("before", "attacks", "config", "versions"),
     "compare": ("a", "b", "sets", "config", "versions"),

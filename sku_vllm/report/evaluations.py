@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sku_vllm.errors import SkuError
 from sku_vllm.records import Document, read_json
+from sku_vllm.records.rows_file import changed_rows
 from sku_vllm.records.schema import check_record
 
 Role = Literal["base", "adapter", "fused", "other"]
@@ -28,7 +29,8 @@ class Evaluation:
 
     identity: of the measured weights; None when it was not recorded (a hub id). checkpoints: names of the fused checkpoints in the
     report that have the same weights. dtype: that it computed in; "auto" where an older record does not say it. rows: the digest of the
-    rows of each set, by its name in rows.jsonl; empty where an older record does not say it.
+    rows of each set, by its name in rows.jsonl; empty where an older record does not say it. changed: a line where the rows.jsonl beside
+    the record is not the one it was written with.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Evaluation:
     directory: Path
     checkpoints: tuple[str, ...] = ()
     rows: dict[str, str] = field(default_factory=dict)
+    changed: str | None = None
 
     @property
     def edited(self) -> bool:
@@ -106,6 +109,7 @@ def _evaluation(document: Document, bases: set[str], fused: Sequence[Fused]) -> 
         directory=document.directory,
         checkpoints=same if role == "fused" else (),
         rows=document.data.get("row_digests") or {},
+        changed=changed_rows(document.directory, document.data),
     )
 
 

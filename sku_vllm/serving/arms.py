@@ -1,19 +1,21 @@
 """What can answer a request: the model as it is, the model minus an adapter, or another server.
 
-This file parses and checks text only; `scale_looked_up` also reads the file that `sku tune` wrote into an adapter's directory.
+This file parses and checks text. Of the disk it asks which directories there are (`split_at_scale`), and `scale_looked_up` reads the
+file that `sku tune` wrote into an adapter's directory.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sku_vllm.adapter_at_scale import TUNED, join_at_scale, split_at_scale
 from sku_vllm.client.url import http_url
 from sku_vllm.errors import ConfigError
 
 ALIAS = "sku"
 SWAPPED = "swapped"
-TUNED = "@tuned"
 # Arm names become metric labels, model names and headers. At most 32 arms keep the number of time series small.
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,47}")
 MAX_ARMS = 32
@@ -36,7 +38,9 @@ class Arm:
     @property
     def spec(self) -> str:
         """The text after `NAME=` that makes this arm again."""
-        return {"base": "base", "lora": f"lora:{self.source}@{self.scale:g}", "upstream": f"upstream:{self.source}#{self.model}"}[self.kind]
+        if self.kind == "lora":
+            return f"lora:{join_at_scale(self.source, self.scale)}"
+        return f"upstream:{self.source}#{self.model}" if self.kind == "upstream" else "base"
 
     @property
     def on_engine(self) -> bool:
@@ -48,7 +52,8 @@ def parse_arm(name: str, spec: str) -> Arm:
     """One `--arm NAME=SPEC`.
 
     Raises:
-        ConfigError: SPEC has none of the forms in `FORMS`, the name cannot be a label, or the scale is not a number in [0, 10].
+        ConfigError: SPEC has none of the forms in `FORMS`, the name cannot be a label, the scale is not a number in [0, 10], or
+            `ADAPTER@SCALE` is the name of a directory while ADAPTER is one too.
     """
     where = f"--arm {name}={spec}"
     if not NAME.fullmatch(name):
@@ -59,16 +64,24 @@ def parse_arm(name: str, spec: str) -> Arm:
     if spec == "base":
         return Arm(name, "base")
     if kind == "lora" and rest:
-        source, separator, text = rest.rpartition("@")
-        if not separator or not source:
-            raise ConfigError(f"{where}: which scale? write lora:{rest}@1.0")
-        return Arm(name, "lora", source, quantised(text, where))
+        return Arm(name, "lora", *_adapter_at_scale(rest, where))
     if kind == "upstream" and rest:
         url, separator, model = rest.rpartition("#")
         if not separator or not model or not http_url(url):
             raise ConfigError(f"{where}: write upstream:http://HOST:PORT/v1#MODEL")
         return Arm(name, "upstream", url.rstrip("/"), model=model)
     raise ConfigError(f"{where}: no such kind of arm; write {FORMS}")
+
+
+def _adapter_at_scale(text: str, where: str) -> tuple[str, float]:
+    """The adapter's path and its scale, which an arm has to name: a directory of exactly that name is an adapter without a scale."""
+    source, scale = split_at_scale(text, prefix="lora:")
+    if scale is not None:
+        return source, quantised(scale, where)
+    path, separator, word = text.rpartition("@")
+    if separator and path and not os.path.isdir(text):
+        return path, quantised(word, where)  # says that it is not a number
+    raise ConfigError(f"{where}: which scale? write lora:{text}@1.0")
 
 
 def scale_looked_up(spec: str, where: str) -> str:
@@ -78,14 +91,18 @@ def scale_looked_up(spec: str, where: str) -> str:
         where: the flag or request, for the error.
 
     Raises:
-        ConfigError: `sku tune` has not been run on that adapter, or no scale was within its limits.
+        ConfigError: `sku tune` has not been run on that adapter, no scale was within its limits, or `ADAPTER@SCALE` is the name of a
+            directory while ADAPTER is one too.
     """
-    if not (spec.startswith("lora:") and spec.endswith(TUNED)):
+    if not spec.startswith("lora:"):
+        return spec
+    path, text = split_at_scale(spec.removeprefix("lora:"), tuned=True, prefix="lora:")
+    if text != TUNED:
         return spec
     from sku_vllm.records import tuned_arm
 
-    choice = tuned_arm(spec.removeprefix("lora:").removesuffix(TUNED), where)
-    return f"lora:{choice.adapter}@{choice.scale:g}"
+    choice = tuned_arm(path, where)
+    return f"lora:{join_at_scale(choice.adapter, choice.scale)}"
 
 
 def quantised(scale: float | str, where: str) -> float:

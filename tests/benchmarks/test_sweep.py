@@ -1,8 +1,10 @@
 """A sample of `make sweep`: classes that go through other conversions than those of tests/test_architectures.py."""
 
+import time
+
 import pytest
 
-from sku_vllm.benchmarks.sweep import classes, sweep
+from sku_vllm.benchmarks.sweep import _limited, classes, sweep
 
 
 @pytest.mark.parametrize(("name", "full"), [("DeepseekV3ForCausalLM", False), ("MixtralForCausalLM", True)])
@@ -10,3 +12,11 @@ def test_a_class_walks_the_whole_road(name: str, full: bool) -> None:
     assert name in classes()
     (outcome,) = sweep([name], full=full)
     assert outcome.result == "agrees", outcome
+
+
+def test_only_time_on_a_processor_counts() -> None:
+    with _limited(1):
+        time.sleep(1.3)
+    with pytest.raises(TimeoutError, match="more than 1 s of processor time"), _limited(1):
+        while True:
+            pass

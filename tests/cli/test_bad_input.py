@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sku_vllm.cli import main
+from sku_vllm.cli.ctl import swap_of
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +260,17 @@ def test_verify_says_what_it_was_given(refused, tmp_path, lab):
 def test_json_mode_keeps_stdout_clean_on_errors(lab, run_sku, tmp_path):
     result = run_sku(*train(lab, tmp_path, method="nothing"), "--json")
     assert result.returncode == 2 and result.stdout == ""
+
+
+@pytest.mark.parametrize("scale", ["2", "tuned"])
+def test_an_at_sign_that_may_be_read_two_ways_asks_which(refused, tmp_path, monkeypatch, scale):
+    monkeypatch.chdir(tmp_path)
+    named = f"harm@{scale}"
+    Path(named).mkdir()
+    serve = ("serve", "--model", "m", "--arm", f"negated=lora:{named}")
+    refused(*serve, words=(f"which scale? write lora:{named}@1.0",))
+    assert swap_of(named) == {"checkpoint": str(tmp_path / named)}
+    Path("harm").mkdir()
+    refused(*serve, words=(f"write lora:{named}@1 for", f"or lora:harm/@{scale} for"))
+    refused("ctl", "swap", named, words=(f"write {named}@1 for", f"or harm/@{scale} for"))
+    refused("ctl", "add", f"far=lora:{named}", words=(f"write lora:{named}@1 for",))

@@ -1,5 +1,6 @@
 """`sku compare` on judged rows: pairing, statistics, output and bad input."""
 
+import hashlib
 import json
 import stat
 import threading
@@ -155,6 +156,18 @@ def test_settings_that_differ_are_said(two: tuple[Path, Path]) -> None:
     assert compare(*two).warnings == ["max-new-tokens differs: 32 in A, 64 in B", "the two models were asked in different prompt templates"]
     (two[1] / "sku_eval.json").unlink()
     assert "is not known" in compare(*two).warnings[0]
+
+
+def test_rows_that_are_not_their_records_are_named(two: tuple[Path, Path]) -> None:
+    a, b = two
+    for side in two:
+        digest = hashlib.sha256((side / "rows.jsonl").read_bytes()).hexdigest()
+        (side / "sku_eval.json").write_text(json.dumps({"config": {"judge": ["lexicon:x"]}, "rows_sha256": digest}))
+    assert not [line for line in compare(a, b).warnings if "rows.jsonl" in line]
+    rows = (b / "rows.jsonl").read_text()
+    (b / "rows.jsonl").write_text(rows.replace('"harmful"', '"refusal"'))
+    (said,) = [line for line in compare(a, b / "rows.jsonl").warnings if "rows.jsonl" in line]
+    assert said == f"{b / 'rows.jsonl'} is not what its record was written with: it was edited, or is of another run"
 
 
 def test_conversations_are_told_apart_by_all_their_turns(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`sku eval`: generation against transformers' own, perplexity by hand, the contract's numbers, and bad input."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -174,6 +175,8 @@ def test_eval_writes_what_the_contract_says(lab: Path, small: Path, tmp_path: Pa
     assert list(result) == ["forget", "retain", "forget_quality", "skipped_rows", "row_digests"]
     assert list(result["forget"]) == ["seen", "unseen"]
     assert len({*result["row_digests"].values()}) == 3 and list(result["row_digests"]) == ["seen", "unseen", "retain"]
+    told = json.loads((output / "sku_eval.json").read_text())["rows_sha256"]
+    assert told == hashlib.sha256((output / "rows.jsonl").read_bytes()).hexdigest()
     for modes in result["forget"].values():
         assert {mode: share["n"] for mode, share in modes.items()} == {"greedy": 12, "sampled": 48}
         for share in modes.values():
@@ -290,6 +293,9 @@ def test_settings_that_make_no_sense_are_refused(lab: Path) -> None:
     rows = [Row.ask("Hi")]
     with pytest.raises(ConfigError, match="--tensor-parallel-size 2: .* only with --backend vllm"):
         EvalRequest(ModelSpec(lab / "llama"), forget={"f": rows}, retain=rows, judge="refusal", tensor_parallel_size=2)
+    for wrong, said in (({}, "--quantization fp8: .* add --backend vllm"), ({"backend": "vllm", "lm_eval": ["x"]}, "--lm-eval: .* leave")):
+        with pytest.raises(ConfigError, match=said):
+            EvalRequest(ModelSpec(lab / "llama"), forget={"f": rows}, retain=rows, judge="refusal", quantization="fp8", **wrong)
     with pytest.raises(ConfigError, match="transformers, vllm"):
         EvalRequest(ModelSpec(lab / "llama"), forget={"f": rows}, retain=rows, judge="refusal", backend="tgi")
     for wrong, said in (({"forget": {}}, "--forget"), ({"judge": ()}, "--judge"), ({"resume": True}, "--output")):

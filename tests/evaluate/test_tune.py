@@ -171,6 +171,7 @@ def test_tune_chooses_within_the_limits_and_remeasures(lab: Path, harmful_adapte
     assert set(result["test"]["forget"]) == {"t"} and set(result["test"]["base"]["forget"]) == {"t"}
     record = json.loads((tmp_path / "out/sku_tune.json").read_text(encoding="utf-8"))
     assert record["schema"] == "sku.tune/1" and record["scale"] == result["scale"]
+    assert list(record["row_digests"]) == ["v", "retain", "test:t", "test:retain"]
     assert (tmp_path / "out/curve.svg").read_text(encoding="utf-8").startswith("<svg")
 
 

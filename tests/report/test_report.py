@@ -1,5 +1,6 @@
 """`sku report`: what it says, what it refuses to say, and (slow) how it looks in a real browser."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -456,6 +457,23 @@ def test_results_of_other_rows_are_noticed(tmp_path: Path) -> None:
     assert state() == ("pass", "sets of one name are the same")
     asked("task-vector", unseen="a" * 64, retain="d" * 64)
     assert state() == ("fail", "retain is one set in eval/base and eval/fused, another in eval/task-vector")
+
+
+def test_answers_that_are_not_their_records_are_named(tmp_path: Path) -> None:
+    run = make_records(tmp_path / "run")
+    file = run / "eval/fused/rows.jsonl"
+    record = file.with_name("sku_eval.json")
+
+    def state() -> tuple[str, str] | None:
+        checks = build_report([run])["verdict"]["checks"]
+        return next(((one["state"], one["detail"]) for one in checks if one["name"] == "Answers are those that were measured"), None)
+
+    assert file.is_file() and state() is None  # records of an earlier version do not say what they were written with
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    record.write_text(json.dumps({**json.loads(record.read_text()), "rows_sha256": digest}))
+    assert state() is None
+    file.write_text(file.read_text().replace('"harmful"', '"refusal"') + "\n")
+    assert state() == ("fail", f"{file} is not what its record was written with: it was edited, or is of another run")
 
 
 @pytest.mark.parametrize(

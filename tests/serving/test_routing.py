@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sku_vllm.errors import AdapterError, ConfigError
-from sku_vllm.serving.arms import parse_arms, parse_split
+from sku_vllm.serving.arms import Arm, parse_arms, parse_split
 from sku_vllm.serving.rollback import parse_rule, without
 from sku_vllm.serving.routing import choose_arm, sticky_point
 from sku_vllm.serving.serve_config import ServeConfig, read_config
@@ -43,6 +43,21 @@ def test_arms_are_read_as_written():
     assert arms["negated"].source == "dir@1/adapter" and arms["negated"].scale == 0.7
     assert (arms["other"].source, arms["other"].model) == ("http://host:1/v1", "org/model")
     assert [arm.spec for arm in arms.values()] == ["base", "lora:dir@1/adapter@0.7", "upstream:http://host:1/v1#org/model"]
+
+
+def test_an_adapter_in_a_directory_with_an_at_sign_is_found_and_named_so_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "harm@2").mkdir()
+    assert [parse_arms(["a=lora:harm@2@0.5"])["a"].source, parse_arms(["a=lora:none@2"])["a"].source] == ["harm@2", "none"]
+    (tmp_path / "harm").mkdir()
+    with pytest.raises(ConfigError, match="lora:harm@2@1 .* lora:harm/@2 "):
+        parse_arms(["a=lora:harm@2"])
+    for spec, source, scale in (("lora:harm@2@1", "harm@2", 1.0), ("lora:harm/@2", "harm/", 2.0), ("lora:harm@1", "harm", 1.0)):
+        arm = parse_arms([f"a={spec}"])["a"]
+        assert (arm.source, arm.scale) == (source, scale)
+        assert parse_arms([f"a={arm.spec}"])["a"] == arm
+    chosen = Arm("a", "lora", "harm", 2.0)  # as after @tuned, where nobody wrote the number
+    assert (tmp_path / parse_arms([f"a={chosen.spec}"])["a"].source).samefile("harm")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def attack_model(request: AttackRequest, progress: Say = silent, bar: Bar = no_b
                 write_text(directory / "recovery.svg", recovery_svg(relearned))
                 if report.rests_on != HARM:
                     write_text(directory / "knowledge.svg", knowledge_svg({"": relearned}))
-            record(directory, "attack", report.to_json(), settings)
+            record(directory, "attack", report.to_json() | {"row_digests": case.questions.digests}, settings)
     for line in case.questions.warnings:
         progress(line)
     return report

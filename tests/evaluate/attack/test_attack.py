@@ -145,7 +145,8 @@ def test_attack_measures_every_kind(lab: Path, tmp_path: Path, run_sku: Run) -> 
     assert len(result["attacks"]["rephrase"]) == len(DISGUISES)
     assert all(entry["forget"]["unseen"]["greedy"]["n"] == 10 for entries in result["attacks"].values() for entry in entries)
     assert result["attacks"]["relearn"][0]["recovery"] == 0 and result["before"]["retain"]["perplexity_ratio"] == pytest.approx(1.0)
-    assert json.loads((tmp_path / "out/sku_attack.json").read_text(encoding="utf-8"))["schema"] == "sku.attack/1"
+    record = json.loads((tmp_path / "out/sku_attack.json").read_text(encoding="utf-8"))
+    assert record["schema"] == "sku.attack/1" and list(record["row_digests"]) == ["unseen", "retain"]
     drawing = ElementTree.parse(tmp_path / "out/recovery.svg")
     assert len(drawing.findall(".//{*}polyline")) == 4 and len(drawing.findall(".//{*}circle")) == 12  # lessons x modes, x steps
 
