@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import click
 from sku_vllm.cli.options import print_json, sku_command
 
 RATIOS = {"alias": "alias / naming the arm", "judge": "fast judge on everything / no judge", "stalled": "stalled judge / no judge"}
-PARTS = ("middleware", *RATIOS, "arms", "adapter-swap", "model-swap", "soak")
+# Measured only where asked for: by its option, and how much of it --only asks for.
+LONG = {"soak": ("soak", 10_009), "soak-responses": ("soak", 10_009), "replaces": ("replaces", 1000), "equal-arms": ("equal_arms", 12)}
+PARTS = ("middleware", *RATIOS, "arms", "adapter-swap", "model-swap", *LONG)
 # What parts on one page must have in common.
 SHARED = ("model", "adapter", "concurrency", "tokens")
-SOAK = 10_000
 
 
 @sku_command("serve")
@@ -31,7 +33,9 @@ SOAK = 10_000
 @click.option("--seconds", default=3.0, help="Length of one run.")
 @click.option("--concurrency", default=12, help="Requests in flight.")
 @click.option("--tokens", default=24, help="Tokens generated per request.")
-@click.option("--soak", default=0, help=f"Requests of the soak over 20 adapter swaps that checks every answer; --only soak asks {SOAK}.")
+@click.option("--soak", default=0, help=f"Requests of each soak over 20 adapter swaps, every answer checked; --only: {LONG['soak'][1]}.")
+@click.option("--replaces", default=0, help=f"Replaces over which memory, files and disk should stay flat; --only: {LONG['replaces'][1]}.")
+@click.option("--equal-arms", default=0, help=f"A/A tests of 1000 requests that should recommend nothing; --only: {LONG['equal-arms'][1]}.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Markdown file; sku_bench_serve.json, for sku report, goes beside it.")
 def command(json_output: bool, output: str | None, only: tuple[str, ...], **settings: Any) -> None:
     """Alias against direct, judging, swaps, and original, LoRA, fused and swapped side by side."""
@@ -42,9 +46,10 @@ def command(json_output: bool, output: str | None, only: tuple[str, ...], **sett
 
     if bool(settings["model"]) != bool(settings["adapter"]):
         raise ConfigError("--model and --adapter: give both, or neither for the built-in random Llama")
-    if "soak" in only:
-        settings["soak"] = settings["soak"] or SOAK
-    parts = only or [part for part in PARTS if part != "soak" or settings["soak"]]
+    for part in set(only) & LONG.keys():
+        option, number = LONG[part]
+        settings[option] = settings[option] or number
+    parts = only or [part for part in PARTS if part not in LONG or settings[LONG[part][0]]]
     kept = earlier(Path(output).parent, settings) if output and only else {}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     found = measure(parts, settings)
@@ -73,7 +78,6 @@ def earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def measure(parts: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """The parts asked for, on servers that are started when a part needs them."""
-    from sku_vllm.benchmarks import serve_swaps
     from sku_vllm.benchmarks.serve_cost import middleware_cost
     from sku_vllm.benchmarks.serve_load import Load, make_model
     from sku_vllm.benchmarks.serve_ratios import compare, contenders, side_by_side
@@ -98,10 +102,24 @@ def measure(parts: Any, settings: dict[str, Any]) -> dict[str, Any]:
             found["dropped_by_stalled_judge"] = servers.stuck.metric("sku_judge_dropped_total")
         if "arms" in parts:
             found["arms"] = side_by_side(servers, adapter, load)
-        if "adapter-swap" in parts:
-            found["adapter_swap"] = serve_swaps.adapter_swaps(servers.quick, adapter)
-        if "model-swap" in parts:
-            found["model_swap"] = serve_swaps.model_swaps(servers.quick, adapter)
-        if "soak" in parts:
-            found["soak"] = serve_swaps.run_soak(servers.quick, adapter, settings["soak"])
+        for part, run in single(servers, adapter, settings).items():
+            if part in parts:
+                found[part.replace("-", "_")] = run()
     return found
+
+
+def single(servers: Any, adapter: Path, settings: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured of one server alone, by part."""
+    from sku_vllm.benchmarks.serve_equal_arms import equal_arms
+    from sku_vllm.benchmarks.serve_replaces import replaces
+    from sku_vllm.benchmarks.serve_soak import COMPLETIONS, RESPONSES, run_soak
+    from sku_vllm.benchmarks.serve_swaps import adapter_swaps, model_swaps
+
+    return {
+        "adapter-swap": lambda: adapter_swaps(servers.quick, adapter),
+        "model-swap": lambda: model_swaps(servers.quick, adapter),
+        "soak": lambda: run_soak(servers.quick, adapter, settings["soak"], COMPLETIONS),
+        "soak-responses": lambda: run_soak(servers.quick, adapter, settings["soak"], RESPONSES),
+        "replaces": lambda: replaces(servers.quick, servers.scratch, adapter, settings["replaces"]),
+        "equal-arms": lambda: equal_arms(servers.twins, settings["equal_arms"]),
+    }

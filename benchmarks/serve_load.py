@@ -5,7 +5,7 @@ import concurrent.futures
 import contextlib
 import io
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,17 @@ def cpu_seconds(server: Any) -> float:
     return total
 
 
+Ask = Callable[[Any, str, str], tuple[int, str]]
+
+
+def completion(client: Any, url: str, prompt: str) -> tuple[int, str]:
+    """(status, text) of one completion of the arm `negated`."""
+    reply = client.post(f"{url}/completions", json={"model": "negated", "prompt": prompt, "max_tokens": 4, "temperature": 0})
+    return reply.status_code, reply.json()["choices"][0]["text"] if reply.status_code == 200 else ""
+
+
 @contextlib.contextmanager
-def chatter(server: Any, prompts: Sequence[str], workers: int = 4) -> Iterator[list[Any]]:
+def chatter(server: Any, prompts: Sequence[str], workers: int = 4, ask: Ask = completion) -> Iterator[list[Any]]:
     """Requests to the arm `negated` for the length of the block; yields the list that fills with (prompt, status, text)."""
     import httpx
 
@@ -109,10 +118,7 @@ def chatter(server: Any, prompts: Sequence[str], workers: int = 4) -> Iterator[l
             number = worker
             while not stop.is_set():
                 prompt = prompts[number % len(prompts)]
-                reply = client.post(
-                    f"{server.url}/completions", json={"model": "negated", "prompt": prompt, "max_tokens": 4, "temperature": 0}
-                )
-                answers.append((prompt, reply.status_code, reply.json()["choices"][0]["text"] if reply.status_code == 200 else ""))
+                answers.append((prompt, *ask(client, server.url, prompt)))
                 number += workers
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:

@@ -72,9 +72,36 @@ def _facts(result: dict[str, Any]) -> Iterator[str]:
         )
     if "dropped_by_stalled_judge" in result:
         yield f"- answers the stalled judge made us drop: {result['dropped_by_stalled_judge']:.0f}, counted"
-    if soak := result.get("soak"):  # 0 where none was asked for
+    for key, asked in {"soak": "completions", "soak_responses": "streamed responses"}.items():
+        if isinstance(soak := result.get(key), dict):  # the number that was asked for, where it was not measured
+            yield _soak(soak, asked)
+    if isinstance(many := result.get("replaces"), dict):
+        yield _replaces(many)
+    if isinstance(equal := result.get("equal_arms"), dict):
         yield (
-            f"- soak: {soak['requests']} requests over {soak['swaps']} swaps, {soak['errors']} errors, "
-            f"{soak['neither_version']} answers of neither version ({' and '.join(map(str, soak['answers_of_each']))} of each); "
-            f"{soak['prompts_clear']} of {soak['prompts']} prompts are clear, {soak['prompts_that_differ']} tell the versions apart"
+            f"- {equal['tests']} A/A tests of {equal['requests']} requests by 16, 40 or 200 users (correlation of a user's answers .2 or "
+            f".5), read {equal['looks']} times each: {equal['recommended']} recommended something, where a test that counts requests "
+            f"would have in {equal['by_requests']}; {equal['unjudged']} answers unjudged"
         )
+
+
+def _soak(soak: dict[str, Any], asked: str) -> str:
+    checked = f", {soak['lost']} lost, {soak['unjudged']} unjudged" if "lost" in soak else ""  # in records of earlier versions it is not
+    return (
+        f"- soak of {asked}: {soak['requests']} requests over {soak['swaps']} swaps in {soak['seconds']:.0f} s, {soak['errors']} errors"
+        f"{checked}, {soak['neither_version']} answers of neither version ({' and '.join(map(str, soak['answers_of_each']))} of each); "
+        f"{soak['prompts_clear']} of {soak['prompts']} prompts are clear, {soak['prompts_that_differ']} tell the versions apart"
+    )
+
+
+def _replaces(many: dict[str, Any]) -> str:
+    looks = "; ".join(
+        f"after {look['replaces']}: {look['memory_bytes'] / 1e6:.0f} MB, {look['files']} files open, {look['series']} series, "
+        f"{look['disk_bytes'] / 1e6:.2f} MB in {look['disk_files']} files on disk, {look['log_bytes'] / 1e6:.1f} MB of log"
+        for look in many["looks"]
+    )
+    memory, files, disk, series = (f"{100 * each:+.1f} %" for each in many["grown"].values())
+    return (
+        f"- {many['replaces']} replaces in {many['seconds']:.0f} s, {many['errors']} errors: memory {memory}, open files {files}, disk "
+        f"{disk}, series of metrics {series} from the first look to the last (goal ± 2 %: {YES[many['flat']]}); {looks}"
+    )

@@ -22,9 +22,13 @@ class Servers:
     @cached_property
     def quick(self) -> Any:
         """Original and LoRA arm, and a judge that takes 0.2 ms an answer; it judges nothing until it is told to."""
-        lexicon = self.work / "lexicon.json"
-        lexicon.write_text(json.dumps({"harmful": [f"w{number}" for number in range(0, 2000, 9)]}))
-        return self._up("the server with a fast judge", self.base, self._arms, judge=f"lexicon:{lexicon}", judge_sample=0.0)
+        return self._up("the server with a fast judge", self.base, self._arms, judge=self._lexicon, judge_sample=0.0)
+
+    @cached_property
+    def twins(self) -> Any:
+        """Two arms of the base, half the traffic each; the fast judge judges everything."""
+        split = "original=0.5,twin=0.5"
+        return self._up("the server of two equal arms", self.base, ["original=base", "twin=base"], split, judge=self._lexicon)
 
     @cached_property
     def stuck(self) -> Any:
@@ -49,17 +53,27 @@ class Servers:
     def _arms(self) -> list[str]:
         return ["original=base", f"negated=lora:{self.adapter}@1"]
 
-    def _up(self, name: str, model: Path, arms: Sequence[str], **settings: Any) -> Any:
+    @cached_property
+    def _lexicon(self) -> str:
+        lexicon = self.work / "lexicon.json"
+        lexicon.write_text(json.dumps({"harmful": [f"w{number}" for number in range(0, 2000, 9)]}))
+        return f"lexicon:{lexicon}"
 
+    @cached_property
+    def scratch(self) -> Path:
+        """The servers' temporary directory, where nothing else writes."""
+        (place := self.work / "tmp").mkdir()
+        return place
+
+    def _up(self, name: str, model: Path, arms: Sequence[str], split: str = "", **settings: Any) -> Any:
         from sku_vllm.serving.serve_config import ServeConfig
         from sku_vllm.serving.start import serve
 
         log(f"starting {name}")
         start = time.perf_counter()
-        split = f"{arms[0].split('=')[0]}=1"
-        server: Any = self.stack.enter_context(
-            serve(ServeConfig(str(model), list(arms), split, expose_arms=True, token="benchmark-token", **settings), FLAGS)
-        )
+        split = split or f"{arms[0].split('=')[0]}=1"
+        config = ServeConfig(str(model), list(arms), split, expose_arms=True, token="benchmark-token", **settings)
+        server: Any = self.stack.enter_context(serve(config, FLAGS, env={"TMPDIR": str(self.scratch)}))
         server.seconds = time.perf_counter() - start
         self.load(server, "sku")  # warm
         return server

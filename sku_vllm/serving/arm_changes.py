@@ -177,7 +177,7 @@ class ArmChanges:
         deadline = time.monotonic() + RETIRE
         while self.runtime.in_flight[old.lora_id] and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        await self.runtime.engine.remove_lora(old.lora_id)
+        await self.runtime.unload(old)
         if self.runtime.in_flight[old.lora_id]:
             return
         del self.runtime.in_flight[old.lora_id]

@@ -47,7 +47,9 @@ def wrap_generate(engine_client: Any, runtime: Runtime) -> Any:
                 raise
             except Exception as error:
                 runtime.log_failure(route.arm, error)
-                raise GracefulHTTPError(f"arm {route.arm!r} failed; try again later", HTTPStatus.SERVICE_UNAVAILABLE) from error
+                ended = "this server is shutting down, and its --shutdown-timeout is over; ask another one"
+                message = ended if runtime.closing else f"arm {route.arm!r} failed; try again later"
+                raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error
             finally:
                 if not route.beam:
                     seen.finish(runtime)

@@ -22,6 +22,7 @@ from sku_vllm.serving.experiment import Experiment
 from sku_vllm.serving.initial_state import prepare_state
 from sku_vllm.serving.judge_process import JudgeProcess
 from sku_vllm.serving.judge_queue import Answer, JudgeQueue
+from sku_vllm.serving.lora_series import forget_lora_series
 from sku_vllm.serving.metrics import metrics
 from sku_vllm.serving.private_directory import private_directory
 from sku_vllm.serving.rollback import Rollback, parse_rule
@@ -150,8 +151,13 @@ class Runtime:
         return await asyncio.to_thread(write_arm_adapter, arm, config.model, place, revision=config.revision, any_base=config.any_base)
 
     async def load(self, served: Served) -> None:
-        """Put one adapter version into the engine; it stays there until `remove_lora`."""
+        """Put one adapter version into the engine; it stays there until `unload`."""
         await self.engine.add_lora(lora_request(served))
+
+    async def unload(self, served: Served) -> None:
+        """Take one adapter version out of the engine, and out of vLLM's metrics."""
+        await self.engine.remove_lora(served.lora_id)
+        forget_lora_series(served.lora_name)
 
     def list_models(self) -> None:
         """Set the names vLLM lists and accepts as `model`: the aliases, and with --expose-arms the arms.

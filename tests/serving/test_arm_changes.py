@@ -1,11 +1,14 @@
-"""When the slot of a replaced adapter is free again."""
+"""When the slot of a replaced adapter is free again, and what of it is left in the metrics."""
 
 import asyncio
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+from prometheus_client import REGISTRY, Gauge
+
 from sku_vllm.serving.arm_changes import ArmChanges
+from sku_vllm.serving.lora_series import GAUGE, forget_lora_series
 from sku_vllm.serving.state import Busy
 
 
@@ -27,11 +30,11 @@ def test_a_change_in_progress_does_not_keep_the_slot_of_a_replaced_adapter_taken
     async def scenario():
         unloaded = []
 
-        async def remove_lora(number):
-            unloaded.append(number)
+        async def unload(served):
+            unloaded.append(served.lora_id)
 
         state, discarded = State(), []
-        runtime = SimpleNamespace(state=state, in_flight=Counter({7: 1}), engine=SimpleNamespace(remove_lora=remove_lora))
+        runtime = SimpleNamespace(state=state, in_flight=Counter({7: 1}), unload=unload)
         changes = ArmChanges(runtime)
         changes.discard = discarded.append
         old = SimpleNamespace(lora_id=7)
@@ -47,3 +50,15 @@ def test_a_change_in_progress_does_not_keep_the_slot_of_a_replaced_adapter_taken
         assert discarded == [old] and not changes.leaving
 
     asyncio.run(scenario())
+
+
+def test_an_unloaded_adapter_leaves_vllm_s_metrics_and_others_stay():
+    gauge = Gauge(GAUGE, "As vLLM has it.", ["max_lora", "waiting_lora_adapters", "running_lora_adapters"])
+    try:
+        for waiting, running in (("", ""), ("sku-a-7", ""), ("", "sku-b-8,sku-a-7"), ("sku-a-77", "sku-b-8")):
+            gauge.labels("3", waiting, running).set_to_current_time()
+        forget_lora_series("sku-a-7")
+        left = [tuple(sample.labels.values()) for sample in gauge.collect()[0].samples]
+        assert left == [("3", "", ""), ("3", "sku-a-77", "sku-b-8")]
+    finally:
+        REGISTRY.unregister(gauge)

@@ -226,19 +226,21 @@ def test_kserve_gets_a_pod_that_kubernetes_accepts():
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     (container,) = predictor["containers"]
     assert container["name"] == "kserve-container" and container["readinessProbe"]["httpGet"]["path"] == "/v1/sku/ready"
-    drains(predictor, container["args"])
+    drains(predictor)
 
 
-def drains(pod, arguments):
-    """The pod lives longer after SIGTERM than the server drains."""
-    (drain,) = [int(each.partition("=")[2]) for each in arguments if each.startswith("--shutdown-timeout=")]
-    assert pod["terminationGracePeriodSeconds"] > drain + 20
+def drains(pod):
+    """The pod gets no new requests when SIGTERM comes, and lives longer after that than the server drains."""
+    (container,) = pod["containers"]
+    command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    (drain,) = [int(each.partition("=")[2]) for each in container["args"] if each.startswith("--shutdown-timeout=")]
+    assert command == "sleep" and pod["terminationGracePeriodSeconds"] > int(seconds) + drain + 20
 
 
 def test_every_way_to_start_it_drains_and_names_a_release():
     deployment = next(each for each in documents("sku") if each["kind"] == "Deployment")
     pod = deployment["spec"]["template"]["spec"]
-    drains(pod, pod["containers"][0]["args"])
+    drains(pod)
     release = re.search(r"^ARG VLLM_IMAGE=\S+:v(\S+)$", (DEPLOY / "Containerfile").read_text(), re.M)[1]
     tags = [pod["containers"][0]["image"], stack("kserve")[0]["spec"]["predictor"]["containers"][0]["image"]]
     (values,) = stack("production-stack")
@@ -258,7 +260,9 @@ def test_production_stack_switches_the_plugin_on(monkeypatch, tmp_path):
     followed = DEPLOY / "stack/arms.yaml"
     config = ServeConfig(**{**settings, "follow": str(followed)})
     assert config.parsed_split() == {"original": 0.9, "negated": 0.1} and Path(settings["follow"]).name == followed.name
-    assert flags_of(model["vllmConfig"]["extraArgs"]) >= {"--enable-lora", "--max-loras", "--max-lora-rank", "--worker-extension-cls"}
+    arguments = model["vllmConfig"]["extraArgs"]
+    assert "--shutdown-timeout=20" in arguments  # and 5 for the engine's end: the chart leaves a pod Kubernetes' 30
+    assert flags_of(arguments) >= {"--enable-lora", "--max-loras", "--max-lora-rank", "--worker-extension-cls"}
 
 
 def test_litellm_asks_for_what_is_served():

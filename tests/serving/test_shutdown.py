@@ -7,19 +7,23 @@ import json
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from sku_vllm.serving.engine import wrap_generate
 from sku_vllm.serving.initial_state import prepare_state
 from sku_vllm.serving.middleware import SkuMiddleware
 from sku_vllm.serving.open_routes import put_outermost
+from sku_vllm.serving.route import ROUTE, Route
 from sku_vllm.serving.runtime import Runtime
 from sku_vllm.serving.serve_config import ServeConfig
 from sku_vllm.serving.shutdown import TEARDOWN, answer_before_shutdown
 from sku_vllm.serving.start import free_port
+from sku_vllm.serving.vllm_compat import GracefulHTTPError
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
 from serving_tools import FLAGS, all_gone, eventually, family, frozen, serve, sku_serve  # noqa: E402
@@ -121,6 +125,24 @@ def test_a_request_that_does_not_end_holds_nothing_up_for_longer(tmp_path):
     run(scenario, tmp_path)
 
 
+@pytest.mark.parametrize(("closing", "said"), [(True, "shutting down"), (False, "arm 'a' failed")])
+def test_what_the_engine_leaves_says_why(tmp_path, closing, said):
+    """An engine that ends at the end of a drain is no failure of the arm."""
+
+    async def scenario(app):
+        async def dead(*_, **__):
+            raise RuntimeError("dead")
+            yield
+
+        app.engine.generate, app.runtime.closing = dead, closing
+        wrap_generate(app.engine, app.runtime)
+        ROUTE.set(Route("a", "v", None, [()], time.perf_counter()))
+        with pytest.raises(GracefulHTTPError, match=said):
+            _ = [output async for output in app.engine.generate("x", None, "1")]
+
+    run(scenario, tmp_path)
+
+
 def test_without_a_timeout_or_in_the_event_loop_the_engine_ends_at_once(tmp_path):
     """No --shutdown-timeout is vLLM's default; in the event loop, as after an engine that died, waiting would never end."""
 
@@ -181,5 +203,7 @@ def test_requests_that_are_not_done_in_time_answer_503_and_the_server_ends(tiny,
             asked = [pool.submit(httpx.post, f"{server.url}/completions", json=body, timeout=600) for _ in range(8)]
             assert eventually(lambda: server.control("GET", "status")["in_flight"] == 8)
             server.process.send_signal(signal.SIGTERM)
-            assert [each.result().status_code for each in asked] == [503] * 8
+            answers = [each.result() for each in asked]
+            assert [answer.status_code for answer in answers] == [503] * 8
+            assert all("shutting down" in answer.text for answer in answers)
         assert all_gone(everything, 600)
