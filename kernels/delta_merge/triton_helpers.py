@@ -27,6 +27,24 @@ def sixteens(row, index: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _together(edit, error, dot, changed, largest, margin, edit2, error2, dot2, changed2, largest2, margin2):
+    return edit + edit2, error + error2, dot + dot2, changed + changed2, tl.maximum(largest, largest2), tl.minimum(margin, margin2)
+
+
+@triton.jit
+def sums_of(edit, error, changed, margin, TOGETHER: tl.constexpr):
+    """(Σ edit², Σ error², Σ error·edit, how many are true in `changed`, max |edit|, min `margin`) of a tile.
+
+    TOGETHER, in one reduction, takes half the instructions of six. In float64 six at once do not fit the registers, and the interpreter
+    would loop over the elements.
+    """
+    changed = tl.where(changed, 1.0, 0.0)
+    if TOGETHER:
+        return tl.reduce((edit * edit, error * error, error * edit, changed, tl.abs(edit), margin), None, _together)
+    return tl.sum(edit * edit), tl.sum(error * error), tl.sum(error * edit), tl.sum(changed), tl.max(tl.abs(edit)), tl.min(margin)
+
+
+@triton.jit
 def nearest(value, T: tl.constexpr, KEPT: tl.constexpr, NORMAL: tl.constexpr, INTERPRETED: tl.constexpr):
     """To float32, then to T, ties to even. The interpreter's conversions to bf16 and FP8 are wrong, so under it bits are rounded here."""
     single = value.to(tl.float32)

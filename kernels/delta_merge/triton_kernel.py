@@ -2,9 +2,10 @@
 
 Every program takes tiles of all matrices in turn, so a whole model is one launch per combination of dtypes. Sums are float32 (float32
 factors as three tf32 products, "tf32x3"; bf16 and fp16 factors enter the tensor cores exactly). The result is within an ulp of a float64
-sum, except where it is small beside the terms that were summed. A tile with such an element is not stored but noted, and a second launch
-computes the noted tiles with float64 sums: about 1 % of all tiles for an edit of 0.3 % of the weight. fp32 weights and stochastic
-rounding need more than float32 sums can give, and use float64 sums throughout. Open this file to change the GPU's merge.
+sum, except where it is small beside the terms that were summed. A tile with such an element, or with one that is not finite, is not
+stored but noted, and a second launch computes the noted tiles with float64 sums: about 1 % of all tiles for an edit of 0.3 % of the
+weight. fp32 weights and stochastic rounding need more than float32 sums can give, and use float64 sums throughout. Open this file to
+change the GPU's merge.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from sku_vllm.kernels.delta_merge.fp8 import CLIPPED, FP8_MAX
 from sku_vllm.kernels.delta_merge.launch_table import ALIGNED_TILE, FIELDS, MASKED_TILE, Entry, Kind, entries_of
 from sku_vllm.kernels.delta_merge.reference import Merge, MergeStats
 from sku_vllm.kernels.delta_merge.stochastic import FORMATS
-from sku_vllm.kernels.delta_merge.triton_helpers import nearest, pointer, sixteens, stochastic
+from sku_vllm.kernels.delta_merge.triton_helpers import nearest, pointer, sixteens, stochastic, sums_of
 
 BLOCK_K = 32
 # No fused multiply-add: a product and a sum rounded as one would differ from the reference. Triton's default differs by version.
@@ -49,7 +50,8 @@ def delta_merge_kernel(
 ):  # fmt: skip
     """Compute W − Σ terms for every tile of the table's matrices, store it rounded, and store each tile's sums.
 
-    With DOUBLE the tiles in `which` are computed in float64; else all are, and one with an element too small to trust is noted, not stored.
+    With DOUBLE the tiles in `which` are computed in float64; else all are, and one with an element that is too small to trust or not finite
+    is noted, not stored.
     """
     C: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     FP8: tl.constexpr = tl.float8e4nv == W
@@ -79,7 +81,7 @@ def delta_merge_kernel(
         if DENSE:
             dense = tl.load(b_pointer + m[:, None] * b_lead + n[None, :], mask=inside, other=0.0)
             delta = (dense if tl.float64 == F else dense.to(tl.float32)).to(C) * coefficient
-            summed = tl.abs(delta)
+            doubtful = DOUBTFUL * tl.abs(delta)
         else:
             a_pointer = pointer(row, 3, F, ALIGNED)
             a_lead = sixteens(row, 11, ALIGNED)
@@ -98,7 +100,8 @@ def delta_merge_kernel(
                 delta = tl.dot(b, a, delta, input_precision=PRECISION, out_dtype=C)
             delta = delta * coefficient
             if CAREFUL:
-                summed = tl.abs(coefficient) * tl.sqrt(tl.sum(b_squares, 1))[:, None] * tl.sqrt(tl.sum(a_squares, 0))[None, :]
+                share = DOUBTFUL * tl.abs(coefficient)
+                doubtful = (share * tl.sqrt(tl.sum(b_squares, 1)))[:, None] * tl.sqrt(tl.sum(a_squares, 0))[None, :]
 
         lead = sixteens(row, 8, ALIGNED)
         old = tl.load(pointer(row, 1, W, ALIGNED) + m[:, None] * lead + n[None, :], mask=inside, other=0.0)
@@ -109,10 +112,6 @@ def delta_merge_kernel(
             new_scale = tl.load(tl.load(row + 17).to(tl.pointer_type(tl.float32)) + scale_at, mask=inside, other=1.0).to(C)
             value = value * scale
         target = value - delta
-        noted = tl.zeros([], dtype=tl.int32)
-        if CAREFUL:
-            noted = tl.max(tl.max((inside & (tl.abs(target) < DOUBTFUL * summed)).to(tl.int32), 1), 0)
-            inside = inside & (tl.zeros((BM, BN), tl.int32) + noted == 0)
         fitting = target
         if FP8:
             scaled = target / new_scale
@@ -122,28 +121,35 @@ def delta_merge_kernel(
             new = stochastic(fitting, element, seed, R, KEPT, NORMAL)
         else:
             new = nearest(fitting, R, KEPT, NORMAL, INTERPRETED)
-        out_lead = sixteens(row, 9, ALIGNED)
-        tl.store(pointer(row, 0, R, ALIGNED) + m[:, None] * out_lead + n[None, :], new, mask=inside)
-
         kept = new.to(tl.float32).to(C)
         if FP8:
             kept = kept * new_scale
-        base_finite = tl.abs(value) < float("inf")  # false for NaN too
-        finite = base_finite & (tl.abs(kept) < float("inf"))
-        error = tl.where(finite & inside, kept - target, 0.0)
-        edit = tl.where(finite & inside, delta, 0.0)
-        where = sums + work * _SUMS
-        tl.store(where, tl.sum(edit * edit))
-        tl.store(where + 1, tl.sum(error * error))
-        tl.store(where + 2, tl.sum(error * edit))
         changed = kept.to(tl.float32).to(tl.int32, bitcast=True) != value.to(tl.float32).to(tl.int32, bitcast=True)
-        tl.store(where + 3, tl.sum((inside & changed).to(tl.float32)))
-        tl.store(where + 4, tl.sum((inside & (base_finite == 0)).to(tl.float32)))
-        tl.store(where + 5, tl.sum((inside & base_finite & (finite == 0)).to(tl.float32)))
+        # Beyond a matrix's edge all of these are 0.
+        error, edit, where, noted = kept - target, delta, sums + work * _SUMS, False
+        if CAREFUL:
+            margins = tl.abs(target) - doubtful
+            edit_sq, error_sq, error_dot, changes, largest, margin = sums_of(edit, error, changed, margins, not INTERPRETED)
+            # An element too small to trust has a negative margin, and one that is not finite an error whose square is not.
+            noted = (margin < 0) | ((error_sq < float("inf")) == 0)
+        else:
+            base_finite = tl.abs(value) < float("inf")  # false for NaN too
+            finite = base_finite & (tl.abs(kept) < float("inf"))
+            error, edit = tl.where(finite, error, 0.0), tl.where(finite, edit, 0.0)
+            edit_sq, error_sq, error_dot, changes, largest, _ = sums_of(edit, error, changed, edit, False)
+            tl.store(where + 4, tl.sum((base_finite == 0).to(tl.float32)))
+            tl.store(where + 5, tl.sum((base_finite & (finite == 0)).to(tl.float32)))
         if FP8:
             tl.store(where + 6, tl.sum((inside & (tl.abs(scaled) > _CLIPPED)).to(tl.float32)))
-        tl.store(where + 7, noted.to(tl.float32))
-        tl.store(where + 8, tl.max(tl.abs(edit)))
+        tl.store(where, edit_sq)
+        tl.store(where + 1, error_sq)
+        tl.store(where + 2, error_dot)
+        tl.store(where + 3, changes)
+        tl.store(where + 7, tl.where(noted, 1.0, 0.0))
+        tl.store(where + 8, largest)
+        if noted == 0:
+            out_lead = sixteens(row, 9, ALIGNED)
+            tl.store(pointer(row, 0, R, ALIGNED) + m[:, None] * out_lead + n[None, :], new, mask=inside)
 
 
 def delta_merge_triton(merges: Sequence[Merge], *, seed: int | None = None) -> list[MergeStats]:

@@ -246,6 +246,12 @@ for dtype in t.DTYPES:  # the same seed, the same bits, also where numbers are s
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     same = mine.isfinite()
     assert torch.equal(mine.view(bits)[same], theirs.view(bits)[same]), dtype
+    copy[6, 7], push = -0.999 * torch.finfo(dtype).max, Summand(torch.full((1, 96), torch.finfo(dtype).max / 2), None, 1.0, 6)
+    found = k.delta_merge_triton([Merge(copy, [*terms, push], mine)])[0]  # rounded to nearest, what is not finite in a launch of its own
+    same = delta_merge_reference(theirs.copy_(copy), [*terms, push])
+    assert (found.nonfinite, found.overflowed) == (same.nonfinite, same.overflowed) == (2, 1), (found, same)
+    assert abs(found.max_delta / same.max_delta - 1) < 1e-4 and abs(found.changed - same.changed) <= 7, (found, same)
+    assert torch.equal(mine.isnan(), theirs.isnan()) and torch.equal(mine.isinf(), theirs.isinf())
 
 for blocks in ((1, 1), (96, 1), (3, 2)):
     scale = torch.rand(blocks) * 0.01 + 0.005
