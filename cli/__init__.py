@@ -3,13 +3,13 @@
 import importlib
 import logging
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 import click
 
+from sku_vllm.cli.interrupts import raise_interrupts
 from sku_vllm.errors import SkuError
 from sku_vllm.version import __version__
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         # two-thread job on 2 cores ran at 2.0 thousand tokens/s with busy-waiting and 4.2 without. vLLM and benchmarks choose for
         # themselves.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _terminate)
+    raise_interrupts()
     _show_notices()
     try:
         # click returns the status of --help and --version instead of exiting.
@@ -132,8 +132,3 @@ def _show_notices() -> None:
         logger.addHandler(_Notices())
         logger.setLevel(logging.INFO)
         logger.propagate = False
-
-
-def _terminate(number: int, frame: object) -> None:
-    """Handle SIGTERM like Ctrl-C, so that partial files are removed and servers are stopped."""
-    raise KeyboardInterrupt

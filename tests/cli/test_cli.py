@@ -140,3 +140,27 @@ def test_a_directory_of_exactly_that_name_is_meant(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="harm@2@1 .* harm/@2"):
         adapter_at_scale("harm@2", 1.0)
     assert adapter_at_scale("harm@2@1") == ("harm@2", 1.0) and adapter_at_scale("harm/@2") == ("harm/", 2.0)
+
+
+FINALISED = """
+import os, signal, time
+from sku_vllm.cli import interrupts
+interrupts.raise_interrupts()
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.NUMBER)
+        time.sleep(0.1)  # the signal arrives here, where Python drops what is raised
+
+try:
+    Slow()
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_arrives_while_an_object_is_finalised_is_not_lost(name):
+    done = subprocess.run([sys.executable, "-c", FINALISED.replace("NUMBER", name)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
