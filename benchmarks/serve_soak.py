@@ -12,6 +12,7 @@ from sku_vllm.benchmarks.serve_swaps import PROMPTS
 
 CLEAR = 1e-3
 LOST = 0  # the status of an answer that broke off
+SWAPS = 20
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def run_soak(server: Any, adapter: Path, wanted: int, api: Api = COMPLETIONS) ->
     server.control("PUT", "judging", {"sample": 1.0})
     swaps, judged, begun = 0, server.metric("sku_judged_total"), time.perf_counter()
     with chatter(server, clear_ones, workers=8, ask=api.ask) as answers:
-        while len(answers) < wanted:
-            if len(answers) >= swaps * wanted / 20:
+        while len(answers) < wanted or swaps < SWAPS:  # swaps may fall behind, where answers come fast
+            if swaps < SWAPS and len(answers) >= swaps * wanted / SWAPS:
                 server.control("PUT", "arms/negated", {"spec": f"lora:{adapter}@{(0.5, 1.0)[swaps % 2]}"})
                 swaps += 1
             time.sleep(0.05)
