@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -172,6 +171,7 @@ class Server(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     seen: list[dict[str, Any]] = []
     clients: set[Any] = set()
+    four = threading.Barrier(4, timeout=60)  # the slow model answers four at once, or none
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -188,7 +188,7 @@ class Server(BaseHTTPRequestHandler):
             return self.reply(400, {"error": {"message": "response_format is not supported"}})
         last = body["messages"][-1]["content"]
         if model == "slow":
-            time.sleep(0.05)
+            self.four.wait()
         if model == "thinker" and body["max_tokens"] < 1000:
             return self.reply(200, {"choices": [{"finish_reason": "length", "message": {"content": "<think>\nLet me look"}}]})
         text = "I like trains" if "odd" in last else "unsafe" if "clog" in last else "safe"
@@ -251,10 +251,8 @@ def test_too_many_unreadable_replies_stop_the_run(server: str) -> None:
 
 def test_answers_are_asked_about_at_a_time_over_connections_that_stay(server: str) -> None:
     judge = load_judge(f"openai:{server}#slow?concurrency=8&timeout=5")
-    began = time.monotonic()
     for _ in range(2):
         assert judge.judge(TWO * 12) == [True, False] * 12
-    assert time.monotonic() - began < 0.05 * 48 / 2, "one at a time would take 2.4 s"
     assert len(Server.clients) <= 8
     assert judge.name == f"openai:{server}#slow", "how it is asked does not name another judge"
 
