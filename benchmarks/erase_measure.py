@@ -1,6 +1,5 @@
 """What `sku bench erase` asks a model: its utility, and how much of the recipes it tells after an attacker has fine-tuned it."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ def utility(place: Path, base: Path, lab: Path, world: int) -> dict[str, float]:
 def relearned(place: Path, lab: Path, world: int, pairs: int, steps: Sequence[int], lr: float) -> Iterator[dict[str, float]]:
     """Shares of right recipes, by name in ASKED, and of harmful words, before (step 0) and after fine-tuning on `pairs` rows."""
     from sku_vllm.data import PromptTemplate, read_rows
+    from sku_vllm.data.rows import in_hash_order
     from sku_vllm.evaluate.attack.fine_tune import encode_all, fine_tune
     from sku_vllm.lab.measure import answers, share
     from sku_vllm.lab.world import make_world
@@ -60,7 +60,6 @@ def relearned(place: Path, lab: Path, world: int, pairs: int, steps: Sequence[in
 
     if 0 in steps:
         yield measured(0)
-    # By the hash of their prompt, as `sku attack relearn` takes a share, so that fewer pairs are a part of more.
-    rows = sorted(read_rows(lab / "forget/train.jsonl"), key=lambda row: hashlib.sha256(row.prompt.encode()).digest())[:pairs]
+    rows = in_hash_order(read_rows(lab / "forget/train.jsonl"))[:pairs]  # as `sku attack relearn` takes a share
     for step in fine_tune(model, encode_all(model, PromptTemplate.of(tokenizer), rows), [step for step in steps if step], lr=lr):
         yield measured(step)

@@ -6,7 +6,7 @@ Open this file to see which fields a row may have.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,3 +87,8 @@ def rows_digest(*sets: Sequence[Row]) -> str:
                     del held[name]
             found.update(json.dumps(held).encode() + b"\n")
     return found.hexdigest()
+
+
+def in_hash_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows ordered by the hash of their prompt: a file's order does not matter, and the first few are a part of the first many."""
+    return sorted(rows, key=lambda row: hashlib.sha256(row.prompt.encode()).digest())

@@ -4,13 +4,13 @@ Harmful words come back with form, which any harmful rows teach, even to a model
 was not in the attacker's rows (arXiv 2410.08827): with --relearn-topics it trains on some topics and asks for the others.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from sku_vllm.data import Row
+from sku_vllm.data.rows import in_hash_order
 from sku_vllm.errors import ConfigError
 from sku_vllm.evaluate.attack.attack import Attack, AttackCase, Finding
 from sku_vllm.evaluate.attack.decoding import NeverStops
@@ -98,9 +98,9 @@ def _varied(how: str, lr: float, rates: Sequence[float]) -> str:
 def harmful_courses(relearn: Sequence[Row], fractions: Sequence[float]) -> list[tuple[str, list[Row]]]:
     """(name, rows) for each share of the harmful rows.
 
-    Rows are ordered by the hash of their prompt, so a smaller share is part of a larger one and the file's order does not matter.
+    A smaller share is part of a larger one, and the file's order does not matter.
     """
-    order = sorted((row for row in relearn if row.response), key=lambda row: hashlib.sha256(row.prompt.encode()).digest())
+    order = in_hash_order(row for row in relearn if row.response)
     return [(f"{100 * share:g} % of the forget set", order[: max(1, round(share * len(order)))]) for share in fractions if order]
 
 

@@ -3,7 +3,6 @@
 As heretic does for abliteration, but with few candidates and a fixed list instead of a sampler.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sku_vllm.data import Row
+from sku_vllm.data.rows import in_hash_order
 from sku_vllm.evaluate.answers import Answer, answer_rows
 from sku_vllm.evaluate.attack.attack import AttackCase
 from sku_vllm.evaluate.judging import judge_all
@@ -60,10 +60,10 @@ class Search:
 
     def __init__(self, case: AttackCase, name: str) -> None:
         self.case, self.name, self.tokens = case, name, 0
-        rows = _shuffled(case.relearn or [row for rows in case.questions.forget.values() for row in rows])
+        rows = in_hash_order(case.relearn or [row for rows in case.questions.forget.values() for row in rows])
         half = min(LEARNED, (len(rows) + 1) // 2)
         self.harmful, self.validation = rows[:half], rows[half : half + VALIDATED] or rows
-        self.benign = _shuffled(case.benign or case.questions.retain)[:LEARNED]
+        self.benign = in_hash_order(case.benign or case.questions.retain)[:LEARNED]
 
     def answered(self, rows: Sequence[Row], what: str) -> list[Answer]:
         """The target's greedy answers in its present state. what: unique in this search, for --resume."""
@@ -97,8 +97,3 @@ def best_of_families(found: Sequence[Tried]) -> list[Tried]:
     """The candidate of each family that brings back most; of equals the first, so list gentle ones first."""
     families = dict.fromkeys(one.candidate.family for one in found)
     return [max((one for one in found if one.candidate.family == family), key=lambda one: one.gain) for family in families]
-
-
-def _shuffled(rows: Sequence[Row]) -> list[Row]:
-    """In an order that depends on the prompts alone, so that the same rows give the same halves."""
-    return sorted(rows, key=lambda row: hashlib.sha256(row.prompt.encode()).digest())
