@@ -44,6 +44,22 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("image_size",), 28),
     **dict.fromkeys(("patch_size",), 14),
 }
+# What single types need, over the sizes above: one layer of each kind, and keys of their own.
+LINEAR, MLA = {"layer_types": ["linear_attention", "full_attention"]}, {"num_key_value_heads": 4}
+OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), LINEAR),
+    **dict.fromkeys(("axk1", "deepseek_v2"), MLA),
+    **dict.fromkeys(("zamba", "zamba2"), {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2}),
+    "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "kimi_linear": {**LINEAR, **MLA},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {**MLA, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "xlm": {"emb_dim": 64},
+}
 # Fewer sizes for a class that does not take them all: with its own defaults for the rest, as long as that stays small.
 FEW = (
     "hidden_size",
@@ -91,7 +107,7 @@ def tiny_model(kind: str, vocabulary: dict[str, int]) -> Any:
         known = inspect.signature(config).parameters
         chosen = {key: SIZES[key] for key in keys if key in known} | {key: value for key, value in vocabulary.items() if key in known}
         inner = {key: arguments(each, keys) for key, each in config.sub_configs.items() if key in known and hasattr(each, "sub_configs")}
-        return chosen | inner
+        return chosen | inner | OWN.get(config.model_type, {})
 
     for keys in (SIZES, [key for key in SIZES if key != "head_dim"], FEW):
         try:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sku_vllm.checkpoint.files import why_no_weights
+from sku_vllm.checkpoint.files import why_no_weights, without_adapter
 from sku_vllm.checkpoint.reader import CheckpointReader, checkpoint_directory
 from sku_vllm.compute_dtype import computed_in
 from sku_vllm.errors import AdapterError, CheckpointError
@@ -19,8 +19,6 @@ from sku_vllm.model_spec import ModelSpec
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from sku_vllm.adapter.adapter import LoraAdapter
 
 
 # Share of a GPU's free memory that weights may take before they are spread over several; caches and activations need the rest.
@@ -59,8 +57,9 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> "PreTraine
 
 
 def context_length(config: "PreTrainedConfig") -> int | None:
-    """The most tokens a model accepts (max_position_embeddings), or None if its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The most tokens a model accepts (max_position_embeddings), or None if its config does not say, or says −1 (XLNet)."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if most is None or most < 0 else most
 
 
 def load_config(path: Path) -> "PreTrainedConfig":
@@ -133,18 +132,20 @@ def _load_weights(spec: ModelSpec, device: "str | torch.device | None", config_o
     # A quantised load computes in the dtype that its own configuration names.
     dtype = spec.dtype if "quantization_config" in config_overrides else settle_dtype(spec, device=device).computed_in or "auto"
     try:
-        loaded, info = cast(
-            "tuple[PreTrainedModel, dict[str, Any]]",
-            AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-                device_map=_placement(path, device),
-                output_loading_info=True,
-                **config_overrides,
-            ),
-        )
+        with without_adapter(path) as place:
+            loaded, info = cast(
+                "tuple[PreTrainedModel, dict[str, Any]]",
+                AutoModelForCausalLM.from_pretrained(
+                    place,
+                    dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    device_map=_placement(path, device),
+                    output_loading_info=True,
+                    **config_overrides,
+                ),
+            )
+        loaded.name_or_path = loaded.config._name_or_path = str(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})") from error
     if info["missing_keys"]:
@@ -171,23 +172,23 @@ def attach_adapter(
     from peft import PeftModel
 
     from sku_vllm.adapter import adapter as files
+    from sku_vllm.adapter.attachment import check_attachable, fill_missing, own_weights_kept
+    from sku_vllm.adapter.dense_edit import DenseEdit
 
     loaded = files.load_adapter(adapter, as_is=as_is)
-    loaded.check_base(CheckpointReader(str(model.name_or_path)), any_base=any_base)
+    reader = CheckpointReader(str(model.name_or_path))
+    loaded.check_base(reader, any_base=any_base)
     if loaded.dense:
-        vars(model)["sku_dense_edit"] = _DenseEdit(model, loaded)
+        vars(model)["sku_dense_edit"] = DenseEdit(model, loaded)
         return set_scale(model, scale)
+    check_attachable(loaded, reader)
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as said, own_weights_kept(model, loaded):
             warnings.simplefilter("always")
             edited = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
     except (ValueError, RuntimeError, OSError) as error:
         raise AdapterError(f"{adapter}: PEFT cannot attach it ({str(error).splitlines()[0]})") from error
-    if any("missing adapter keys" in str(warning.message) for warning in said):
-        raise AdapterError(
-            f"{adapter}: PEFT finds no factors under the names that this model gives some of its modules, which would stay unedited; "
-            "sku fuse maps such names: fuse it, and give the fused checkpoint"
-        )
+    fill_missing(edited, loaded, reader, [str(warning.message) for warning in said])
     return set_scale(cast("PreTrainedModel", edited.eval()), scale)
 
 
@@ -209,32 +210,6 @@ def set_scale(model: "PreTrainedModel", scale: float) -> "PreTrainedModel":
         for name in layer.scaling:
             layer.set_scale(name, -scale)
     return model
-
-
-class _DenseEdit:
-    """A dense task vector on a model, with a copy of the base's tensors from which every scale is computed.
-
-    Without the copy, rounding errors would add up: subtracting and adding back in bf16 does not restore the weights."""
-
-    def __init__(self, model: "PreTrainedModel", adapter: "LoraAdapter") -> None:
-        from sku_vllm.adapter.delta import Dense
-
-        own = dict(model.named_parameters())
-        foreign = sorted(set(adapter.deltas) - set(own))
-        if foreign:
-            raise AdapterError(f"{adapter.path}: {len(foreign)} tensors the model does not have, for instance {foreign[0]}")
-        self.parameters = {name: own[name] for name in adapter.deltas}
-        self.base = {name: own[name].detach().clone() for name in adapter.deltas}
-        self.delta = {name: delta.tensor() for name, delta in adapter.deltas.items() if isinstance(delta, Dense)}
-
-    def apply(self, scale: float) -> None:
-        """Set the weights to base − scale·delta."""
-        import torch
-
-        with torch.no_grad():
-            for name, delta in self.delta.items():
-                base = self.base[name]
-                self.parameters[name].copy_(base.float() - scale * delta.to(base.device).float())
 
 
 def edited_model(spec: ModelSpec) -> "PreTrainedModel":

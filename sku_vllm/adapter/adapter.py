@@ -130,7 +130,14 @@ def _load_dense(path: Path, run: dict[str, Any]) -> LoraAdapter:
     reader = CheckpointReader(path / DENSE)
     if not reader.names:
         raise AdapterError(f"{path / DENSE}: holds no tensors, so nothing would be subtracted; copy the adapter again")
-    return LoraAdapter(path, run, {}, {unwrapped(name): Dense(reader, name) for name in reader.names})
+    deltas: dict[str, LowRank | Dense] = {}
+    for name in reader.names:
+        other = deltas.setdefault(unwrapped(name), Dense(reader, name))
+        if isinstance(other, Dense) and other.name != name:
+            raise AdapterError(
+                f"{path / DENSE}: holds two spellings of one tensor ({other.name} and {name}), and nothing says which is meant; keep one"
+            )
+    return LoraAdapter(path, run, {}, deltas)
 
 
 def _load_peft(path: Path, run: dict[str, Any]) -> LoraAdapter:

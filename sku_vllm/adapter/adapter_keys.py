@@ -8,9 +8,11 @@ import re
 from typing import NamedTuple
 
 # Path components that a wrapper puts before the module it wraps, anywhere in a name.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module"}
-# Prefixes of whole models: PEFT's and DDP's (or DeepSpeed's). No module of transformers has a first level of these names.
-OUTER = ("base_model.model.", "module.")
+# The last two: Opacus and TRL's value heads.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module", "_module", "pretrained_model"}
+# PEFT's own levels: first in a name, or inside, where another wrapper (a trainer's `model.`) is around PEFT's model.
+PEFT = re.compile(r"(^|\.)base_model\.model\.")
+OUTER = "module."  # DDP's or DeepSpeed's; no module of transformers has a first level of this name
 FACTOR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?:\.weight)?$"
 )
@@ -40,8 +42,9 @@ class FactorKey(NamedTuple):
 def unwrapped(name: str) -> str:
     """A parameter's name as its model has it, without the levels that wrappers and PEFT add."""
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-    while outer := next((prefix for prefix in OUTER if name.startswith(prefix)), ""):
-        name = name.removeprefix(outer)
+    before = ""
+    while name != before:
+        before, name = name, PEFT.sub(r"\1", name).removeprefix(OUTER)
     return name
 
 

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def negate_adapter(
-    path: str | Path, scale: float, output: str | Path, *, as_is: bool = False, model: str | Path | None = None
+    path: str | Path,
+    scale: float,
+    output: str | Path,
+    *,
+    as_is: bool = False,
+    model: str | Path | None = None,
+    served_by: CheckpointReader | None = None,
 ) -> dict[str, Any]:
     """Write an adapter that makes base − scale·delta of the base when it is added: every B is multiplied by −scale.
 
@@ -30,6 +36,7 @@ def negate_adapter(
         path: a raw adapter's directory. scale: strength of the negation, ≥ 0. output: directory to write (mode 0700); absent or empty.
         as_is: accept an adapter that is already negated, and negate it again.
         model: the base, with which whole tensors that the adapter carries along are compared; default: the one it names, if it is here.
+        served_by: the base that vLLM serves, see `write_negation`.
     Returns:
         What `sku negate --json` prints.
     Raises:
@@ -41,7 +48,7 @@ def negate_adapter(
     adapter = load_adapter(path, as_is=as_is)
     check_carried(adapter, model)
     with output_directory(output, mode=0o700) as partial:
-        tensors = write_negation(adapter, scale, partial)
+        tensors = write_negation(adapter, scale, partial, served_by)
         write_text(partial / "README.md", _card(adapter, scale))
         result = {"adapter": str(path), "scale": scale, "source_digest": adapter.digest, "tensors": tensors, "output": str(output)}
         record(partial, "negate", result, {"adapter": str(path), "scale": scale, "as_is": as_is, "output": str(output)})
@@ -71,9 +78,13 @@ def check_carried(adapter: LoraAdapter, model: str | Path | None = None) -> None
         raise AdapterError(f"{adapter.path}: {'; '.join(retrained)}, so base + negated would not be base − adapter; train without them")
 
 
-def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
+def write_negation(adapter: LoraAdapter, scale: float, directory: Path, served_by: CheckpointReader | None = None) -> int:
     """Write the files of a negated adapter that PEFT and vLLM read, unsynced (`output_directory` syncs them), without what it carries
     along (`check_carried`), and under the keys that PEFT gives its factors.
+
+    Args:
+        served_by: the base that vLLM serves: factors get the names of the class in its config.json, also where the adapter has those of
+            another class or release. vLLM leaves modules unedited, without a word, whose names it does not find.
 
     Returns:
         How many tensors they hold.
@@ -84,12 +95,14 @@ def write_negation(adapter: LoraAdapter, scale: float, directory: Path) -> int:
     from safetensors.torch import save_file
 
     reader = CheckpointReader(adapter.file)
+    layout = None if served_by is None else Layout(served_by)
     tensors = {}
     for key in reader.names:
         factor = factor_key(key)
         if adapter.dense:
             tensors[key] = _times(reader.mapped(key), -scale)
         elif factor:
+            factor = factor if layout is None else factor._replace(module=layout.declared_module(factor.module))
             tensors[factor.key] = _times(reader.mapped(key), -scale) if factor.side == "B" else reader.mapped(key)
     run = {**adapter.run, "schema": "sku.run/1", "negated": {"scale": scale, "source_digest": adapter.digest}}
     run.setdefault("adapter_kind", "dense" if adapter.dense else "lora")

@@ -18,6 +18,7 @@ GENERATIONS: dict[str, RowsFirst] = {
     "0.19.0": lambda transposed: transposed,
     "≥ 0.19.1": lambda transposed: not transposed,
 }
+TODAY = "≥ 0.19.1"
 
 
 class PackedParameter(NamedTuple):
@@ -40,9 +41,7 @@ def unpack(parameters: Sequence[PackedParameter], config: Mapping[str, Any], pro
     Args:
         config: adapter_config.json, whose `peft_version` says how square experts are meant.
     """
-    packed = [parameter for parameter in parameters if len(parameter.shape) == 3]
-    possible = {generation: rule for generation, rule in GENERATIONS.items() if all(each.fits(rule(each.transposed)) for each in packed)}
-    said = _generation(config.get("peft_version"))
+    rules = _rules(parameters, config)
     for parameter in parameters:
         rank, scaling = rank_and_scaling(config, parameter.name)
         a, b = parameter.factors.a, parameter.factors.b
@@ -53,13 +52,27 @@ def unpack(parameters: Sequence[PackedParameter], config: Mapping[str, Any], pro
         if len(parameter.shape) != 3:
             yield parameter.name, LowRank(a, b, scaling)
             continue
-        rules = [possible[said]] if said in possible else list(possible.values())
         readings = {rule(parameter.transposed) for rule in rules}
         if len(readings) != 1:
             problems.append(_unclear(parameter, config.get("peft_version"), bool(readings)))
             continue
         stacked = LowRank(a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts).permute(2, 0, 1), scaling)
         yield parameter.name, stacked if readings.pop() else stacked.transposed
+
+
+def misread(parameters: Sequence[PackedParameter], config: Mapping[str, Any]) -> list[str]:
+    """Names of the parameters whose factors today's PEFT takes for those of the transposed parameter, or may so take them."""
+    rules = _rules(parameters, config)
+    packed = [parameter for parameter in parameters if len(parameter.shape) == 3]
+    return [each.name for each in packed if {rule(each.transposed) for rule in rules} != {GENERATIONS[TODAY](each.transposed)}]
+
+
+def _rules(parameters: Sequence[PackedParameter], config: Mapping[str, Any]) -> list[RowsFirst]:
+    """How the factors can be meant: as the release says that is recorded, or else in every way in which all of them fit."""
+    packed = [parameter for parameter in parameters if len(parameter.shape) == 3]
+    possible = {generation: rule for generation, rule in GENERATIONS.items() if all(each.fits(rule(each.transposed)) for each in packed)}
+    said = _generation(config.get("peft_version"))
+    return [possible[said]] if said in possible else list(possible.values())
 
 
 def _unclear(parameter: PackedParameter, version: Any, square: bool) -> str:
@@ -83,5 +96,5 @@ def _generation(version: Any) -> str | None:
     if release <= Version("0.18.1"):
         return "≤ 0.18.1"
     if release >= Version("0.19.1"):
-        return "≥ 0.19.1"
+        return TODAY
     return "0.19.0" if release == Version("0.19.0") else None

@@ -45,9 +45,11 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
     placed: dict[str, list[Placed]] = {}
     names: set[str] = set()
     problems: list[str] = []
+    unfit: list[LoraAdapter] = []
     for adapter, scale in adapters:
         scaled = functools.partial(scale_of, scale)
         found, wrong = layout.locate(adapter, scaled)
+        unfit += [adapter] if wrong else []
         problems += [f"{adapter.path}: {problem}" for problem in wrong]
         names |= {piece.base_name for piece in found}
         for name, target, delta, row in found:
@@ -61,7 +63,7 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise AdapterError(
-            f"{len(problems)} deltas do not fit {reader.path}: {'; '.join(problems[:LISTED])}{more}; {_what_fits(reader, adapters)}"
+            f"{len(problems)} deltas do not fit {reader.path}: {'; '.join(problems[:LISTED])}{more}; {_what_fits(reader, unfit)}"
         )
     if layout.tied_hits and not untie:
         raise ConfigError(
@@ -77,9 +79,9 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
     return placed
 
 
-def _what_fits(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]]) -> str:
-    """What to do about deltas that fit nothing: another base, unless this very one is recorded as the adapter's."""
-    if all(adapter.run.get("base_identity") == reader.identity() for adapter, _ in adapters):
+def _what_fits(reader: CheckpointReader, unfit: Sequence[LoraAdapter]) -> str:
+    """What to do about adapters whose deltas fit nothing: another base, unless this very one is recorded as theirs."""
+    if any(adapter.run.get("base_identity") == reader.identity() for adapter in unfit):
         return (
             "this is the base it was trained on, so the names come from another class or release of transformers; "
             "load the adapter with PEFT and the transformers of this installation, and save it again"

@@ -13,20 +13,29 @@ from sku_vllm.adapter.transformers_names import ModelNames
 from sku_vllm.checkpoint.reader import CheckpointReader
 
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings)\.weight$")
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out|unembed_tokens|output_layer)\.weight$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|unembed_tokens|output_layer)\.weight$|^(model\.)?(output|head)\.weight$")
 
 
 def tied_by_config(reader: CheckpointReader) -> dict[str, str]:
     """Tied parameter to the one it shares its tensor with, where only config.json can tell.
 
-    Where it does not say, a missing head is tied.
+    Where it does not say, a head is tied that is missing, or stored a second time.
     """
     embeddings, heads = ([name for name in reader.names if pattern.search(name)] for pattern in (EMBEDDING, HEAD))
     sections = [reader.config, *(value for key, value in reader.config.items() if key.endswith("_config") and isinstance(value, dict))]
     said = [section["tie_word_embeddings"] for section in sections if section.get("tie_word_embeddings") is not None]
-    if len(embeddings) != 1 or not (any(said) if said else not heads):
+    if len(embeddings) != 1:
+        return {}
+    if not (any(said) if said else not heads or _equal(reader, heads[0], embeddings[0])):
         return {}
     return {heads[0] if heads else "lm_head.weight": embeddings[0]}
+
+
+def _equal(reader: CheckpointReader, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same values."""
+    import torch
+
+    return reader.info(one).shape == reader.info(other).shape and torch.equal(reader.mapped(one), reader.mapped(other))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +63,22 @@ class Ties:
             return [name for name, _ in self.names.sources.get(parameter, [])]
         return [parameter] if parameter in self.reader else []
 
+    def group(self, root: str) -> list[str]:
+        """The tied parameters whose root is `root`, which comes first."""
+        return [root, *(alias for alias, shared in self.shared.items() if shared == root)]
+
     def written_alone(self) -> dict[str, str]:
         """Tied parameters that the checkpoint does not hold, as an untied one does, with the tensor each takes its values from."""
-        missing = [parameter for parameter in self.shared if not self.stored(parameter)]
-        return {parameter: next(iter(self.stored(self.shared[parameter])), self.shared[parameter]) for parameter in missing}
+        alone: dict[str, str] = {}
+        for root in dict.fromkeys(self.shared.values()):
+            sources = [tensor for parameter in self.group(root) for tensor in self.stored(parameter)]
+            alone |= {parameter: next(iter(sources), root) for parameter in self.group(root) if not self.stored(parameter)}
+        return alone
+
+    def _stored_apart(self, group: Sequence[str]) -> bool:
+        """Whether the checkpoint holds sides of a tie with different values: transformers then takes them for untied."""
+        first, *others = [tensor for parameter in group for tensor in self.stored(parameter)]
+        return not all(_equal(self.reader, first, other) for other in others)
 
     def resolve(self, edits: Mapping[str, Edit], scale_of: Callable[[str], float], untie: bool) -> Iterator[tuple[Edit, str] | str]:
         """(edit, checkpoint tensor) for the edits of tied parameters, or the name of one whose edit would change the others too.
@@ -69,9 +90,9 @@ class Ties:
             untie: every parameter has a tensor of its own in the output.
         """
         for root in dict.fromkeys(root for parameter in edits if (root := self.root(parameter)) is not None):
-            group = [root, *(alias for alias, shared in self.shared.items() if shared == root)]
+            group = self.group(root)
             mine = {parameter: edits[parameter] for parameter in group if parameter in edits}
-            whole = list(mine) == [root] and not isinstance(mine[root].delta, LowRank)
+            whole = list(mine) == [root] and not isinstance(mine[root].delta, LowRank) and not self._stored_apart(group)
             if whole or (len(mine) == len(group) and _all_same(list(mine.values()), scale_of)):
                 mine = dict.fromkeys(group, mine[root])
             elif not untie:

@@ -78,11 +78,6 @@ class ModelNames:
         head = self.model.get_output_embeddings()
         return next((f"{name}.weight" for name, module in self.model.named_modules() if head is not None and module is head), None)
 
-    def tied_source(self, name: str) -> str:
-        """The checkpoint tensor that a tied parameter takes its values from."""
-        shared = self.tied.get(name, name)
-        return self.sources.get(shared, [(shared, None)])[0][0]
-
     def stored_in_by_out(self, name: str) -> bool | None:
         """Whether a linear module's weight is [in, out], as of GPT-2's Conv1D; None for what is no linear module."""
         from torch.nn import Linear

@@ -22,6 +22,7 @@ from sku_vllm.adapter.saved_copies import why_no_copy
 from sku_vllm.adapter.tied_weights import Edit, Ties
 from sku_vllm.adapter.transformers_names import Mismatch
 from sku_vllm.checkpoint.reader import CheckpointReader
+from sku_vllm.errors import AdapterError
 
 # Model types, with nn.Linear layers, whose layers have the same names in checkpoint and model; a test checks the installed transformers.
 PLAIN = {
@@ -48,7 +49,12 @@ PLAIN = {
     "smollm3",
 }
 IN_A_LAYER = re.compile(r"\.\d+\.")
+NUMBER = re.compile(r"\.(\d+)\.")
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+
+
+# A parameter, and which of its experts, if one alone.
+Meant = tuple[str, str]
 
 
 class Located(NamedTuple):
@@ -86,11 +92,14 @@ class Layout:
         edits += [(Edit(name, delta), None) for name, delta in self._unstacked(adapter, problems)]
         located: list[Located] = []
         tied: dict[str, Edit] = {}
+        meant: dict[Meant, str] = {}
         for edit, flipped in edits:
             try:
-                located += self._locate(edit, flipped, tied)
+                located += self._locate(edit, flipped, tied, meant)
             except Mismatch as error:
                 problems.append(str(error))
+            except AdapterError as error:
+                raise AdapterError(f"{adapter.path}: {error}") from error
         for result in self.ties.resolve(tied, scale_of, self.untie) if tied else ():
             if isinstance(result, str):
                 self.tied_hits.add(result)
@@ -109,32 +118,41 @@ class Layout:
         lines = (self._check_copy(name, copy) for name, copy in adapter.copies.items())
         return [line for line in lines if line is not None]
 
+    def declared_module(self, module: str) -> str:
+        """The name of an adapter's module in the class of config.json, which vLLM looks for; `module` itself where no class is known."""
+        name = f"{module}.weight"
+        found = None if self._is_plain(name) else self.resolver.find(name)
+        if found is None or found.names is None or found.pattern is not None:
+            return module
+        return found.parameter.removesuffix(".weight")
+
     def _is_plain(self, name: str) -> bool:
         """Whether the parameter is known, without importing transformers, to be the checkpoint tensor of the same name and no other."""
         twin = name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
         known = self.reader.config.get("model_type") in PLAIN and bool(IN_A_LAYER.search(name))
         return known and name in self.reader and twin not in self.reader
 
-    def _locate(self, edit: Edit, transposed: bool | None, tied: dict[str, Edit]) -> list[Located]:
+    def _locate(self, edit: Edit, transposed: bool | None, tied: dict[str, Edit], meant: dict[Meant, str]) -> list[Located]:
         """The places of one edit; an edit of a tied parameter goes to `tied` instead, until all of them are known.
 
         transposed: whether `fan_in_fan_out` has transposed it already; None where orientation is settled. PEFT transposes edits of Conv1D
         layers and not of nn.Linear, but saves only one flag, that of the last layer it adapted.
+        meant: the names of this adapter's edits so far, by what they edit.
         """
         if self._is_plain(edit.name):
             edit = _turned(edit) if transposed else edit
+            _once(meant, (edit.name, ""), edit)
             return [self._fit(edit, Piece(edit.name, edit.delta))]
         found = self.resolver.find(edit.name) or (Found(None, edit.name) if edit.name in self.ties.shared else None)
         if found is None:
             unknown = "" if self.resolver.declared else ", and transformers does not know its architecture"
             raise self._missing(edit, edit.name, f"the checkpoint has no such tensor{unknown}")
+        _once(meant, (found.parameter, "" if found.pattern is None else f"{found.pattern} {NUMBER.findall(edit.name)[-1]}"), edit)
         wanted = None if found.names is None else found.names.stored_in_by_out(found.parameter)
         if transposed is not None and wanted not in (transposed, None):
             edit = _turned(edit)
         if self.ties.root(found.parameter) is not None and found.names is self.ties.names:
-            other = tied.setdefault(found.parameter, edit)
-            if other is not edit:
-                raise Mismatch(f"{edit.name}: is the same weight as {other.name}; give its edit once")
+            tied[found.parameter] = edit
             return []
         return [self._fit(edit, piece) for piece in self._pieces(found, edit)]
 
@@ -174,6 +192,10 @@ class Layout:
 
     def _unstacked(self, adapter: LoraAdapter, problems: list[str]) -> Iterator[tuple[str, LowRank]]:
         """Factors of packed experts (PEFT's `target_parameters`), saved flattened over experts, as (name, [experts, …] factors)."""
+        yield from unpack(self.packed(adapter, problems), adapter.config, problems)
+
+    def packed(self, adapter: LoraAdapter, problems: list[str]) -> list[PackedParameter]:
+        """The adapter's factors of packed experts with their parameters; appends to `problems` what the model does not have."""
         packed: list[PackedParameter] = []
         targets = adapter.config.get("target_parameters") or []
         for module, wrappers in adapter.stacks.items():
@@ -186,7 +208,7 @@ class Layout:
                 continue
             transposed = found[0].is_transposed(found[1])
             packed += [PackedParameter(*each, transposed, factors) for each, factors in zip(named, wrappers, strict=True)]
-        yield from unpack(packed, adapter.config, problems)
+        return packed
 
     def _check_copy(self, name: str, copy: Dense) -> str | None:
         found = self.resolver.find(name)
@@ -199,3 +221,10 @@ class Layout:
 
 def _turned(edit: Edit) -> Edit:
     return replace(edit, delta=edit.delta.transposed) if isinstance(edit.delta, LowRank) else edit
+
+
+def _once(meant: dict[Meant, str], what: Meant, edit: Edit) -> None:
+    """Note which parameter an edit is of; refuse a second one of it, as of an adapter whose names were mapped and merged by hand."""
+    other = meant.setdefault(what, edit.name)
+    if other != edit.name:
+        raise AdapterError(f"{edit.name} is the same weight as {other}, and nothing says which edit is meant; save one of them")

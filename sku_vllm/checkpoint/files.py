@@ -5,6 +5,9 @@ Open this file when a model directory is refused before any tensor is read.
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,22 @@ def check_files(directory: Path, error: type[InputError] = CheckpointError) -> N
     for file in sorted(directory.iterdir()):
         if not file.name.endswith(FOREIGN):
             check_file(file, error)
+
+
+@contextmanager
+def without_adapter(path: Path) -> Iterator[Path]:
+    """A model directory as transformers has to see it: without an adapter beside the weights, which it would add to them.
+
+    Trainers leave the adapter that they merged there. `path` itself if there is none.
+    """
+    if not (path / "adapter_config.json").is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="sku-model-") as folder:
+        for file in path.iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(folder) / file.name).symlink_to(file.absolute())
+        yield Path(folder)
 
 
 def check_file(file: Path, error: type[InputError] = CheckpointError) -> None:

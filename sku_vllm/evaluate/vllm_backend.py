@@ -15,6 +15,7 @@ import numpy as np
 
 from sku_vllm.adapter.adapter import load_adapter
 from sku_vllm.adapter.negation import negate_adapter
+from sku_vllm.adapter.placement import place
 from sku_vllm.adapter.vllm_ranks import vllm_rank
 from sku_vllm.checkpoint.reader import CheckpointReader
 from sku_vllm.errors import ConfigError, nearest
@@ -153,7 +154,8 @@ class VllmEngine:
         if layers:
             source, strength = str(self._folder / f"{name}-scaled"), 1.0
             write_scaled(str(self._spec.adapter), Path(source), scale, layers)
-        negate_adapter(source, strength, place, as_is=self._spec.as_is, model=resolve_model(self._spec.model, self._spec.revision))
+        base = resolve_model(self._spec.model, self._spec.revision)
+        negate_adapter(source, strength, place, as_is=self._spec.as_is, model=base, served_by=CheckpointReader(base))
         self._negated = LoRARequest(name, self._made, str(place)), place
         return VllmBackend(self._engine, self._negated[0], alone=self._alone)
 
@@ -222,9 +224,12 @@ def _lora_settings(spec: ModelSpec, model: Path) -> dict[str, Any]:
     if spec.adapter is None:
         return {}
     loaded = load_adapter(str(spec.adapter), as_is=spec.as_is)
-    loaded.check_base(CheckpointReader(model), any_base=spec.any_base)
-    if loaded.dense:
-        raise ConfigError(f"--adapter {spec.adapter}: a dense task vector cannot be a LoRA in vLLM; sku fuse it and give that --model")
+    reader = CheckpointReader(model)
+    loaded.check_base(reader, any_base=spec.any_base)
+    if loaded.dense or loaded.stacks:
+        what = "a dense task vector" if loaded.dense else "an edit of packed experts"
+        raise ConfigError(f"--adapter {spec.adapter}: {what} cannot be a LoRA in vLLM; sku fuse it and give that --model")
+    place(reader, [(loaded, spec.strength)], untie=True)  # what vLLM does not find it leaves unedited, without a word
     rank = max(loaded.config["r"], *loaded.config.get("rank_pattern", {}).values(), 1)
     # One slot more than is used: on CPU, vLLM computes requests without LoRA with the adapter in the last slot.
     return {"enable_lora": True, "max_loras": 2, "max_lora_rank": vllm_rank(rank)}

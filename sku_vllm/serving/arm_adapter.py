@@ -51,7 +51,7 @@ def write_arm_adapter(arm: Arm, model: str, directory: Path, *, revision: str | 
     path = directory / f"{adapter.digest[:16]}@{arm.scale:.2f}"
     if not (path / "sku_run.json").is_file():
         with output_directory(path, mode=0o700, sync=False) as partial:
-            write_negation(adapter, arm.scale, partial)
+            write_negation(adapter, arm.scale, partial, reader)
     return ArmAdapter(path, adapter_rank(adapter))
 
 

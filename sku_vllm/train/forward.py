@@ -152,7 +152,8 @@ class Forward(torch.nn.Module):
             self.packed = False
             alone = [self([row], [Side.ADAPTED])[0] for row in rows]
             logits = self.core(input_ids=torch.tensor([rows[0]], device=self.core.device), use_cache=False).logits[0]
-            if not _close(self.head(alone[0]), logits):
+            fits = output_layer(self.core).weight.shape[-1] == alone[0].shape[-1]  # else something between them changes the width (RemBERT)
+            if not fits or not _close(self.head(alone[0]), logits):
                 raise CheckpointError(f"{self.core.config.model_type}: its logits are more than a head over hidden states; not supported")
             before = self.core.config._attn_implementation
             try:
@@ -193,7 +194,8 @@ def output_layer(core: PreTrainedModel) -> torch.nn.Module:
 
 
 def _body(core: PreTrainedModel) -> torch.nn.Module:
-    body: torch.nn.Module = getattr(core, core.base_model_prefix)
+    # A text model that is loaded out of a multimodal checkpoint may have the prefix of the whole (Llama 4).
+    body: torch.nn.Module = getattr(core, core.base_model_prefix if hasattr(core, core.base_model_prefix) else "model")
     return body
 
 
