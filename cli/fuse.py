@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 @click.option(
     "--check",
     default="",
-    help="Comma-separated nf4, gguf:Q4_0, gguf:Q8_0, gguf:Q4_K_M, …: the same by the quantiser itself, from an optional package.",
+    help="Comma-separated gptq, awq, nf4, gguf:Q4_K_M, gguf:Q8_0, …: the same by the quantiser itself, from an optional package.",
+)
+@click.option(
+    "--calibrate", type=click.Path(dir_okay=False), help="Rows on whose text gptq and awq are calibrated, such as the retain set."
 )
 @click.option("--stochastic", is_flag=True, help="Round up or down at random, so that small edits survive on average.")
 @click.option("--seed", type=int, default=0, help="Seed of --stochastic.")
@@ -62,6 +65,7 @@ def command(
     fp8_scales: str,
     simulate: str,
     check: str,
+    calibrate: str | None,
     stochastic: bool,
     seed: int,
     device: str,
@@ -96,6 +100,7 @@ def command(
         fp8_scales=fp8_scales,
         simulate=[kind for kind in simulate.split(",") if kind],
         check=[kind for kind in check.split(",") if kind],
+        calibrate=calibrate,
         digests=not no_digests,
         seed=seed if stochastic else None,
         device=device,

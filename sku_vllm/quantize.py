@@ -62,10 +62,12 @@ def simulate(
     sum_terms(terms, 0, delta)
     result = {}
     for kind, quantise in quantisers.items():
-        kept = quantise(before.float()) - quantise(after.float())
-        finite = kept.isfinite()  # a NaN or infinity in the base spoils its quantisation group, which the sums leave out
-        lost, edit = (torch.where(finite, value, 0).double().reshape(-1) for value in (delta - kept, delta))
-        result[kind] = MergeStats(
-            delta_sq=float(edit @ edit), error_sq=float(lost @ lost), error_dot=float(lost @ edit), elements=before.numel()
-        )
+        result[kind] = left_of(delta, quantise(before.float()) - quantise(after.float()))
     return result
+
+
+def left_of(delta: Tensor, kept: Tensor) -> MergeStats:
+    """The sums from which MergeStats computes `retained` and `noise`. delta: the edit; kept: the difference that is left of it."""
+    finite = kept.isfinite()  # a NaN or infinity in the base spoils its quantisation group, which the sums leave out
+    lost, edit = (torch.where(finite, value, 0).double().reshape(-1) for value in (delta - kept, delta))
+    return MergeStats(delta_sq=float(edit @ edit), error_sq=float(lost @ lost), error_dot=float(lost @ edit), elements=delta.numel())

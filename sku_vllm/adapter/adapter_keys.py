@@ -8,8 +8,8 @@ import re
 from typing import NamedTuple
 
 # Path components that a wrapper puts before the module it wraps, anywhere in a name.
-# The last two: Opacus and TRL's value heads.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module", "_module", "pretrained_model"}
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module"}
+WRAPPERS |= {"_module", "pretrained_model"}  # Opacus, TRL's value heads
 # PEFT's own levels: first in a name, or inside, where another wrapper (a trainer's `model.`) is around PEFT's model.
 PEFT = re.compile(r"(^|\.)base_model\.model\.")
 OUTER = "module."  # DDP's or DeepSpeed's; no module of transformers has a first level of this name

@@ -44,8 +44,8 @@ def check_attachable(adapter: LoraAdapter, reader: CheckpointReader) -> None:
     turned = misread(layout.packed(adapter, []), adapter.config)
     if turned:
         raise AdapterError(
-            f"{adapter.path}: PEFT {adapter.config.get('peft_version') or 'of an unknown release'} wrote the factors of {turned[0]}, and the "
-            "installed one may take them the other way round; sku fuse turns them: fuse it, and give the fused checkpoint"
+            f"{adapter.path}: PEFT {adapter.config.get('peft_version') or 'of an unknown release'} wrote the factors of {turned[0]}, and "
+            "the installed one may take them the other way round; sku fuse turns them: fuse it, and give the fused checkpoint"
         )
 
 

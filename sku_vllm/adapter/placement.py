@@ -66,8 +66,10 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
             f"{len(problems)} deltas do not fit {reader.path}: {'; '.join(problems[:LISTED])}{more}; {_what_fits(reader, unfit)}"
         )
     if layout.tied_hits and not untie:
+        hits = sorted(layout.tied_hits)
+        more = f" and {len(hits) - 2} more" if len(hits) > 2 else ""
         raise ConfigError(
-            f"{reader.path}: {' and '.join(sorted(layout.tied_hits))} share one tensor (tied embeddings), and "
+            f"{reader.path}: {' and '.join(hits[:2])}{more} share one tensor (tied {'layers' if more else 'embeddings'}), and "
             "a delta on one side would change both; --untie writes them apart"
         )
     patterns = dict.fromkeys(pattern for _, scale in adapters if isinstance(scale, Mapping) for pattern in scale)

@@ -67,7 +67,10 @@ def read_shard(file: Path) -> Shard:
     try:
         size = file.stat().st_size
         with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            first = stream.read(8)
+            if first == b"version ":
+                raise CheckpointError(f"{file}: is a pointer of Git LFS, not the file itself; fetch it with: git lfs pull")
+            length = int.from_bytes(first, "little")
             if size < 8 or length > size - 8:
                 raise broken("not a complete safetensors file (its header is cut off)")
             header = json.loads(stream.read(length))

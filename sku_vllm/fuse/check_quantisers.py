@@ -1,8 +1,8 @@
 """Quantisers of record for `sku fuse --check`: the code that people quantise with, from optional packages, run on the edited weights.
 
 bitsandbytes' NF4, and llama.cpp's formats: the plain ones by the package gguf, the K formats by llama.cpp's own library. Each makes of a
-weight what a model served in that format computes with. `--simulate` (`sku_vllm/quantize.py`) is the estimate that needs no package.
-Open this file to add a quantiser.
+weight what a model served in that format computes with; those that are calibrated on text stand in `calibrated_quantisers.py`.
+`--simulate` (`sku_vllm/quantize.py`) is the estimate that needs no package. Open this file to add a quantiser.
 """
 
 import ctypes
@@ -27,20 +27,16 @@ CALIBRATED = {"gptq": "gptqmodel", "awq": "llmcompressor"}
 
 
 def check_names(kinds: Sequence[str]) -> tuple[str, ...]:
-    """`kinds` without repetitions. Raises ConfigError for an unknown one, or one that has to be calibrated on text."""
+    """`kinds` without repetitions. Raises ConfigError for an unknown one."""
+    known = (*FORMS, *CALIBRATED)
     for kind in kinds:
-        if kind in CALIBRATED:
-            raise ConfigError(
-                f"--check {kind}: is calibrated on text, layer by layer; quantise the fused checkpoint with {CALIBRATED[kind]} "
-                f"(pip install 'sku-vllm[{kind}]') and judge what is served: sku eval --backend vllm"
-            )
-        if kind not in FORMS:
-            raise ConfigError(f"--check {kind}: unknown; choose from {', '.join(FORMS)}")
+        if kind not in known:
+            raise ConfigError(f"--check {kind}: unknown; choose from {', '.join(known)}")
     return tuple(dict.fromkeys(kinds))
 
 
 def quantisers(kinds: Sequence[str], config: Mapping[str, Any]) -> dict[str, Quantiser]:
-    """The quantisers of these names, with their packages loaded. config: the base's config.json.
+    """The quantisers of these names that need a weight alone, with their packages loaded. config: the base's config.json.
 
     Raises:
         ConfigError: a package is not installed; names the extra that brings it.
@@ -53,7 +49,7 @@ def quantisers(kinds: Sequence[str], config: Mapping[str, Any]) -> dict[str, Qua
             found[kind] = _nf4(_package(kind, "bitsandbytes.functional", "nf4"))
         elif kind == "gguf:Q4_K_M":
             found[kind] = functools.partial(_k_quant, _package(kind, "gguf", "gguf"), _ggml(kind), layers)
-        else:
+        elif kind not in CALIBRATED:
             found[kind] = functools.partial(_gguf, _package(kind, "gguf", "gguf"), kind.removeprefix("gguf:"))
     return found
 

@@ -7,7 +7,8 @@ import time
 
 from sku_vllm.adapter.placement import place
 from sku_vllm.checkpoint.manifest import file_digests, read_key, write_manifest
-from sku_vllm.fuse.check_quantisers import quantisers
+from sku_vllm.fuse.check_calibrated import calibration_texts, check_calibrated
+from sku_vllm.fuse.check_quantisers import CALIBRATED, quantisers
 from sku_vllm.fuse.checks import check_device, check_overflow, check_space
 from sku_vllm.fuse.companion_files import write_small_files
 from sku_vllm.fuse.copy_baseline import estimate_copy
@@ -37,6 +38,7 @@ def fuse_checkpoint(request: FuseRequest, progress: Progress = lambda done, tota
     scaled = [(adapter, scale) for adapter, (_, scale) in zip(sources.adapters, request.adapters, strict=True)]
     placed = place(sources.reader, scaled, untie=request.untie)
     checks = quantisers(request.check, sources.reader.config)
+    texts = calibration_texts(request.calibrate, sources.reader.directory) if request.calibrate is not None else []
     began = time.perf_counter()
     backend = check_device(request.device)
     load_kernels(request, backend, sources.reader, placed)
@@ -48,6 +50,8 @@ def fuse_checkpoint(request: FuseRequest, progress: Progress = lambda done, tota
         check_overflow(written)
         write_small_files(sources.reader, partial, request.dtype, request.untie, plan.index)
         report = report_fusion(request, output, sources, plan, written)
+        for kind in sorted(CALIBRATED.keys() & request.check):
+            report.add_check(kind, check_calibrated(kind, sources.reader, partial, placed, texts))
         write_card(partial, report)
         manifest = build_manifest(report, request, backend.name)
         if request.digests:

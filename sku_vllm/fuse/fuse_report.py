@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.adapter.adapter import LoraAdapter
+from sku_vllm.fuse.check_quantisers import CALIBRATED
 from sku_vllm.fuse.companion_files import left_behind
 from sku_vllm.fuse.copy_baseline import PlainCopy
 from sku_vllm.fuse.fuse_request import FuseRequest
@@ -57,6 +58,17 @@ class FuseReport:
         if copy is not None:
             self.plain_copy = {**asdict(copy), "ratio": round(self.seconds / max(copy.seconds, 1e-3), 2)}
 
+    def add_check(self, kind: str, stats: Mapping[str, MergeStats]) -> None:
+        """Add what a calibrated quantiser leaves of the edit. stats: by tensor; of those that it measured."""
+        together = MergeStats()
+        for name in sorted(stats):
+            together.add(stats[name])
+            self.per_tensor[name][kind] = {"retained": stats[name].retained, "noise": stats[name].noise}
+        self.checked[kind] = {"retained": together.retained, "noise": together.noise}
+        self.warnings += _quantised_warning(kind, together)
+        if len(stats) < self.tensors:
+            self.warnings.append(f"--check {kind}: measured on {len(stats)} of {self.tensors} edited tensors, those of linear layers")
+
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         return asdict(self)
@@ -66,7 +78,7 @@ def report_fusion(request: FuseRequest, output: Path, sources: Sources, plan: Fu
     """The report of what was written to `output`; times are added later."""
     overall = MergeStats()
     per_tensor: dict[str, dict[str, Any]] = {}
-    together = {kind: MergeStats() for kind in (*request.simulate, *request.check)}
+    together = {kind: MergeStats() for kind in (*request.simulate, *request.check) if kind not in CALIBRATED}
     for name in sorted(written.merged):
         stats = written.totals(written.merged[name])
         overall.add(stats)
@@ -92,7 +104,7 @@ def report_fusion(request: FuseRequest, output: Path, sources: Sources, plan: Fu
         retained=overall.retained,
         noise=overall.noise,
         simulated={kind: {"retained": together[kind].retained, "noise": together[kind].noise} for kind in request.simulate},
-        checked={kind: {"retained": together[kind].retained, "noise": together[kind].noise} for kind in request.check},
+        checked={kind: {"retained": together[kind].retained, "noise": together[kind].noise} for kind in request.check if kind in together},
         per_tensor=per_tensor,
         warnings=_left_behind(sources) + _quantised_training(sources.adapters) + _warnings(per_tensor, together, fp8=fp8),
     )
@@ -131,9 +143,7 @@ def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, M
             "or a larger --scale"
         )
     for kind, stats in together.items():
-        if stats.retained is not None and stats.retained < ENOUGH:
-            left = f"{stats.retained:.0%} of the edit would be left (noise {stats.noise:.2f})"
-            lines.append(f"quantised to {kind}, {left}; evaluate the quantised model before serving it")
+        lines += _quantised_warning(kind, stats)
     broken = [name for name, row in per_tensor.items() if row.get("nonfinite")]
     if broken:
         lines.append(f"the base holds NaN or infinity in {', '.join(broken[:5])}; those elements were left out of the sums")
@@ -144,6 +154,13 @@ def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, M
             "or fuse into the unquantised model"
         )
     return lines
+
+
+def _quantised_warning(kind: str, stats: MergeStats) -> list[str]:
+    if stats.retained is None or stats.retained >= ENOUGH:
+        return []
+    left = f"{stats.retained:.0%} of the edit would be left (noise {stats.noise:.2f})"
+    return [f"quantised to {kind}, {left}; evaluate the quantised model before serving it"]
 
 
 def build_manifest(report: FuseReport, request: FuseRequest, backend: str) -> dict[str, Any]:

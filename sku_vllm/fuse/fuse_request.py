@@ -13,7 +13,8 @@ from typing import Any
 
 from sku_vllm.adapter.placement import Scale
 from sku_vllm.errors import ConfigError
-from sku_vllm.fuse.check_quantisers import check_names
+from sku_vllm.fuse.calibrated_quantisers import check_installed
+from sku_vllm.fuse.check_quantisers import CALIBRATED, check_names
 from sku_vllm.quantize import check_kinds
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -32,7 +33,8 @@ class FuseRequest:
         untie: write tied input and output embeddings apart.
         fp8_scales: "keep" those of FP8 weights and count what they clip, or "recompute" them in a first pass.
         simulate: quantisers ("int4", "int8", "fp8"); the report says how much of the edit would be left after each.
-        check: quantisers of record ("nf4", "gguf:Q8_0", …, see `check_quantisers`); the same, by the code that people quantise with.
+        check: quantisers of record ("nf4", "gguf:Q8_0", "gptq", …); the same, by the code that people quantise with.
+        calibrate: rows on whose text "gptq" and "awq" are calibrated, such as the retain set.
         digests: put the digest of every file into the manifest.
         seed: of stochastic rounding; None rounds to nearest.
         device: where weights are merged: "cpu", "cuda" (FP8 weights stay on the CPU), or "auto": the faster one, which is measured.
@@ -53,6 +55,7 @@ class FuseRequest:
     fp8_scales: str = "keep"
     simulate: Sequence[str] = ()
     check: Sequence[str] = ()
+    calibrate: str | Path | None = None
     digests: bool = True
     seed: int | None = None
     device: str = "auto"
@@ -73,6 +76,13 @@ class FuseRequest:
         object.__setattr__(self, "adapters", tuple(self.adapters))
         object.__setattr__(self, "simulate", check_kinds(self.simulate))
         object.__setattr__(self, "check", check_names(self.check))
+        calibrated = [kind for kind in self.check if kind in CALIBRATED]
+        for kind in calibrated:
+            check_installed(kind, "--check")
+            if self.calibrate is None:
+                raise ConfigError(f"--check {kind}: is calibrated on text; give some rows with --calibrate FILE, such as the retain set")
+        if self.calibrate is not None and not calibrated:
+            raise ConfigError(f"--calibrate: nothing here is calibrated on text; it goes with --check {' or '.join(CALIBRATED)}")
 
     def to_json(self) -> dict[str, Any]:
         """The configuration that `sku_fuse.json` records: what affects the result, without the output's path and the signing key."""
@@ -84,6 +94,7 @@ class FuseRequest:
             "fp8_scales": self.fp8_scales,
             "simulate": list(self.simulate),
             **({"check": list(self.check)} if self.check else {}),
+            **({"calibrate": str(self.calibrate)} if self.calibrate is not None else {}),
             "digests": self.digests,
             "any_base": self.any_base,
             "as_is": self.as_is,

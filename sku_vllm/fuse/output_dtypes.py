@@ -63,6 +63,6 @@ def _section(section: Mapping[str, Any], dtype: str, untie: bool) -> dict[str, A
             changed[key] = dtype
         elif untie and key == "tie_word_embeddings":
             changed[key] = False
-        elif isinstance(value, dict) and key.endswith("_config") and key != "quantization_config":
+        elif isinstance(value, dict) and key != "quantization_config" and (key.endswith("_config") or "model_type" in value):
             changed[key] = _section(value, dtype, untie)
     return changed

@@ -7,7 +7,17 @@ import pytest
 from sku_vllm.benchmarks.sweep import _limited, classes, sweep
 
 
-@pytest.mark.parametrize(("name", "full"), [("DeepseekV3ForCausalLM", False), ("MixtralForCausalLM", True)])
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("DeepseekV3ForCausalLM", False),
+        ("MixtralForCausalLM", True),
+        ("Llama4ForCausalLM", False),  # its text model has the prefix of the multimodal one
+        ("CTRLLMHeadModel", False),  # linear layers in a Sequential, called as the model's layers are
+        ("MambaForCausalLM", False),  # PEFT takes no LoRA on some of its linear layers
+        ("LagunaForCausalLM", False),  # PEFT's renaming takes new names for old ones
+    ],
+)
 def test_a_class_walks_the_whole_road(name: str, full: bool) -> None:
     assert name in classes()
     (outcome,) = sweep([name], full=full)

@@ -21,6 +21,8 @@ from transformers import (
 
 from sku_vllm.adapter.negation import negate_adapter
 from sku_vllm.errors import AdapterError
+from sku_vllm.model import load_model
+from sku_vllm.model_spec import ModelSpec
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
 from fuse_cases import IDS, PREFIX, assert_equal, change_json, fuse, llama, lora  # noqa: E402
@@ -75,6 +77,21 @@ def test_embeddings_rounded_by_training_are_still_the_bases(stored: torch.dtype,
     retrain(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"lm_head\.weight.* retrained copy"):
         fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "again")
+
+
+def test_beside_the_base_copies_change_nothing_and_retrained_ones_are_refused(tmp_path: Path) -> None:
+    """PEFT puts into the model whatever whole tensors an adapter holds."""
+    llama().save_pretrained(tmp_path / "base")
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    lora(rounded, tmp_path / "adapter", target_modules=["q_proj"], save={"save_embedding_layers": True})
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
+    fused, beside = load_model(tmp_path / "fused"), load_model(ModelSpec(tmp_path / "base", adapter=tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        torch.testing.assert_close(beside(ids).logits, fused(ids).logits, rtol=1e-5, atol=1e-6)
+    retrain(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"lm_head\.weight.*retrained copy.*cannot be subtracted"):
+        load_model(ModelSpec(tmp_path / "base", adapter=tmp_path / "adapter"))
 
 
 def test_negate_refuses_what_fuse_refuses(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from sku_vllm.checkpoint.manifest import verify_checkpoint
-from sku_vllm.errors import NegativeResult
+from sku_vllm.errors import InputError, NegativeResult
+from sku_vllm.model import load_model
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
 from fuse_cases import assert_equal, fuse, llama, lora  # noqa: E402
@@ -29,6 +30,10 @@ def test_an_adapters_configuration_in_the_base_stays_behind_and_is_named(tmp_pat
     }
     assert verify_checkpoint(tmp_path / "fused")["verified"]
     assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "fused").state_dict(), wanted)
+    # transformers would add the adapter to the weights that it is merged into already
+    loaded = load_model(tmp_path / "base")
+    assert_equal(loaded.state_dict(), {name: value.double() for name, value in base.state_dict().items()})
+    assert loaded.name_or_path == str(tmp_path / "base")
 
 
 def test_a_trip_over_the_hub_is_no_change(tmp_path: Path) -> None:
@@ -64,3 +69,13 @@ def test_an_index_that_lists_more_than_the_shards_hold(tmp_path: Path) -> None:
     for dtype in ("keep", "float32"):
         fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / dtype, dtype=dtype)
         assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / dtype).state_dict(), wanted)
+
+
+def test_a_clone_without_its_large_files_is_told_apart_from_a_broken_one(tmp_path: Path) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    lora(base, tmp_path / "adapter", target_modules=["q_proj"])
+    for file in (tmp_path / "adapter/adapter_model.safetensors", tmp_path / "base/model.safetensors"):
+        file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+        with pytest.raises(InputError, match=rf"{file.name}: is a pointer of Git LFS.*git lfs pull"):
+            fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")

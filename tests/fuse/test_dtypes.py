@@ -48,10 +48,16 @@ def test_every_place_that_names_a_dtype_says_the_new_one(tmp_path: Path) -> None
     base = llama()
     base.save_pretrained(tmp_path / "base")
     lora(base, tmp_path / "adapter", target_modules=["q_proj"])
+    decoder = {"model_type": "llama", "dtype": "float32"}  # as MusicGen calls a section
     nested = {"dtype": "float32", "torch_dtype": None, "deeper_config": {"torch_dtype": "float32"}, "mamba_ssm_dtype": "float32"}
     quantised = {"quant_method": None, "dtype": "float32"}
     change_json(
-        tmp_path / "base/config.json", model_type="custom", torch_dtype="float32", text_config=nested, quantization_config=quantised
+        tmp_path / "base/config.json",
+        model_type="custom",
+        torch_dtype="float32",
+        text_config=nested,
+        quantization_config=quantised,
+        decoder=decoder,
     )
     fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused", dtype="bfloat16")
     config = json.loads((tmp_path / "fused/config.json").read_text())
@@ -62,7 +68,7 @@ def test_every_place_that_names_a_dtype_says_the_new_one(tmp_path: Path) -> None
         "deeper_config": {"torch_dtype": "bfloat16"},
         "mamba_ssm_dtype": "float32",
     }
-    assert config["quantization_config"] == quantised
+    assert config["quantization_config"] == quantised and config["decoder"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("shape", [(5, 0), (0,), (0, 4)])

@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from sku_vllm.adapter.negation import negate_adapter
-from sku_vllm.checkpoint.reader import base_identity
+from sku_vllm.checkpoint.reader import CheckpointReader, base_identity
 from sku_vllm.errors import AdapterError
+from sku_vllm.fuse import FuseRequest, fuse_checkpoint
 from sku_vllm.model import load_model
 from sku_vllm.model_spec import ModelSpec
 
@@ -58,6 +59,10 @@ def test_the_text_model_of_a_multimodal_checkpoint(make: Any, tmp_path: Path) ->
     wanted = lora(text, tmp_path / "adapter", target_modules=["q_proj", "o_proj", "lm_head"])
     fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
     assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "fused", dtype=torch.float32).state_dict(), wanted)
+    # vLLM serves the class of config.json, and leaves modules unedited that it does not find
+    negate_adapter(tmp_path / "adapter", 1.0, tmp_path / "served", served_by=CheckpointReader(tmp_path / "base"))
+    served = {key for key in load_file(tmp_path / "served/adapter_model.safetensors") if "lm_head" not in key}
+    assert served and all(".language_model." in key for key in served)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "fused"))
     assert all(torch.equal(value, after[name]) for name, value in before.items() if "vision" in name or "visual" in name)
 
@@ -74,6 +79,9 @@ WRAPPED = {
     "an adapter's name": lambda key: key.replace(".weight", ".default.weight"),
     "no PEFT": lambda key: key.removeprefix(PREFIX),
     "no head": lambda key: key.replace(f"{PREFIX}model.", PREFIX),
+    "Opacus": lambda key: f"_module.{key}",
+    "TRL's value head": lambda key: f"pretrained_model.{key}",
+    "Lightning, compiled": lambda key: f"model._orig_mod.{key}",
     "a level more": lambda key: key.replace(f"{PREFIX}model.", f"{PREFIX}model.language_model."),
 }
 
@@ -86,15 +94,26 @@ def test_what_wraps_a_module_is_no_other_module(wrapper: str, tmp_path: Path) ->
     adapter = rekey(tmp_path / "plain", tmp_path / "wrapped", WRAPPED[wrapper])
     fuse(tmp_path / "base", adapter, tmp_path / "fused")
     assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "fused").state_dict(), wanted)
-    if wrapper in ("FSDP", "a level more"):  # PEFT takes off some wrappers itself; what it does not, it leaves out with a warning
-        with pytest.raises(AdapterError, match="would stay unedited; sku fuse maps such names"):
-            load_model(ModelSpec(tmp_path / "base", adapter=adapter))
-    if "level" not in wrapper and wrapper != "no head":  # which need the base, and PEFT's keys are those of the class it was trained on
+    fused, beside = (load_model(spec) for spec in (ModelSpec(tmp_path / "fused"), ModelSpec(tmp_path / "base", adapter=adapter)))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():  # PEFT takes off some wrappers itself; what it does not find it would leave unedited
+        torch.testing.assert_close(beside(ids).logits, fused(ids).logits, rtol=1e-5, atol=1e-6)
+    plain = load_file(tmp_path / "plain/adapter_model.safetensors").keys()
+    needs_base = "level" in wrapper or wrapper in ("no head", "Lightning, compiled")
+    negate_adapter(adapter, 1.0, tmp_path / "served", served_by=CheckpointReader(tmp_path / "base"))
+    assert load_file(tmp_path / "served/adapter_model.safetensors").keys() == plain
+    if not needs_base:
         negate_adapter(adapter, 1.0, tmp_path / "negated")
-        assert (
-            load_file(tmp_path / "negated/adapter_model.safetensors").keys()
-            == load_file(tmp_path / "plain/adapter_model.safetensors").keys()
-        )
+        assert load_file(tmp_path / "negated/adapter_model.safetensors").keys() == plain
+
+
+def test_factors_that_the_adapter_does_not_have_are_named(tmp_path: Path) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    lora(base, tmp_path / "plain", target_modules=["q_proj"])
+    adapter = rekey(tmp_path / "plain", tmp_path / "adapter", lambda key: key.replace("layers.1", "layers.7"))
+    with pytest.raises(AdapterError, match=r"has no factors for .*layers\.1\.self_attn\.q_proj.*would stay unedited"):
+        load_model(ModelSpec(tmp_path / "base", adapter=adapter))
 
 
 def test_one_factor_pair_under_two_spellings_is_refused(tmp_path: Path) -> None:
@@ -110,6 +129,13 @@ def test_one_factor_pair_under_two_spellings_is_refused(tmp_path: Path) -> None:
         fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
     save_file({key.replace(".weight", f".{'abc'[index % 3]}.weight"): value for index, (key, value) in enumerate(tensors.items())}, file)
     with pytest.raises(AdapterError, match="adapters of several names"):
+        fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
+    save_file({**tensors, **{key.replace(f"{PREFIX}model.", PREFIX): value * 2 for key, value in tensors.items()}}, file)
+    with pytest.raises(AdapterError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight is the same weight as layers\.0\.self_attn"):
+        fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({name: torch.ones(32, 32), f"module.{name}": torch.ones(32, 32)}, tmp_path / "adapter/task_vector.safetensors")
+    with pytest.raises(AdapterError, match="two spellings of one tensor"):
         fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
 
 
@@ -192,3 +218,6 @@ def test_the_recorded_base_is_not_asked_for_again(tmp_path: Path) -> None:
     (adapter / "sku_run.json").write_text(json.dumps({"base_identity": base_identity(tmp_path / "base")}))
     with pytest.raises(AdapterError, match="this is the base it was trained on"):
         fuse(tmp_path / "base", adapter, tmp_path / "fused")
+    both = [(tmp_path / "plain", 1.0), (adapter, 1.0)]  # of which the first fits, and records no base
+    with pytest.raises(AdapterError, match="this is the base it was trained on"):
+        fuse_checkpoint(FuseRequest(tmp_path / "base", both, tmp_path / "fused"))

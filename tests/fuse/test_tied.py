@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalG
 from sku_vllm.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
-from fuse_cases import PREFIX, SMALL, assert_equal, change_json, fuse, llama, lora  # noqa: E402
+from fuse_cases import PREFIX, SMALL, assert_equal, change_json, fuse, llama, lora, rekey  # noqa: E402
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -33,6 +33,58 @@ def test_ties_of_unknown_architectures_are_those_of_the_config(said: bool | None
         other = HEAD if name == EMBEDDING else EMBEDDING
         assert torch.equal(after[other], before[EMBEDDING]) and not torch.equal(after[name], before[EMBEDDING])
         assert json.loads((tmp_path / f"fused_{side}/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_what_unknown_architectures_store_twice_is_tied_where_it_is_equal(tmp_path: Path) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    lora(base, tmp_path / "adapter", target_modules=["lm_head"])
+    change_json(tmp_path / "base/config.json", model_type="custom", architectures=["Custom"], tie_word_embeddings=None)
+    assert fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused").tensors == 1
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, EMBEDDING: tensors[HEAD].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="--untie"):
+        fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "again")
+    # InternLM 2's names: its head is there, and its own
+    renamed = {"model.tok_embeddings.weight": tensors.pop(EMBEDDING), "output.weight": tensors.pop(HEAD)}
+    save_file({**tensors, **renamed}, file, metadata={"format": "pt"})
+    lora(base, tmp_path / "plain", target_modules=["embed_tokens"])
+    adapter = rekey(tmp_path / "plain", tmp_path / "embedding", lambda key: key.replace("embed_tokens", "tok_embeddings"))
+    assert list(fuse(tmp_path / "base", adapter, tmp_path / "third").per_tensor) == ["model.tok_embeddings.weight"]
+
+
+def test_a_tie_of_which_the_head_alone_is_stored(tmp_path: Path) -> None:
+    """transformers ties from whichever side the checkpoint holds."""
+    base = llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    wanted = lora(base, tmp_path / "adapter", target_modules=["lm_head"])
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    tensors[HEAD] = tensors.pop(EMBEDDING)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="--untie"):
+        fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused", untie=True)
+    after = load_file(tmp_path / "fused/model.safetensors")
+    assert torch.equal(after[EMBEDDING], base.get_input_embeddings().weight)
+    assert_equal(after, {HEAD: wanted[HEAD]})
+
+
+def test_sides_of_a_tie_that_are_stored_apart_are_edited_apart(tmp_path: Path) -> None:
+    """transformers does not tie what a checkpoint holds with different values, so a dense delta of one side is of that side alone."""
+    base = llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, HEAD: tensors[EMBEDDING] + 1}, file, metadata={"format": "pt"})
+    (tmp_path / "vector").mkdir()
+    save_file({EMBEDDING: torch.ones(96, 32)}, tmp_path / "vector/task_vector.safetensors")
+    with pytest.raises(ConfigError, match="--untie"):
+        fuse(tmp_path / "base", tmp_path / "vector", tmp_path / "fused")
+    fuse(tmp_path / "base", tmp_path / "vector", tmp_path / "fused", untie=True)
+    after = load_file(tmp_path / "fused/model.safetensors")
+    assert torch.equal(after[HEAD], tensors[EMBEDDING] + 1) and torch.equal(after[EMBEDDING], tensors[EMBEDDING] - 1)
 
 
 def test_untied_everywhere_it_is_written(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
 """The names that --quantizer takes: simulated quantisers, and real ones from optional packages.
 
-Those of a weight alone (nf4, gguf:…) are what `sku fuse --check` uses. Those that are calibrated on text (calibrated.py) quantise the whole
-model. Open this file to add one.
+Those of a weight alone (nf4, gguf:…) are what `sku fuse --check` uses. Those that are calibrated on text
+(`fuse/calibrated_quantisers.py`) quantise the whole model. Open this file to add one.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from sku_vllm.errors import ConfigError
-from sku_vllm.evaluate.attack.calibrated import check_installed
+from sku_vllm.fuse.calibrated_quantisers import check_installed
 from sku_vllm.fuse.check_quantisers import CALIBRATED, FORMS, Quantiser, quantisers
 from sku_vllm.quantize import QUANTISERS
 
@@ -30,7 +30,7 @@ def check_packages(names: Sequence[str], config: dict[str, Any]) -> dict[str, Qu
     """
     for name in names:
         if name in CALIBRATED:
-            check_installed(name)
+            check_installed(name, "--quantizer")
     try:
         return quantisers([name for name in names if name in FORMS], config)
     except ConfigError as error:  # it names the flag of `sku fuse`
