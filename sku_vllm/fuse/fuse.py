@@ -4,10 +4,10 @@ Open this file to see the order of the work; each step has a file of its own bes
 """
 
 import time
+from pathlib import Path
 
 from sku_vllm.adapter.placement import place
 from sku_vllm.checkpoint.manifest import file_digests, read_key, write_manifest
-from sku_vllm.fuse.check_calibrated import calibration_texts, check_calibrated
 from sku_vllm.fuse.check_quantisers import CALIBRATED, quantisers
 from sku_vllm.fuse.checks import check_device, check_overflow, check_space
 from sku_vllm.fuse.companion_files import write_small_files
@@ -16,7 +16,7 @@ from sku_vllm.fuse.fuse_report import FuseReport, build_manifest, report_fusion,
 from sku_vllm.fuse.fuse_request import FuseRequest
 from sku_vllm.fuse.shard_plan import plan_fusion
 from sku_vllm.fuse.shard_writer import Progress, ShardWriter
-from sku_vllm.fuse.sources import open_sources
+from sku_vllm.fuse.sources import Sources, open_sources
 from sku_vllm.fuse.warm_up import load_kernels
 from sku_vllm.output import check_output, output_directory, record
 
@@ -38,7 +38,7 @@ def fuse_checkpoint(request: FuseRequest, progress: Progress = lambda done, tota
     scaled = [(adapter, scale) for adapter, (_, scale) in zip(sources.adapters, request.adapters, strict=True)]
     placed = place(sources.reader, scaled, untie=request.untie)
     checks = quantisers(request.check, sources.reader.config)
-    texts = calibration_texts(request.calibrate, sources.reader.directory) if request.calibrate is not None else []
+    texts = _calibration_texts(request.calibrate, sources) if request.calibrate is not None else []
     began = time.perf_counter()
     backend = check_device(request.device)
     load_kernels(request, backend, sources.reader, placed)
@@ -51,6 +51,8 @@ def fuse_checkpoint(request: FuseRequest, progress: Progress = lambda done, tota
         write_small_files(sources.reader, partial, request.dtype, request.untie, plan.index)
         report = report_fusion(request, output, sources, plan, written)
         for kind in sorted(CALIBRATED.keys() & request.check):
+            from sku_vllm.fuse.check_calibrated import check_calibrated
+
             report.add_check(kind, check_calibrated(kind, sources.reader, partial, placed, texts))
         write_card(partial, report)
         manifest = build_manifest(report, request, backend.name)
@@ -61,3 +63,9 @@ def fuse_checkpoint(request: FuseRequest, progress: Progress = lambda done, tota
         report.compare(estimate_copy(sources.reader, partial))
         record(partial, "fuse", report.to_json(), request.to_json())
     return report
+
+
+def _calibration_texts(file: str | Path, sources: Sources) -> list[str]:
+    from sku_vllm.fuse.check_calibrated import calibration_texts  # readers of rows and tokenizers, which other fusions do without
+
+    return calibration_texts(file, sources.reader.directory)

@@ -152,8 +152,10 @@ class Forward(torch.nn.Module):
             self.packed = False
             alone = [self([row], [Side.ADAPTED])[0] for row in rows]
             logits = self.core(input_ids=torch.tensor([rows[0]], device=self.core.device), use_cache=False).logits[0]
-            fits = output_layer(self.core).weight.shape[-1] == alone[0].shape[-1]  # else something between them changes the width (RemBERT)
-            if not fits or not _close(self.head(alone[0]), logits):
+            weight = output_layer(self.core).weight
+            assert isinstance(weight, torch.Tensor)
+            # where the widths differ, something between them changes it (RemBERT)
+            if weight.shape[-1] != alone[0].shape[-1] or not _close(self.head(alone[0]), logits):
                 raise CheckpointError(f"{self.core.config.model_type}: its logits are more than a head over hidden states; not supported")
             before = self.core.config._attn_implementation
             try:
