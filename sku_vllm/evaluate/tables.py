@@ -119,11 +119,13 @@ def print_labels(result: Mapping[str, Any], console: Console | None = None) -> N
     table.add_row(str(result["n"]), interval(result), *(percent(result[key]) for key in ("refusal", "gibberish", "benign")))
     console.print(table)
     print_counted_apart("", result, console)
-    if "by_category" in result:
-        parts = Table("category", "n", "harmful (95 %)", "refusal", "gibberish", "benign", box=box.SIMPLE)
-        for category, part in result["by_category"].items():
-            parts.add_row(category, str(part["n"]), interval(part), *(percent(part[key]) for key in ("refusal", "gibberish", "benign")))
-        console.print(parts)
+    sets = {f"{name}, {mode}": part for name, modes in result.get("by_set", {}).items() for mode, part in modes.items()}
+    for what, parts in (("set", sets), ("category", result.get("by_category", {}))):
+        if parts:
+            table = Table(what, "n", "harmful (95 %)", "refusal", "gibberish", "benign", box=box.SIMPLE)
+            for name, part in parts.items():
+                table.add_row(name, str(part["n"]), interval(part), *(percent(part[key]) for key in ("refusal", "gibberish", "benign")))
+            console.print(table)
     for pair in result.get("agreement", ()):
         print_agreement(pair, console)
 
