@@ -8,7 +8,8 @@ Answers in such a file (completions, attack artifacts) are read too, for `sku ju
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sku_vllm.data.forms import Record, category_of
+from sku_vllm.data.answer_texts import Record
+from sku_vllm.data.forms import category_of
 from sku_vllm.data.known_set import KnownSet
 from sku_vllm.data.rows import BadRow, LeftOut, Row
 

@@ -17,7 +17,7 @@ TONES = ("t-blue", "t-soft", "t-harm", "t-green", "t-base")
 
 
 def attacks(documents: Sequence[Document]) -> list[dict[str, Any]]:
-    """{"name", "kind", "before": EVAL, "points": [{"attack", …, "forget", "retain"}], "rests_on", "changed"} for every kind of every record.
+    """{"name", "kind", "before": EVAL, "points": [{"attack", …, "forget", "retain"}], "rests_on", "changed"} for every kind in the records.
 
     rests_on: what a claim rests on; records of earlier versions do not say, and measured harmful answers alone. changed: a line where the
     rows.jsonl beside the record is not the one it was written with, else None.
