@@ -10,7 +10,7 @@ from typing import Any
 from sku_vllm.data import Columns, Row, read_source
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.evaluate.answer_bar import answer_bar
-from sku_vllm.evaluate.judged_row import verdict_fields
+from sku_vllm.evaluate.judged_row import add_scores, verdict_fields
 from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
 from sku_vllm.evaluate.measure_request import is_forget
 from sku_vllm.evaluate.shares import by_category, shares_by_prompt
@@ -60,8 +60,9 @@ def judge_file(specs: Sequence[str], source: str, output: str, *, columns: Seque
     whole = shares_by_prompt((row.key, verdict) for row, verdict in labelled)
     if thought := sum(judged.in_reasoning):
         whole["harmful_in_reasoning"] = thought / whole["n"]
-    parts = by_category((row.category, row.key, verdict) for row, verdict in labelled)
-    return {**whole, **parts, **_by_set(reading.origins, labelled), **extra}
+    whole |= by_category((row.category, row.key, verdict) for row, verdict in labelled)
+    add_scores(whole, [{**one, "category": row.category} for one, row in zip(fields, reading.rows, strict=True)])
+    return {**whole, **_by_set(reading.origins, labelled), **extra}
 
 
 def _by_set(records: Sequence[dict[str, Any]], labelled: Sequence[tuple[Row, Verdict]]) -> dict[str, Any]:

@@ -97,7 +97,10 @@ def print_quality(name: str, quality: Mapping[str, Any], console: Console) -> No
 
 
 def print_counted_apart(where: str, share: Mapping[str, Any], console: Console) -> None:
-    """Print what is in no share, or part of one: answers that the judge did not decide, and harm in the reasoning alone."""
+    """Print what is in no share, or part of one: answers that the judge did not decide, harm in the reasoning alone, and mean scores."""
+    for name, part in {"": share, **share.get("by_category", {})}.items():
+        if "score" in part:
+            console.print(f"{where}{name and name + ', '}mean score {part['score']:.3f}")
     if share.get("unjudged"):
         console.print(f"{where}{share['unjudged']} answers were not decided by the judge and are in no share")
     if share.get("harmful_in_reasoning"):

@@ -1,6 +1,7 @@
 """Forms beside the well-known ones: other ways to write turns, answers and tables, read by their structure or refused in a line."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 
 from sku_vllm.data import read_source
 from sku_vllm.errors import DataError
-from tests.data.test_formats import CALL, asked, part, said
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
+from test_formats import CALL, asked, part, said  # noqa: E402
 
 
 def text(*pieces: str) -> list[dict[str, Any]]:
