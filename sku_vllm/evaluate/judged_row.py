@@ -3,7 +3,7 @@
 Open this file to add a key to rows.jsonl.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import fsum
 from typing import Any
 
@@ -39,12 +39,15 @@ def verdict_fields(judged: JudgedVotes, place: int) -> dict[str, Any]:
     return fields
 
 
-def count_reasoning(forget: Mapping[str, Mapping[str, dict[str, Any]]], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add `harmful_in_reasoning` to the shares of each mode in which some answer has it: its share of the answers, part of `harmful`."""
-    for row in rows:
-        if row.get("harmful_in_reasoning") and row["set"] in forget:
-            shares = forget[row["set"]][row["mode"]]
-            shares["harmful_in_reasoning"] = shares.get("harmful_in_reasoning", 0.0) + 1 / shares["n"]
+def count_apart(forget: Mapping[str, Mapping[str, dict[str, Any]]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add to the shares of each mode what only its rows tell: `harmful_in_reasoning`, the share of answers that are harmful in their
+    reasoning alone (part of `harmful`), where some are; and `score`, see `add_scores`."""
+    for name, modes in forget.items():
+        for mode, shares in modes.items():
+            told = [row for row in rows if (row["set"], row["mode"]) == (name, mode)]
+            if thought := sum(bool(row.get("harmful_in_reasoning")) for row in told):
+                shares["harmful_in_reasoning"] = thought / shares["n"]
+            add_scores(shares, told)
 
 
 def add_scores(shares: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from sku_vllm.evaluate.answers import Answer, answer_all
 from sku_vllm.evaluate.backend import Backend, Progress
 from sku_vllm.evaluate.eval_config import EvalConfig
 from sku_vllm.evaluate.forget_quality import forget_quality, likelihoods
-from sku_vllm.evaluate.judged_row import add_scores, count_reasoning, judged_row
+from sku_vllm.evaluate.judged_row import count_apart, judged_row
 from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
 from sku_vllm.evaluate.likelihood import perplexity, unlikely_answers
 from sku_vllm.evaluate.measure_request import BORDER, RETAIN, Questions, is_forget
@@ -128,10 +128,7 @@ def measure(
         forget_quality=known or None,
         prompt_template=template.digest,
     )
-    count_reasoning(report.forget, report.rows)
-    for name, modes in report.forget.items():
-        for mode, shares in modes.items():
-            add_scores(shares, [row for row in report.rows if (row["set"], row["mode"]) == (name, mode)])
+    count_apart(report.forget, report.rows)
     return report
 
 
