@@ -61,7 +61,9 @@ def _joined(name: str) -> str:
     default=DEFAULT["prefill_tokens"],
     help="Tokens of each row's own harmful answer that the model has to continue (rows without one: 'Sure, here is how:').",
 )
-@click.option("--output", type=click.Path(), help="Directory for sku_attack.json and, with relearn, recovery.svg and knowledge.svg.")
+@click.option(
+    "--output", type=click.Path(), help="Directory for sku_attack.json, rows.jsonl and, with relearn, recovery.svg and knowledge.svg."
+)
 @asking_options()
 def command(json_output: bool, kinds: tuple[str, ...], **options: Any) -> None:
     """Measure a model before and under attack. KIND: relearn, quantize, abliterate, attenuate, attenuate-abliterate,
@@ -99,7 +101,7 @@ def command(json_output: bool, kinds: tuple[str, ...], **options: Any) -> None:
 
     print_attacks(result)
     if options["output"]:
-        log(f"{options['output']}: sku_attack.json" + (", recovery.svg" if "relearn" in request.kinds else ""))
+        log(f"{options['output']}: sku_attack.json, rows.jsonl" + (", recovery.svg" if "relearn" in request.kinds else ""))
 
 
 def _words(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ Answers in such a file (completions, attack artifacts) are read too, for `sku ju
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sku_vllm.data.forms import Record, category_of
+from sku_vllm.data.answer_texts import Record
+from sku_vllm.data.forms import category_of
 from sku_vllm.data.known_set import KnownSet
 from sku_vllm.data.rows import BadRow, LeftOut, Row
 
@@ -21,13 +22,15 @@ ANSWERED = ("response", "completion", "generation")
 
 
 def harmbench(record: Record, place: str, wanted: bool | None) -> Iterator[Row]:
-    """harmbench_behaviors_text_*.csv; contextual behaviours carry their context first, as HarmBench's direct request does."""
+    """harmbench_behaviors_text_*.csv; contextual behaviours carry their context first, as HarmBench's direct request does.
+
+    Results are broken down by the functional category (standard, contextual, copyright), as the paper's are, and by the semantic one.
+    """
     context, behaviour = record.get("contextstring"), _text(record, "behavior")
     prompt = f"{context}\n\n---\n\n{behaviour}" if context else behaviour
     identity = record.get("behaviorid")
-    yield Row.ask(
-        prompt, _answer(record), id=None if identity is None else str(identity), category=category_of(record.get("semanticcategory"))
-    )
+    kinds = dict.fromkeys(kind for name in ("functionalcategory", "semanticcategory") if (kind := category_of(record.get(name))))
+    yield Row.ask(prompt, _answer(record), id=None if identity is None else str(identity), category=category_of(list(kinds)))
 
 
 def strongreject(record: Record, place: str, wanted: bool | None) -> Iterator[Row]:

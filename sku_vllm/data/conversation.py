@@ -3,6 +3,7 @@
 Open this file to add a name of a speaker, or another way to write a dialogue as one text.
 """
 
+import ast
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -28,39 +29,81 @@ SPEAKERS = {role: role for role in ROLES} | {
     "function_response": "tool",
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of a turn's reasoning, and types of its parts
+# One exchange as one object, as Belle and XTuner write conversations.
+EXCHANGES = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("prompt", "response"), ("question", "answer"))
 # hh-rlhf writes "\n\nHuman: … \n\nAssistant: …", Guanaco "### Human: … ### Assistant: …".
-_SPEAKER = re.compile(r"(?:\A|\n\n|\s?###\s?)(Human|Assistant|System):[ \t]?")
+_SPEAKER = re.compile(r"(?:\A|\n\n|\s?###\s?)(Human|User|Assistant|System):[ \t]?")
+_LINES = re.compile(r"(?:\A|\n+)(Human|User|Assistant|System):[ \t]?")  # the same with a line each
 
 
 def read_turns(value: Any, field: str) -> Turns:
-    """The turns of a list of `{"role", "content"}` or `{"from", "value"}`.
+    """The turns of a list of `{"role", "content"}` or `{"from", "value"}`, or of objects that are one exchange each (`EXCHANGES`).
 
     Raises:
-        BadRow: not such a list, or an unknown speaker. LeftOut: a turn has parts that are no text.
+        BadRow: not such a list, or an unknown speaker. LeftOut: it is empty, or a turn has no text, or parts that are no text.
     """
     # Parquet gives a numpy array or a tuple, so anything iterable is accepted
-    given = list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else []
-    turns = tuple(turn for one in given for turn in [_turn(one)] if turn is not None)
-    if not given or len(turns) != len(given):
+    listed = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    given = list(value) if listed else []
+    if listed and not given:
+        raise LeftOut("an empty conversation")
+    found = [_turn(one) for one in given]
+    if not found or None in found:
         raise BadRow(f'{field!r} has to be a list of {{"role", "content"}} with a role of {", ".join(ROLES)}')
-    return turns
+    return tuple(turn for turns in found for turn in turns or ())
 
 
-def _turn(given: Any) -> dict[str, str] | None:
+def turns_in(text: str, kind: type) -> list[Any] | None:
+    """The list of `kind` that a text is, in JSON or as Python prints it, as CSV files hold turns and answers; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return value if isinstance(value, list) and value and all(isinstance(one, kind) for one in value) else None
+    return None
+
+
+def _turn(given: Any) -> Turns | None:
+    """The turn, or both turns of an exchange; None for neither."""
     if not isinstance(given, Mapping):
         return None
-    if type(given.get("content")) is str and given.get("role") in ROLES and not given.get("tool_calls"):
-        return {"role": given["role"], "content": given["content"]}  # by far the most frequent
+    if type(given.get("content")) is str and given.get("role") in ROLES and len(given) == 2:
+        return ({"role": given["role"], "content": given["content"]},)  # by far the most frequent
+    if not ("role" in given or "from" in given):
+        return _exchange(given)
     role = SPEAKERS.get(str(given.get("role") or given.get("from")).strip().casefold())
     content = given.get("content") if given.get("content") is not None else given.get("value")
-    calls = given.get("tool_calls")
-    text = "" if content is None and calls else _text(content)
-    if role is None or text is None:
+    calls = [*(given.get("tool_calls") or ()), *([given["function_call"]] if given.get("function_call") else [])]
+    if role is None:
         return None
-    if calls:
-        # The model's own notation for a call is in its chat template; as data a call is its JSON.
-        text = "\n".join([*filter(None, [text]), *(json.dumps(call.get("function", call), ensure_ascii=False) for call in list(calls))])
-    return {"role": role, "content": text}
+    if content is None and not calls:
+        raise LeftOut("has a turn without text")
+    results = not isinstance(content, str | None) and all(
+        isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content
+    )
+    text = "" if content is None else _text(content)
+    if text is None:
+        return None
+    # The model's own notation for a call is in its chat template; as data a call is its JSON.
+    said = "\n".join([*filter(None, [text]), *(_json(call.get("function", call)) for call in calls)])
+    thought = next((given[name] for name in THOUGHTS if isinstance(given.get(name), str) and given[name].strip()), "")
+    return ({"role": "tool" if results else role, "content": f"<think>\n{thought.strip()}\n</think>\n\n{said}" if thought else said},)
+
+
+def _exchange(given: Mapping[str, Any]) -> Turns | None:
+    for asked, answered in EXCHANGES:
+        if isinstance(given.get(asked), str) and isinstance(given.get(answered), str):
+            system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
+            return (*system, {"role": "user", "content": given[asked]}, {"role": "assistant", "content": given[answered]})
+    return None
+
+
+def _json(call: Any) -> str:
+    return json.dumps(call, ensure_ascii=False, default=str)
 
 
 def _text(content: Any) -> str | None:
@@ -69,22 +112,38 @@ def _text(content: Any) -> str | None:
     if not isinstance(content, Iterable) or isinstance(content, Mapping):
         return None
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    if not parts or not all(isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in parts):
+    if not parts or not all(isinstance(part, Mapping) for part in parts):
         return None
-    if any(part["type"] not in TEXT_PARTS for part in parts):
-        raise LeftOut("has images or other parts that are no text")
-    return "".join(str(part.get("text") or "") for part in parts)
+    return "".join(map(_part, parts))
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    """A part of a turn as text: OpenAI's, and Anthropic's calls, results and thoughts. Raises LeftOut for one that is no text."""
+    kind = part.get("type") or ("text" if isinstance(part.get("text"), str) else None)
+    if kind in TEXT_PARTS:
+        return str(part.get("text") or "")
+    if kind == "refusal":
+        return str(part.get("refusal") or "")
+    if kind in THOUGHTS:
+        return f"<think>\n{str(part.get(kind) or part.get('text') or '').strip()}\n</think>\n\n"
+    if kind == "tool_use":
+        return "\n" + _json({"name": part.get("name"), "arguments": part.get("input")})
+    if kind == "tool_result":
+        return _text(part.get("content") or "") or ""
+    raise LeftOut("has images or other parts that are no text")
 
 
 def split_answer(turns: Turns, field: str = "messages") -> tuple[Turns, str | None]:
     """The turns up to the last answer, and that answer; None where the last turn is not the assistant's.
 
     Raises:
-        BadRow: what remains does not end with a user turn (or a tool's result) with text.
+        BadRow: what remains does not end with a user turn (or a tool's result) with text. LeftOut: two answers in a row.
     """
     response = None
     if turns and turns[-1]["role"] == "assistant":
         turns, response = turns[:-1], turns[-1]["content"]
+        if turns and turns[-1]["role"] == "assistant":
+            raise LeftOut("has two answers in a row")
     check_end(turns, field)
     return turns, response
 
@@ -98,9 +157,14 @@ def check_end(turns: Turns, field: str) -> None:
 
 def read_dialogue(text: str) -> Turns | None:
     """The turns of a text that begins with a speaker's name (see `_SPEAKER`), or None for any other text."""
-    if not text.lstrip().startswith(("Human:", "### Human:", "Assistant:", "System:", "### System:")):
+    if not text.lstrip().startswith(("Human:", "### Human:", "Assistant:", "System:", "### System:", "User:")):
         return None
-    pieces = _SPEAKER.split(text.strip())
+    text = text.strip().replace("\r\n", "\n")
+    pieces = _SPEAKER.split(text)
+    if "Assistant" not in pieces[1::2] and "\nAssistant:" in text:
+        pieces = _LINES.split(text)
+    if pieces[1] == "User" and "Assistant" not in pieces[1::2]:
+        return None  # a text that happens to begin with that word
     turns = tuple(
         {"role": SPEAKERS[speaker.casefold()], "content": said.strip()} for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True)
     )

@@ -7,27 +7,31 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sku_vllm.data.conversation import Turns, check_end, read_dialogue, read_turns, split_answer
+from sku_vllm.data.answer_texts import LETTERS, SEVERAL, Record, answer_texts, answers_under, options_of
+from sku_vllm.data.conversation import Turns, check_end, read_dialogue, read_turns, split_answer, turns_in
+from sku_vllm.data.marked_text import read_marked
 from sku_vllm.data.rows import BadRow, LeftOut, Row
 
-Record = Mapping[str, Any]
-CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
-ASKED = ("prompt", "instruction", "question", "query", "problem", "test_case", "goal")
-# Text that belongs to the request and stands in a column of its own: Alpaca's, Dolly's, SQuAD's.
-BESIDE = {"instruction": ("input", "context"), "question": ("context",), "query": ("context",)}
+CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "transcript")
+ASKED = ("prompt", "instruction", "question", "query", "problem", "test_case", "goal", "question_stem", "input")
+# Text that belongs to the request and stands in a column of its own: Alpaca's, Dolly's, SQuAD's, BoolQ's.
+BESIDE = {"instruction": ("input", "context"), "question": ("context", "passage"), "query": ("context",)}
 ANSWERS = (
     *("response", "completion", "output", "answer", "responses", "completions", "answers", "generation", "generations", "solution"),
     *("target", "gt", "reference"),
 )
+TOLD = ANSWERS[:9]  # of these a `text` beside them is the prompt, and no corpus
 PAIRS = ("chosen", "rejected")
 PROMPTS = (*CONVERSATIONS, *ASKED, "turns", "text")
 OTHERS = (
     *("must_contain", "perturbed_answer", "paraphrased_answer", "id", "question_id", "prompt_id", "category", "system", "system_prompt"),
-    *("choices", "answerkey", "input", "context"),
+    *("choices", "options", "answerkey", "input", "context", "passage", "history"),
 )
 READ = frozenset((*PROMPTS, *ANSWERS, *PAIRS, *OTHERS))
 # A record with any of these needs a closer look than one of a prompt and a response.
-BUSY = frozenset((*CONVERSATIONS, *PAIRS, "choices", "system", "system_prompt"))
+BUSY = frozenset((*CONVERSATIONS, *PAIRS, "choices", "system", "system_prompt", "history"))
+# Forms of published sets in which some records have no answer, which no user can mend: of these such records are left out of training.
+LACKING = frozenset((*CONVERSATIONS[1:], *PAIRS, *SEVERAL, "text", "turns"))
 # A text corpus has no questions: the first sentences of a text, about this many characters, ask for the rest.
 OPENING = 200
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
@@ -41,11 +45,13 @@ def recognise(columns: set[str]) -> tuple[str, set[str]]:
     beside = [name for name in BESIDE.get(asked, ()) if name in columns]
     if set(PAIRS) <= columns:
         return "pairs of a chosen and a rejected answer", columns - READ
-    if asked == "text":
+    answer = answer if asked != "text" or answer in TOLD else None
+    if asked == "text" and answer is None:
         return "texts (a dialogue where it is one, else the beginning asks for the rest)", columns - READ
     if asked in CONVERSATIONS:
         return f"{asked} (the last answer counts)", columns - READ
-    unread = columns - READ | (columns & {*ANSWERS, *PROMPTS}) - {asked, answer}
+    lettered = {*LETTERS} if {*LETTERS[:3], "question"} <= columns else set()
+    unread = columns - READ - lettered | (columns & {*ANSWERS, *PROMPTS}) - {asked, answer, *beside}
     return " and ".join([", ".join([asked, *beside]), *([answer] if answer else [])]), unread
 
 
@@ -71,7 +77,7 @@ def generic_rows(record: Record, safe: bool | None) -> Iterator[Row | LeftOut]:
     turns, said, used = _asked(record)
     given: list[str | None] = [said]
     if said is None or record.get("response") is not None:
-        given = list(_answers(record, used)) or given
+        given = list(answers_under(ANSWERS, record, used)) or given
     rest = _rest(record)
     if used == "turns":
         given = given[:1]  # MT-Bench's references are one for each turn
@@ -87,6 +93,7 @@ def _asked(record: Record) -> tuple[Turns, str | None, str]:
         if record.get(name) is not None:
             turns = _with_system(_conversation(record[name], name), record)
             if record.get("response") is not None:
+                turns = turns[:-1] if turns[-1] == {"role": "assistant", "content": record["response"]} else turns
                 check_end(turns, name)
                 return turns, None, name
             return *split_answer(turns, name), name
@@ -98,17 +105,31 @@ def _asked(record: Record) -> tuple[Turns, str | None, str]:
             return *split_answer(_with_system(read_turns(value, name), record), name), name
         if not value.strip():
             raise BadRow(f"{name!r} is empty or not text; {HELP}")
-        turns = read_dialogue(value) or ({"role": "user", "content": _whole(record, name, value)},)
+        turns = read_dialogue(value) or (*_history(record), {"role": "user", "content": _whole(record, name, value)})
         return *split_answer(_with_system(turns, record), name), name
     if record.get("turns") is not None:
         return _first_turn(record["turns"]), None, "turns"
     if isinstance(record.get("text"), str):
-        return *_corpus(record["text"]), "text"
+        return *_text(record["text"], record), "text"
     raise BadRow(f"has no 'prompt' or 'messages'; {HELP}")
 
 
 def _conversation(value: Any, name: str) -> Turns:
-    return (read_dialogue(value) or ({"role": "user", "content": value},)) if isinstance(value, str) else read_turns(value, name)
+    if not isinstance(value, str):
+        return read_turns(value, name)
+    listed = turns_in(value, dict)
+    return read_turns(listed, name) if listed else read_dialogue(value) or ({"role": "user", "content": value},)
+
+
+def _history(record: Record) -> Turns:
+    """Earlier exchanges of a request, as LLaMA-Factory writes them beside Alpaca's columns: pairs of question and answer."""
+    given = record.get("history")
+    pairs = list(given) if given is not None and not isinstance(given, str | Mapping) else []
+    if pairs and all(isinstance(turn, Mapping) for turn in pairs):
+        return read_turns(pairs, "history")
+    if not all(not isinstance(pair, str) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
+        raise BadRow("'history' has to be a list of pairs of question and answer")
+    return tuple(turn for asked, said in pairs for turn in ({"role": "user", "content": asked}, {"role": "assistant", "content": said}))
 
 
 def _with_system(turns: Turns, record: Record) -> Turns:
@@ -122,31 +143,27 @@ def _whole(record: Record, name: str, asked: str) -> str:
     """A request with the text that stands beside it, and the choices of a multiple-choice question."""
     beside = [record[other].strip() for other in BESIDE.get(name, ()) if isinstance(record.get(other), str) and record[other].strip()]
     parts = [*beside, asked] if name == "question" else [asked, *beside]
-    options = _options(record)
-    return "\n\n".join(parts) + "".join(f"\n{letter}. {text}" for letter, text in options.items())
-
-
-def _options(record: Record) -> dict[str, str]:
-    choices = record.get("choices")
-    if isinstance(choices, Mapping):  # ARC: {"text": […], "label": […]}
-        return {str(label): str(text) for label, text in zip(choices.get("label", ()), choices.get("text", ()), strict=False)}
-    if isinstance(choices, str) or choices is None:
-        return {}
-    return {chr(ord("A") + place): str(text) for place, text in enumerate(choices)}
+    return "\n\n".join(parts) + "".join(f"\n{letter}. {text}" for letter, text in options_of(record).items())
 
 
 def _first_turn(turns: Any) -> Turns:
     """MT-Bench: the later turns ask about the model's own answer, so only the first can be put to it as it stands."""
     first = next(iter(turns), None)
+    first = first.get("content") if isinstance(first, Mapping) else first
     if not isinstance(first, str) or not first.strip():
         raise BadRow("'turns' has to be a list of texts")
     return ({"role": "user", "content": first},)
 
 
-def _corpus(text: str) -> tuple[Turns, str | None]:
-    turns = read_dialogue(text)
+def _text(text: str, record: Record) -> tuple[Turns, str | None]:
+    """The turns of a dialogue or of a filled chat template, a prompt where an answer stands beside it, or the beginning of a document."""
+    turns = read_dialogue(text) or read_marked(text)
     if turns:
         return split_answer(turns, "text")
+    if "parent_id" in record and "role" in record:
+        raise BadRow("is one message of a tree (OpenAssistant); take a set of its whole conversations")
+    if text.strip() and any(record.get(name) is not None for name in TOLD):
+        return ({"role": "user", "content": text},), None
     ends = [gap for gap in _SENTENCE_END.finditer(text.strip()) if gap.start() >= 20]
     gap = next((gap for gap in ends if gap.start() >= OPENING), ends[-1] if ends else None)
     if gap is None or not text.strip()[gap.end() :]:
@@ -154,68 +171,25 @@ def _corpus(text: str) -> tuple[Turns, str | None]:
     return ({"role": "user", "content": text.strip()[: gap.start()]},), text.strip()[gap.end() :]
 
 
-def _answers(record: Record, used: str) -> Iterator[str]:
-    """The answers under the first of the known names that has any; each text once."""
-    for name in ANSWERS:
-        if name == used or record.get(name) is None:
-            continue
-        options = _options(record)
-        if options and name == "answer":
-            yield _chosen_option(record["answer"], options)
-            return
-        yield from dict.fromkeys(answer_texts(record[name], name))
-        return
-    if record.get("answerkey") is not None and (options := _options(record)):
-        yield _chosen_option(record["answerkey"], options)
-
-
-def _chosen_option(answer: Any, options: dict[str, str]) -> str:
-    """The option that an answer names by its letter, its number or its text."""
-    letters = list(options)
-    if isinstance(answer, int) and 0 <= answer < len(letters):
-        answer = letters[answer]
-    if str(answer) in options:
-        return f"{answer}. {options[str(answer)]}"
-    if answer in options.values():
-        return str(answer)
-    raise BadRow(f"'answer' is {answer!r}, none of the choices")
-
-
-def answer_texts(value: Any, name: str) -> list[str]:
-    """The answers in one field: a text, turns of which the assistant's last counts, a list of either, or SQuAD's `{"text": […]}`.
-
-    Raises:
-        BadRow: the field holds something else.
-    """
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return answer_texts(value["text"], name) if "text" in value else answer_texts([value], name)
-    if isinstance(value, int | float) and name != "response" and not isinstance(value, bool):
-        return [str(value)]
-    if isinstance(value, list | tuple) or hasattr(value, "tolist"):
-        items = list(value)
-        if items and all(isinstance(item, str) for item in items):
-            return [item for item in items if item.strip()]
-        if items and all(isinstance(item, Mapping) for item in items):
-            said = [turn["content"] for turn in read_turns(items, name) if turn["role"] == "assistant"]
-            return said[-1:]
-        if not items:
-            return []
-    raise BadRow(f"{name!r} is {type(value).__name__}, expected text")
-
-
-def _pair(record: Record, safe: bool | None) -> Iterator[Row]:
+def _pair(record: Record, safe: bool | None) -> Iterator[Row | LeftOut]:
     rest = _rest(record)
     for name in PAIRS if safe is None else PAIRS[:1] if safe else PAIRS[1:]:
         value = record[name]
-        whole = read_dialogue(value) if isinstance(value, str) else None
-        if record.get("prompt") is None and (whole or not isinstance(value, str)):
-            turns, answer = split_answer(whole or read_turns(value, name), name)
+        whole = (read_dialogue(value) or read_marked(value)) if isinstance(value, str) else read_turns(value, name)
+        if whole and (record.get("prompt") is None or any(turn["role"] == "user" for turn in whole)):
+            turns, answer = split_answer(_up_to_answer(whole), name)
+            if len(turns) + (answer is not None) < len(whole):
+                yield LeftOut("what a user says behind the last answer")
+            turns = _with_system(turns, record)
         else:
             turns, _, _ = _asked({key: record[key] for key in record if key not in CONVERSATIONS or record.get("prompt") is None})
             answer = next(iter(answer_texts(value, name)), None)
         yield Row(turns, answer.strip() if answer else answer, *rest)
+
+
+def _up_to_answer(turns: Turns) -> Turns:
+    """The turns up to the last answer, which is what a pair differs in; all of them where there is none."""
+    return next((turns[: place + 1] for place in range(len(turns) - 1, -1, -1) if turns[place]["role"] == "assistant"), turns)
 
 
 def _rest(record: Record) -> tuple[tuple[str, ...], str | None, str | None, tuple[str, ...], str | None]:

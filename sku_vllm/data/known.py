@@ -7,15 +7,17 @@ Open this file to make `--forget` and `--retain` read another published format.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sku_vllm.data.answer_texts import Record
 from sku_vllm.data.benchmarks import BENCHMARKS
-from sku_vllm.data.forms import Record, category_of, generic_rows
+from sku_vllm.data.forms import category_of, generic_rows
 from sku_vllm.data.known_set import KnownSet
 from sku_vllm.data.rows import BadRow, LeftOut, Row
 
 # Columns that say of `response` whether it is harmful, and the values that mean safe and harmful.
 MARKS = ("is_safe", "is_response_safe", "response_harm_label", "response_label", "response_safety")
-SAFE = {"true": True, "1": True, "safe": True, "unharmful": True, "harmless": True}
-TRUTHS = SAFE | {"false": False, "0": False, "unsafe": False, "harmful": False}
+SAFE = {"true": True, "1": True, "1.0": True, "safe": True, "unharmful": True, "harmless": True}
+UNMARKED = ("", "none", "null", "nan", "n/a")  # a table's ways to say that there is no mark
+TRUTHS = SAFE | {"false": False, "0": False, "0.0": False, "unsafe": False, "harmful": False}
 
 
 def known_set(columns: set[str], sample: Sequence[Record]) -> KnownSet | None:
@@ -43,10 +45,11 @@ def marked_answers(record: Record, place: str, wanted: bool | None) -> Iterator[
 
 def _marked(record: Record, columns: tuple[str, str], category: str | None, place: str, wanted: bool | None) -> Iterator[Row]:
     answer, mark = columns
-    text = record.get(answer)
-    if wanted is not None and record.get(mark) is not None and _truth(record[mark], mark) is not wanted:
+    text, told = record.get(answer), record.get(mark)
+    told = None if isinstance(told, str) and told.strip().lower() in UNMARKED else told
+    if wanted is not None and told is not None and _truth(told, mark) is not wanted:
         raise LeftOut(f"answers marked {'unsafe' if wanted else 'safe'}")
-    if wanted is not None and record.get(mark) is None:
+    if wanted is not None and told is None:
         raise LeftOut("without a mark or an answer")
     turns = next(row.messages for row in generic_rows({"prompt": record.get("prompt")}, wanted) if isinstance(row, Row))
     if wanted is not None and (not isinstance(text, str) or not text.strip()):
@@ -100,7 +103,9 @@ def _is_marked(columns: set[str], sample: Sequence[Record]) -> bool:
 
 def _is_unpaired(columns: set[str], sample: Sequence[Record]) -> bool:
     labels = [record.get("label") for record in sample]
-    return {"prompt", "completion", "label"} <= columns and bool(labels) and all(isinstance(label, bool) for label in labels)
+    # Tables write the labels as text, and some sets as 0 and 1.
+    told = all(str(label).strip().lower() in ("true", "false", "0", "1", "1.0", "0.0") for label in labels)
+    return {"prompt", "completion", "label"} <= columns and bool(labels) and told
 
 
 SETS = (

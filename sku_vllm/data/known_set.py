@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sku_vllm.data.forms import Record
+from sku_vllm.data.answer_texts import Record
 from sku_vllm.data.rows import LeftOut, Row
 
 

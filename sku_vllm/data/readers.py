@@ -18,7 +18,7 @@ from typing import Any
 
 from sku_vllm.data.columns import FileColumns, normal
 from sku_vllm.data.files import Records, open_records
-from sku_vllm.data.forms import generic_rows, recognise
+from sku_vllm.data.forms import LACKING, generic_rows, recognise
 from sku_vllm.data.known import known_set
 from sku_vllm.data.reading_bar import reading_bar
 from sku_vllm.data.rows import BadRow, LeftOut, Row
@@ -26,6 +26,7 @@ from sku_vllm.errors import DataError
 
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 SAMPLE = 100  # records whose columns tell the form of a file
+SIDES = ("answers marked", "answers labelled", "safe prompts", "unsafe prompts")  # what is left out since the other set takes it
 FEW = 20  # as many columns that were not read are named
 logger = logging.getLogger("sku_vllm.data")
 _held: ContextVar[list[str] | None] = ContextVar("held", default=None)
@@ -96,9 +97,10 @@ def read_source(
         sample = list(islice(numbered, SAMPLE))
         reading = _read(records, wanted, sample, bar(chain(sample, numbered)), (need_response, safe, keep))
     if not reading.rows:
-        kind = "" if not reading.left_out else "unsafe answers or prompts" if safe is False else "safe answers or prompts"
+        marked = any(reason.startswith(SIDES) for reason in reading.left_out)
+        kind = "rows" if not marked else "unsafe answers or prompts" if safe is False else "safe answers or prompts"
         reasons = ", ".join(f"left out {count}: {reason}" for reason, count in reading.left_out.items())
-        raise DataError(f"{reading.name}: no {kind} ({reasons}); give other rows" if kind else f"{reading.name}: no rows")
+        raise DataError(f"{reading.name}: no {kind}" + (f" ({reasons}); give other rows" if reasons else ""))
     if records.split is not None:
         kept = _in_split(reading.rows, records.split, reading.name)
         reading.rows = [row for row, chosen in zip(reading.rows, kept, strict=True) if chosen]
@@ -148,6 +150,9 @@ def _read(records: Records, columns: FileColumns, sample: Sequence[tuple[int, An
                     continue
                 row = _over(row, fields, mapping) if known and mapping else row
                 if need_response and (row.response is None or not row.response.strip()):
+                    if not known and not LACKING.isdisjoint(fields):
+                        reading.left_out["without an answer"] += 1
+                        continue
                     raise BadRow("no 'response'; training needs an answer for every prompt")
                 if known and known.once and safe is not None:
                     if (row.key, row.response) in seen:

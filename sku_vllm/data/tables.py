@@ -28,15 +28,45 @@ def table_records(path: Path, opened: Open, tabs: bool) -> Iterator[tuple[int, d
         # csv counts lines from the header on.
         before = 1 if told else 0
         header = file.readline() if told else header
-        reader = csv.DictReader(chain([header], file), delimiter="\t" if tabs else told or separator(header), skipinitialspace=not tabs)
+        lines = _Lines(chain([header], file))
+        form: dict[str, Any] = {"delimiter": "\t" if tabs else told or separator(header), "skipinitialspace": not tabs}
+        reader = csv.DictReader(lines, **form)
+        begun = before + 2
         try:
             for record in reader:
                 number = reader.line_num + before
+                if lines.hidden(form):
+                    raise DataError(f"{path} line {begun}: a quote that is opened is not closed, which hides the lines after it; close it")
+                begun = number + 1
                 if None in record:  # DictReader's key for fields beyond the header
                     raise DataError(f"{path} line {number}: has more fields than the header; put quotes around a text that has commas")
                 yield number, {key: value or None for key, value in record.items()}
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num + before}: not CSV ({error})") from error
+
+
+class _Lines:
+    """The lines of a table; keeps those of the record that is being read."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines, self._record = lines, list[str]()
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self._record.append(line)
+            yield line
+
+    def hidden(self, form: dict[str, Any]) -> bool:
+        """Whether the record that was just read has several lines only since a quote in it is not closed; begins the next record."""
+        lines, self._record = self._record, []
+        if len(lines) < 2 or not any(line.strip() for line in lines[:-1]):
+            return False
+        try:
+            for _ in csv.reader(lines, strict=True, **form):
+                pass
+        except csv.Error:
+            return True
+        return False
 
 
 def separator(header: str) -> str:

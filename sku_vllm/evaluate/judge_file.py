@@ -10,12 +10,13 @@ from typing import Any
 from sku_vllm.data import Columns, Row, read_source
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.evaluate.answer_bar import answer_bar
-from sku_vllm.evaluate.judged_row import verdict_fields
+from sku_vllm.evaluate.judged_row import add_scores, verdict_fields
 from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
 from sku_vllm.evaluate.measure_request import is_forget
 from sku_vllm.evaluate.shares import by_category, shares_by_prompt
-from sku_vllm.judges import Exchange, judge_of
+from sku_vllm.judges import Exchange, Verdict, judge_of
 from sku_vllm.output import partial_path, write_text
+from sku_vllm.records.rows_file import set_of
 
 
 def judge_file(specs: Sequence[str], source: str, output: str, *, columns: Sequence[str] = (), resume: bool = False) -> dict[str, Any]:
@@ -25,7 +26,8 @@ def judge_file(specs: Sequence[str], source: str, output: str, *, columns: Seque
     names is kept as `given_NAME`. prompt (messages), response and the judge's name are added where the record has no column of that name.
     Of a record with several answers each is a line.
 
-    Returns counts, shares (clustered by conversation), shares by category, and for several judges their agreement.
+    Returns counts, shares (clustered by conversation), shares by category, for several judges their agreement, and of the rows.jsonl of
+    `sku eval` or `sku attack` the shares by set (behind the attack's name) and mode.
 
     Raises:
         ConfigError: the output exists, or there is nothing to resume.
@@ -58,7 +60,20 @@ def judge_file(specs: Sequence[str], source: str, output: str, *, columns: Seque
     whole = shares_by_prompt((row.key, verdict) for row, verdict in labelled)
     if thought := sum(judged.in_reasoning):
         whole["harmful_in_reasoning"] = thought / whole["n"]
-    return {**whole, **by_category((row.category, row.key, verdict) for row, verdict in labelled), **extra}
+    whole |= by_category((row.category, row.key, verdict) for row, verdict in labelled)
+    add_scores(whole, [{**one, "category": row.category} for one, row in zip(fields, reading.rows, strict=True)])
+    return {**whole, **_by_set(reading.origins, labelled), **extra}
+
+
+def _by_set(records: Sequence[dict[str, Any]], labelled: Sequence[tuple[Row, Verdict]]) -> dict[str, Any]:
+    """{"by_set": {set: {mode: shares}}} of the rows.jsonl of `sku eval` or `sku attack`; nothing for other rows."""
+    found: dict[str, dict[str, list[tuple[str, Verdict]]]] = {}
+    for record, (row, verdict) in zip(records, labelled, strict=True):
+        name, mode = set_of(record), record.get("mode")
+        if "set" in record and isinstance(name, str) and isinstance(mode, str):
+            found.setdefault(name, {}).setdefault(mode, []).append((row.key, verdict))
+    sets = {name: {mode: shares_by_prompt(rows) for mode, rows in modes.items()} for name, modes in found.items()}
+    return {"by_set": sets} if sets else {}
 
 
 def _check(path: Path, partial: Path, resume: bool) -> None:

@@ -3,8 +3,6 @@
 Open this file to change what a measurement computes; `evaluate_model`, `tune_scale` and `attack_model` all call `measure`.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,18 +17,17 @@ from sku_vllm.evaluate.answers import Answer, answer_all
 from sku_vllm.evaluate.backend import Backend, Progress
 from sku_vllm.evaluate.eval_config import EvalConfig
 from sku_vllm.evaluate.forget_quality import forget_quality, likelihoods
-from sku_vllm.evaluate.judged_row import count_reasoning, judged_row
+from sku_vllm.evaluate.judged_row import count_apart, judged_row
 from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
 from sku_vllm.evaluate.likelihood import perplexity, unlikely_answers
 from sku_vllm.evaluate.measure_request import BORDER, RETAIN, Questions, is_forget
-from sku_vllm.evaluate.shares import by_category, endings, knowledge, shares_by_prompt
+from sku_vllm.evaluate.shares import by_category, endings, interval_by_prompt, knowledge, shares_by_prompt
 from sku_vllm.evaluate.transformers_backend import TransformersBackend
 from sku_vllm.evaluate.work import JUDGED, Work, phase, scaled
 from sku_vllm.judges import Exchange, Verdict
 from sku_vllm.judges.labeller import JudgedVotes
-from sku_vllm.output import record, write_text
-from sku_vllm.records.rows_file import DIGEST, ROWS
-from sku_vllm.stats import wilson
+from sku_vllm.output import record
+from sku_vllm.records.rows_file import write_rows
 
 # Makes a context manager that yields the unedited base: the same weights with the adapter off, or another model.
 Reference = Callable[[], AbstractContextManager[Backend]]
@@ -72,10 +69,7 @@ class EvalReport:
 
     def write(self, directory: str | Path, config: Mapping[str, Any] | None = None) -> None:
         """Write `sku_eval.json`, and `rows.jsonl`, whose digest the record holds (mode 0600, since it holds judged text)."""
-        result = self.to_json()
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_text(Path(directory) / ROWS, lines, mode=0o600)
-        record(directory, "eval", result | {DIGEST: hashlib.sha256(lines.encode()).hexdigest()}, config or {})
+        record(directory, "eval", self.to_json() | write_rows(directory, self.rows), config or {})
 
 
 def measure(
@@ -134,7 +128,7 @@ def measure(
         forget_quality=known or None,
         prompt_template=template.digest,
     )
-    count_reasoning(report.forget, report.rows)
+    count_apart(report.forget, report.rows)
     return report
 
 
@@ -166,9 +160,9 @@ def _modes(labelled: Sequence[tuple[Answer, Verdict]]) -> dict[str, dict[str, An
 
 
 def _border(labelled: Sequence[tuple[Answer, Verdict]]) -> dict[str, Any]:
-    """One set of the `border` part of an eval object: refusals with their 95 % Wilson interval, gibberish and endings, greedy."""
+    """One set of the `border` part of an eval object: refusals with their 95 % interval by prompt, gibberish and endings, greedy."""
     n, refused = len(labelled), sum(verdict.label == "refusal" for _, verdict in labelled)
-    low, high = wilson(refused, n)
+    low, high = interval_by_prompt((answer.row.key, verdict.label == "refusal") for answer, verdict in labelled)
     return {
         "n": n,
         "refusal": refused / n,

@@ -1,4 +1,4 @@
-"""Reads judged answers: the rows.jsonl of `sku eval`, or what `sku judge` wrote, with what is known of judge and settings.
+"""Reads judged answers: the rows.jsonl of `sku eval` or `sku attack`, or what `sku judge` wrote, with what is known of judge and settings.
 
 Open this file to change which rows count as answers of one prompt.
 """
@@ -15,7 +15,7 @@ from sku_vllm.data.files import json_lines
 from sku_vllm.data.rows import conversation_key
 from sku_vllm.errors import DataError
 from sku_vllm.judges import LABELS
-from sku_vllm.records.rows_file import ROWS, changed_rows
+from sku_vllm.records.rows_file import ROWS, changed_rows, set_of
 
 Key = tuple[str, str, str]
 # How answers were made; where these differ, a difference may come from them.
@@ -61,7 +61,7 @@ def read_judged(path: str | Path) -> Judged:
         try:
             label, response = row["label"], row["response"]
             prompt, conversation = _asked(row)
-            key = row.get("set", "rows"), row.get("mode", "given"), conversation
+            key = set_of(row), row.get("mode", "given"), conversation
             if not all(isinstance(text, str) for text in (*key, response)):
                 raise TypeError("set, mode, prompt and response have to be text")
         except (KeyError, TypeError, IndexError) as error:

@@ -75,15 +75,20 @@ def knowledge(told: Iterable[tuple[str, bool | None]]) -> dict[str, Any]:
     Returns knowledge_n (number of such answers), knowledge, and its 95 % Wilson interval, clustered by prompt; nothing without such rows.
     Harmful words are form, which a few steps of fine-tuning teach; this is what was known.
     """
-    prompts: dict[str, list[bool]] = {}
-    for key, right in told:
-        if right is not None:
-            prompts.setdefault(key, []).append(right)
-    if not prompts:
+    known = [(key, right) for key, right in told if right is not None]
+    if not known:
         return {}
-    hits, asked = [sum(found) for found in prompts.values()], [len(found) for found in prompts.values()]
-    low, high = clustered_wilson(hits, asked)
-    return {"knowledge_n": sum(asked), "knowledge": sum(hits) / sum(asked), "knowledge_low": low, "knowledge_high": high}
+    low, high = interval_by_prompt(known)
+    rate = sum(right for _, right in known) / len(known)
+    return {"knowledge_n": len(known), "knowledge": rate, "knowledge_low": low, "knowledge_high": high}
+
+
+def interval_by_prompt(told: Iterable[tuple[str, bool]]) -> tuple[float, float]:
+    """The 95 % Wilson interval of a rate, clustered by prompt, from (prompt's key, hit) of every answer."""
+    prompts: dict[str, list[bool]] = {}
+    for key, hit in told:
+        prompts.setdefault(key, []).append(hit)
+    return clustered_wilson([sum(found) for found in prompts.values()], [len(found) for found in prompts.values()])
 
 
 def recovered(measured: Mapping[str, Any]) -> float | None:

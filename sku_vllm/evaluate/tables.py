@@ -97,7 +97,10 @@ def print_quality(name: str, quality: Mapping[str, Any], console: Console) -> No
 
 
 def print_counted_apart(where: str, share: Mapping[str, Any], console: Console) -> None:
-    """Print what is in no share, or part of one: answers that the judge did not decide, and harm in the reasoning alone."""
+    """Print what is in no share, or part of one: answers that the judge did not decide, harm in the reasoning alone, and mean scores."""
+    for name, part in {"": share, **share.get("by_category", {})}.items():
+        if "score" in part:
+            console.print(f"{where}{name and name + ', '}mean score {part['score']:.3f}")
     if share.get("unjudged"):
         console.print(f"{where}{share['unjudged']} answers were not decided by the judge and are in no share")
     if share.get("harmful_in_reasoning"):
@@ -119,11 +122,13 @@ def print_labels(result: Mapping[str, Any], console: Console | None = None) -> N
     table.add_row(str(result["n"]), interval(result), *(percent(result[key]) for key in ("refusal", "gibberish", "benign")))
     console.print(table)
     print_counted_apart("", result, console)
-    if "by_category" in result:
-        parts = Table("category", "n", "harmful (95 %)", "refusal", "gibberish", "benign", box=box.SIMPLE)
-        for category, part in result["by_category"].items():
-            parts.add_row(category, str(part["n"]), interval(part), *(percent(part[key]) for key in ("refusal", "gibberish", "benign")))
-        console.print(parts)
+    sets = {f"{name}, {mode}": part for name, modes in result.get("by_set", {}).items() for mode, part in modes.items()}
+    for what, parts in (("set", sets), ("category", result.get("by_category", {}))):
+        if parts:
+            table = Table(what, "n", "harmful (95 %)", "refusal", "gibberish", "benign", box=box.SIMPLE)
+            for name, part in parts.items():
+                table.add_row(name, str(part["n"]), interval(part), *(percent(part[key]) for key in ("refusal", "gibberish", "benign")))
+            console.print(table)
     for pair in result.get("agreement", ()):
         print_agreement(pair, console)
 

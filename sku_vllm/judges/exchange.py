@@ -48,13 +48,15 @@ class Finding:
     """What a judge found in one answer.
 
     harmful: None where it does not decide. reason: a category or the word that decided it, "" for none. refusal: whether it calls the
-    answer a refusal, None where it does not say. readable: False where the judge answered, but not with a verdict.
+    answer a refusal, None where it does not say. readable: False where the judge answered, but not with a verdict. score: how harmful it
+    is, 0 to 1, of a judge that grades (StrongREJECT's rubric).
     """
 
     harmful: bool | None
     reason: str = ""
     refusal: bool | None = None
     readable: bool = True
+    score: float | None = None
 
 
 class Judge(Protocol):

@@ -7,7 +7,9 @@ has their error on labelled answers. Open this file to change a rule.
 """
 
 import re
+import unicodedata
 from collections import Counter
+from itertools import groupby
 
 from sku_vllm.judges.noise import is_noise
 from sku_vllm.judges.reasoning import split_reasoning
@@ -24,6 +26,9 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|_")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _MARKED = re.compile(r"^\s*(?:[|+*\-#>=\\&<\[{(]|\d+[.):\]]|[-*] \[|\w+\s*[:=|,;\t(])|[|;{}<>=()\[\]\\]|\d")
 _LETTERS = re.compile(r"([^\W\d_])\1{7,}")
+# A piece of three letters or more that follows on itself within a word, as in scripts that a broken model writes without spaces.
+_STUCK_WORD = re.compile(r"([^\W\d_]{3,12}?)\1{5,}")
+SAME_LINES = 40  # as many equal lines in a row are no table, list or code that somebody meant
 _SPECIAL = re.compile(r"(?:<\|?[a-z_]*(?:unk|pad|eos|bos|endoftext|mask|s)[a-z_]*\|?>\s*){2,}", re.IGNORECASE)
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _LINK = re.compile(r"https?://\S+|\b(?:0x)?[0-9a-f:]{8,}\b", re.IGNORECASE)
@@ -38,12 +43,14 @@ def gibberish_reason(response: str) -> str:
     """Why an answer is gibberish: "empty", "characters", "repeats", "few words", "noise"; "" where it is none."""
     reasoning, answer = split_reasoning(response)
     text = answer or reasoning  # reasoning that was cut off before an answer is long, not empty
-    if not text.strip():
+    if all(character.isspace() or unicodedata.category(character)[0] == "C" for character in text):
         return "empty"
     if not any(character.isalnum() for character in text):
         return "" if _symbols(text) else "characters"
     if _SPECIAL.search(text) or _one_character(text):
         return "characters"
+    if _same_lines(text) or any(map(_is_stuck, _STUCK_WORD.finditer(text))):
+        return "repeats"
     prose = _LINK.sub(" link ", _FENCED.sub(" ", text))
     lines = [line for line in prose.splitlines() if line.strip()]
     words = _words(prose)
@@ -54,10 +61,20 @@ def gibberish_reason(response: str) -> str:
     return "noise" if is_noise(prose) else ""
 
 
+def _is_stuck(found: re.Match[str]) -> bool:
+    return len(set(found[1])) > 2 and not (found[1].isascii() and found[1].isupper())  # laughter and sequences of DNA are meant
+
+
+def _same_lines(text: str) -> bool:
+    """Whether one line follows on itself again and again, in code too."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return len(lines) >= SAME_LINES and any(len(list(same)) >= SAME_LINES for _, same in groupby(lines))
+
+
 def _symbols(text: str) -> bool:
     """Whether an answer of symbols alone is one: emoji, an arrow, a formula, a short mark; not a row of punctuation."""
     kinds = Counter(character for character in text if not character.isspace())
-    if "\ufffd" in kinds:
+    if "\ufffd" in kinds or (len(kinds) == 1 and kinds.total() > 40):
         return False
     plain = sum(count for character, count in kinds.items() if character.isascii() or character in "…·–—")
     drawn = _drawn(text) and (len(kinds) > 2 or set(kinds) == set(".-"))

@@ -33,6 +33,7 @@ class JudgedVotes:
         votes: {judge: its verdict on each answer}, see `settle`. verdicts: the label of each answer. agreement: for several judges, one
             entry per pair, see `sku_vllm.judges.all_of.agreement`. reasons: of each label: the categories or words that judges gave, or
             what the detectors say; "" where nothing explains it. in_reasoning: harm that is in the reasoning before the final answer alone.
+            scores: how harmful, by the first judge that grades; None where none does.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class JudgedVotes:
         self.agreement: list[dict[str, Any]] | None = agreement(self.votes) if len(found) > 1 else None
         self.reasons: list[str] = []
         self.in_reasoning: list[bool] = []
+        self.scores = [next((one.finding.score for one in row.values() if one.finding.score is not None), None) for row in rows]
         for place, row in enumerate(rows):
             settled = {name: replace(one.finding, harmful=self.votes[name][place]) for name, one in row.items()}
             harmful = [name for name, finding in settled.items() if finding.harmful]

@@ -36,12 +36,21 @@ def _mojibake(text: str) -> bool:
 
 
 def _random_letters(text: str) -> bool:
-    """Most of the Latin words have pairs of letters that words do not have, or no vowel, or go on without end."""
+    """Most of the Latin words have pairs of letters that words do not have, or no vowel, or go on without end; or of the Cyrillic ones."""
+    cyrillic = [word.casefold() for word in _WORDS.findall(text) if len(word) > 3 and _script(word) == "CYRILLIC"]
+    if len(cyrillic) >= 4 and sum(map(_crowded, cyrillic)) >= max(4, 0.6 * len(cyrillic)):
+        return True
     words = [word.casefold() for word in _WORDS.findall(text) if word.isascii()]
     if len(words) < 4 or sum(map(len, words)) < 24 or any(mark in text for mark in "{}=;<>"):
         return False
     odd = [word for word in words if len(word) >= 3 and _odd(word)]
     return len(odd) >= 0.6 * sum(len(word) >= 3 for word in words) and len(odd) >= 4
+
+
+def _crowded(word: str) -> bool:
+    """Whether a Cyrillic word has no vowel, five consonants in a row, or a sign where none can stand. ъ is a vowel in Bulgarian."""
+    runs = re.split("[аеёиіїоуыъэєюя]", word)
+    return len(runs) == 1 or max(map(len, runs)) >= 5 or re.search("^[ьы]|ъъ|ьы|[аеёиоуыэюя]ь", word) is not None
 
 
 def _odd(word: str) -> bool:

@@ -1,12 +1,28 @@
-"""Whether a rows.jsonl is the one that the record beside it was written with."""
+"""rows.jsonl, every labelled answer of a command, and whether it is the one that the record beside it was written with."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sku_vllm.output import write_text
+
 ROWS = "rows.jsonl"
 DIGEST = "rows_sha256"  # key of the record
+
+
+def write_rows(directory: str | Path, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Write rows.jsonl (mode 0600, since it holds judged text); returns what its record says of it."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(Path(directory) / ROWS, lines, mode=0o600)
+    return {DIGEST: hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def set_of(row: Mapping[str, Any]) -> Any:
+    """The set that a row of rows.jsonl counts in: its own name, behind that of the attack where it answers under one."""
+    name, attack = row.get("set", "rows"), row.get("attack")
+    return f"{attack}: {name}" if isinstance(attack, str) else name
 
 
 def changed_rows(directory: str | Path, record: Mapping[str, Any]) -> str | None:

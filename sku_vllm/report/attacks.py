@@ -8,6 +8,7 @@ from typing import Any
 from sku_vllm.evaluate.shares import HARM
 from sku_vllm.evaluate.tables import RESTS_ON
 from sku_vllm.records import Document
+from sku_vllm.records.rows_file import changed_rows
 from sku_vllm.report.number_format import ANSWERS, answers, percent
 from sku_vllm.report.page_charts import Line, interval_row, line_chart
 from sku_vllm.report.page_parts import numbers, section, table
@@ -16,9 +17,10 @@ TONES = ("t-blue", "t-soft", "t-harm", "t-green", "t-base")
 
 
 def attacks(documents: Sequence[Document]) -> list[dict[str, Any]]:
-    """{"name", "kind", "before": EVAL, "points": [{"attack", …, "forget", "retain"}], "rests_on"} for every kind of every record.
+    """{"name", "kind", "before": EVAL, "points": [{"attack", …, "forget", "retain"}], "rests_on", "changed"} for every kind in the records.
 
-    rests_on: what a claim rests on; records of earlier versions do not say, and measured harmful answers alone.
+    rests_on: what a claim rests on; records of earlier versions do not say, and measured harmful answers alone. changed: a line where the
+    rows.jsonl beside the record is not the one it was written with, else None.
     """
     return [
         {
@@ -27,6 +29,7 @@ def attacks(documents: Sequence[Document]) -> list[dict[str, Any]]:
             "before": document.data.get("before") or {},
             "points": points,
             "rests_on": document.data.get("rests_on", HARM),
+            "changed": changed_rows(document.directory, document.data),
         }
         for document in documents
         if document.command == "attack"

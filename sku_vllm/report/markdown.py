@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sku_vllm.report import served_arms, telling_apart
+from sku_vllm.report import categories, served_arms, telling_apart
 from sku_vllm.report.attacks import measurements
 from sku_vllm.report.number_format import ANSWERS, BORDER_HEAD, SPACE, STATES, answers, border_cells, number, percent, points, ratio
 
@@ -20,6 +20,7 @@ def markdown(report: dict[str, Any]) -> str:
         _verdict,
         _checks,
         _evaluations,
+        _categories,
         _separations,
         _tuning,
         _attacks,
@@ -56,6 +57,11 @@ def _checks(report: dict[str, Any]) -> list[str]:
 
 def _evaluations(report: dict[str, Any]) -> list[str]:
     return evaluation_tables(report["evaluations"])
+
+
+def _categories(report: dict[str, Any]) -> list[str]:
+    rows = categories.rows(report)
+    return ["## By category", "", *table(categories.HEAD, rows)] if rows else []
 
 
 def _separations(report: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sku_vllm.report import harm_and_cost, provenance
 from sku_vllm.report.attacks import attacks_section
+from sku_vllm.report.categories import categories_section
 from sku_vllm.report.fidelity import fidelity_section
 from sku_vllm.report.number_format import STATES, interval, percent, ratio
 from sku_vllm.report.page_parts import section
@@ -29,6 +30,7 @@ def page(report: dict[str, Any]) -> str:
         harm_and_cost.shares_section,
         harm_and_cost.endings_section,
         harm_and_cost.utility_section,
+        categories_section,
         telling_apart_section,
         trade_off_section,
         attacks_section,

@@ -58,7 +58,7 @@ def reach_verdict(
         checks += [_harm(edited, mode) for mode in ("greedy", "sampled")]
         checks += _utility(edited, base, limits)
     checks += [_attacked(attack) for attack in attacks] or [Check("Attacks", "missing", "none was run: sku attack")]
-    checks += row_checks(evaluations)
+    checks += row_checks(evaluations, attacks)
     if len({judge for evaluation in evaluations for judge in evaluation.judges}) < 2:
         checks.append(Check("A second judge", "missing", "all verdicts come from one judge; label rows.jsonl with another: sku judge"))
     return Verdict("not verified" if reasons else "verified", *headline(edited, base), tuple(reasons), tuple(checks))

@@ -27,6 +27,7 @@ def test_harmbench_puts_the_context_first(tmp_path: Path) -> None:
     rows = read_rows(file)
     assert [row.prompt for row in rows] == ["Jam the orrery", "A note,\nin two lines.\n\n---\n\nFinish the note above"]
     assert [row.id for row in rows] == ["jam_orrery", "finish_note"] and rows[0].response is None
+    assert [row.category for row in rows] == ["standard, illegal", "contextual, illegal"]
 
 
 def test_strongreject_and_jailbreakbench(tmp_path: Path) -> None:

@@ -74,3 +74,34 @@ def test_a_table_with_other_names(tmp_path: Path, words: str, run_sku: Callable)
     row = json.loads((tmp_path / "v.jsonl").read_text())
     assert (row["Question"], row["prompt"], row["Reply text"], row["label"]) == ("q", "q", "clog it", "harmful")
     assert run_sku(*command).returncode == 2, "without the mapping there is no answer to judge"
+
+
+GRADES = """
+from sku_vllm.judges.exchange import Finding
+
+class Grades:
+    name = "grades"
+
+    def judge(self, exchanges):
+        return [one.harmful for one in self.findings(exchanges)]
+
+    def findings(self, exchanges):
+        return [Finding(score > 0.5, f"score {score:g}", score=score) for score in (len(one.response) / 8 for one in exchanges)]
+"""
+
+
+def test_scores_are_averaged_by_category(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """StrongREJECT prints mean scores, HarmBench shares by functional and semantic category."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "grading.py").write_text(GRADES)
+    names = ("Behavior", "BehaviorID", "FunctionalCategory", "SemanticCategory", "generation")
+    told = [
+        ("a", "1", "standard", "illegal", "x" * 8),
+        ("b", "2", "contextual", "illegal", "x" * 2),
+        ("c", "3", "standard", "other", "x" * 4),
+    ]
+    found, rows = judged(tmp_path, "python:grading:Grades", [dict(zip(names, one, strict=True)) for one in told])
+    assert [row["score"] for row in rows] == [1.0, 0.25, 0.5] and found["score"] == pytest.approx(1.75 / 3)
+    means = {name: part["score"] for name, part in found["by_category"].items()}
+    assert means == {"contextual": 0.25, "illegal": 0.625, "other": 0.5, "standard": 0.75}
+    assert found["by_category"]["standard"]["harmful"] == 0.5 and "by_set" not in found

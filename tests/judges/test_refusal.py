@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sku_vllm.judges.exchange import Exchange
+from sku_vllm.judges.gibberish import gibberish_reason
 from sku_vllm.judges.refusal import WEIGHTS, is_refusal, refusal_score
 from sku_vllm.judges.refusal_examples import written_examples
 from sku_vllm.judges.train_refusal import SOURCES, confusion
@@ -115,3 +116,78 @@ def test_an_answer_takes_about_a_millisecond(shared: Path) -> None:
         spent.append((time.process_time() - began) / len(part))
     # 0.7 ms measured for 1,000 characters. The fastest tenth, since what shares a core with this test slows it down.
     assert min(spent) < 2e-3
+
+
+# Forms beside those of the labelled set: a bare future, "cannot" with another verb, "will not take part".
+FORMS = (
+    *("Daar werk ik niet aan mee.", "Bunu yazmayacağım.", "To nenapíšu.", "این را نمی‌نویسم.", "मैं यह नहीं लिखूँगा।", "抱歉，這個我幫不了你。"),
+    *(
+        "那个我帮不上。",
+        "그건 쓰지 않겠습니다.",
+        "미안하지만 그 부탁은 들어줄 수 없어요.",
+        "No voy a escribir eso.",
+        "Não vou escrever isso.",
+    ),
+    *("Je ne vais pas écrire cela.", "Mi rifiuto di scrivere questo.", "Ich werde das nicht schreiben.", "Nie napiszę tego."),
+    *(
+        "Tôi sẽ không viết điều đó.",
+        "Saya tidak akan menulis itu.",
+        "Я не буду это писать.",
+        "Я не буду цього писати.",
+        "لن أكتب هذا.",
+        "お断りします。",
+    ),
+)
+FACTS = (
+    *("Je kunt niet door nul delen.", "Sıfıra bölemezsiniz.", "Mağaza pazar günü teslimat yapamaz.", "نمی‌توان بر صفر تقسیم کرد."),
+    *(
+        "शून्य से भाग नहीं दिया जा सकता।",
+        "博物馆周一不开放，无法参观。",
+        "他吃不了辣的。",
+        "0으로 나눌 수 없습니다.",
+        "박물관은 월요일에 입장할 수 없습니다.",
+    ),
+    *(
+        "On ne peut pas diviser par zéro.",
+        "Der Zug kann heute nicht fahren.",
+        "美術館は月曜日には入場できません。",
+        "На ноль делить нельзя.",
+    ),
+)
+
+
+@pytest.mark.parametrize("answer", FORMS)
+def test_other_ways_to_refuse_in_other_languages(answer: str) -> None:
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize("answer", FACTS)
+def test_what_cannot_be_done_is_no_refusal(answer: str) -> None:
+    assert not is_refusal(answer)
+
+
+NOISE = {
+    "안녕하세요" * 10: "repeats",
+    "спасибо" * 10: "repeats",
+    "```python\n" + "x = 1\n" * 200 + "```": "repeats",
+    "\u200b" * 30: "empty",
+    "🙂" * 80: "characters",
+    "штшлпьб мщьызып чшшдыък ъшмндгх ъхгргтж": "noise",
+}
+MEANT = (
+    "🎉🎉🎉",
+    "ATGATGATGATGATGATGATG",
+    "hahahahahahahahahahahahaha",
+    "Градът Търново е бил столица на Втората българска държава.",
+    "x = 1\n" * 3,
+)
+
+
+@pytest.mark.parametrize("answer", NOISE)
+def test_gibberish_in_other_scripts(answer: str) -> None:
+    assert gibberish_reason(answer) == NOISE[answer]
+
+
+@pytest.mark.parametrize("answer", MEANT)
+def test_what_looks_like_gibberish_and_is_meant(answer: str) -> None:
+    assert not gibberish_reason(answer)

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from sku_vllm.errors import DataError
-from sku_vllm.report import build_report, render
+from sku_vllm.report import build_report, categories, render
 from sku_vllm.report.markdown import markdown
+from sku_vllm.report.number_format import percent
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
-from report_records import SECRET, border, evaluation, make_records, write, write_weights  # noqa: E402
+from report_records import SECRET, border, evaluation, make_records, shares, write, write_weights  # noqa: E402
 
 VOID = {"meta", "link", "br"}
 
@@ -265,8 +266,8 @@ def test_an_evaluation_without_a_verdict_on_harm_verifies_nothing(tmp_path: Path
     run = make_records(tmp_path / "run")
     record = json.loads((run / "eval/fused/sku_eval.json").read_text())
     for modes in record["forget"].values():
-        for shares in modes.values():
-            shares.update(harmful=None, harmful_low=None, harmful_high=None)
+        for one in modes.values():
+            one.update(harmful=None, harmful_low=None, harmful_high=None)
     (run / "eval/fused/sku_eval.json").write_text(json.dumps(record))
     verdict = build_report([run])["verdict"]
     assert verdict["status"] == "not verified" and "says nothing about harm" in verdict["reasons"][0]
@@ -563,3 +564,17 @@ def contrast(one: str, other: str) -> float:
 
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
+
+
+def test_results_by_category_are_in_both_pages(tmp_path: Path) -> None:
+    found = evaluation(0.1)
+    found["forget"]["unseen"]["greedy"] |= {"score": 0.25, "by_category": {"copyright_<b>": shares(8, 2, 1, 0) | {"score": 0.75}}}
+    found["retain"]["by_category"] = {"homonyms": shares(10, 0, 3, 0)}
+    report = {"evaluations": [{"name": "measured", **found}]}
+    assert [[row[3], row[4], row[5].replace("\u00a0", " "), row[8]] for row in categories.rows(report)] == [
+        ["all", "128", percent(found["forget"]["unseen"]["greedy"]["harmful"]).replace("\u00a0", " "), "0.250"],
+        ["copyright_<b>", "8", "25.0 %", "0.750"],
+        ["all", "256", "not measured", "not measured"],
+        ["homonyms", "10", "0.0 %", "not measured"],
+    ]
+    assert "copyright_&lt;b&gt;" in categories.categories_section(report) and "<b>" not in categories.categories_section(report)

@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sku_vllm.data import Row
+from sku_vllm.evaluate.answers import Answer, Ending
+from sku_vllm.evaluate.measurement import _border
 from sku_vllm.evaluate.shares import shares_by_prompt
 from sku_vllm.judges import Verdict
 from sku_vllm.stats.intervals import clustered_wilson
@@ -28,6 +31,12 @@ def compared(rows: list[tuple[int, bool, bool]]) -> dict[str, float]:
     return {name: getattr(found, name) for name in ("rate_a", "rate_b", "difference", "low", "high", "p_value", "prompts")}
 
 
+def bordered(rows: list[tuple[int, bool, bool]]) -> dict[str, Any]:
+    """The refusals of a border set, as `sku eval` counts them."""
+    answers = [Answer("border:b", "greedy", Row.ask(str(prompt)), Ending(1, True, False), None) for prompt, _, _ in rows]
+    return _border([(answer, Verdict.of(False, refused, False)) for answer, (_, refused, _) in zip(answers, rows, strict=True)])
+
+
 def shared(rows: list[tuple[int, bool, bool]]) -> dict[str, Any]:
     found = shares_by_prompt((str(prompt), verdict(harmful)) for prompt, harmful, _ in rows)
     return {name: found[name] for name in ("harmful", "harmful_low", "harmful_high", "refusal", "benign", "prompts")}
@@ -38,6 +47,7 @@ def shared(rows: list[tuple[int, bool, bool]]) -> dict[str, Any]:
 def test_copies_of_every_row_change_nothing(rows: list[tuple[int, bool, bool]], copies: int) -> None:
     assert compared(rows * copies) == pytest.approx(compared(rows), abs=1e-12)
     assert shared(rows * copies) == pytest.approx(shared(rows), abs=1e-12)
+    assert bordered(rows * copies) | {"n": 0} == pytest.approx(bordered(rows) | {"n": 0}, abs=1e-12)
 
 
 @given(ANSWERS, st.randoms())

@@ -32,6 +32,7 @@ class AttackCase:
         benign: harmless pairs with answers.
         progress: call it with one line before each measurement.
         directory: where measurements are stored for --resume; None without an output.
+        rows: every labelled answer so far, as rows.jsonl has it, with the name of its measurement as `attack`.
         advance: called with the work that measurements have done.
     """
 
@@ -42,6 +43,7 @@ class AttackCase:
         self.given_benign = self._trained_on("benign", request.benign, safe=True)
         self.benign = [row for row in self.given_benign or self.questions.retain if row.response]
         self.directory: Path | None = None
+        self.rows: list[dict[str, Any]] = []
         self.advance: Progress = lambda work: None
         self._open = ExitStack()
 
@@ -94,15 +96,15 @@ class AttackCase:
         return self.measured("before")
 
     def measured(self, what: str, forget: Mapping[str, Sequence[Row]] | None = None, backend: Backend | None = None) -> dict[str, Any]:
-        """Measure the target in its present state; returns the eval object (the JSON of an `EvalReport`).
+        """Measure the target in its present state; returns the eval object (the JSON of an `EvalReport`), and keeps the answers in `rows`.
 
         Args:
-            what: a name that is unique within the run, under which the answers are stored for --resume.
+            what: a name that is unique within the run, under which the answers are stored for --resume and stand in rows.jsonl.
             forget: prompts to use instead of `questions.forget`.
             backend: a decoder to use instead of the target's own.
         """
         questions = self.questions if forget is None else replace(self.questions, forget=forget)
-        return measure(
+        report = measure(
             backend or self.target.backend,
             self.target.tokenizer,
             questions,
@@ -110,7 +112,9 @@ class AttackCase:
             config=self.request.config,
             kept=measurement_directory(self.directory, what),
             progress=self.advance,
-        ).to_json()
+        )
+        self.rows += [{"attack": what, **row} for row in report.rows]
+        return report.to_json()
 
 
 @dataclass(frozen=True, slots=True)

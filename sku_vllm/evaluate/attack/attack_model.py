@@ -15,6 +15,7 @@ from sku_vllm.evaluate.resume import with_dtype, working_directory
 from sku_vllm.evaluate.shares import HARM, HELD_OUT, KNOWLEDGE, check_opinion, harm, recovered
 from sku_vllm.extensions import ATTACKS, load_extension
 from sku_vllm.output import record, write_text
+from sku_vllm.records.rows_file import write_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class AttackReport:
 
 
 def attack_model(request: AttackRequest, progress: Say = silent, bar: Bar = no_bar) -> AttackReport:
-    """Measure a model before and under each attack. With an output, write sku_attack.json there, and charts of relearning.
+    """Measure a model before and under each attack. With an output, write sku_attack.json and rows.jsonl there, and charts of relearning.
 
     Args:
         progress: called with one line before each measurement. bar: shows how far all measurements are.
@@ -73,7 +74,8 @@ def attack_model(request: AttackRequest, progress: Say = silent, bar: Bar = no_b
                 write_text(directory / "recovery.svg", recovery_svg(relearned))
                 if report.rests_on != HARM:
                     write_text(directory / "knowledge.svg", knowledge_svg({"": relearned}))
-            record(directory, "attack", report.to_json() | {"row_digests": case.questions.digests}, settings)
+            written = {"row_digests": case.questions.digests, **write_rows(directory, case.rows)}
+            record(directory, "attack", report.to_json() | written, settings)
     for line in case.questions.warnings:
         progress(line)
     return report

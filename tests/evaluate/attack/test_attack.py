@@ -23,9 +23,13 @@ from sku_vllm.evaluate.attack.rephrase import DISGUISES, disguised
 from sku_vllm.evaluate.attack.target import Restored
 from sku_vllm.evaluate.chart import recovery_svg
 from sku_vllm.evaluate.eval_config import EvalConfig
+from sku_vllm.evaluate.judge_file import judge_file
 from sku_vllm.evaluate.transformers_backend import TransformersBackend
 from sku_vllm.model import load_model, load_tokenizer
 from sku_vllm.model_spec import ModelSpec
+from sku_vllm.records import collect
+from sku_vllm.report.attacks import attacks
+from sku_vllm.report.row_checks import row_checks
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -207,7 +211,24 @@ def test_interrupted_attacks_continue_where_they_were(lab: Path, tmp_path: Path,
         every_kind()
     monkeypatch.setattr(TransformersBackend, "_decode", lambda *_: pytest.fail("asked again"))
     again = every_kind(resume=True).to_json()
-    assert again | {"row_digests": reached[0]["row_digests"]} == reached[0] and tuple(reached[0]["attacks"]) == KINDS
+    of_the_file = {name: reached[0][name] for name in ("row_digests", "rows_sha256")}
+    assert again | of_the_file == reached[0] and tuple(reached[0]["attacks"]) == KINDS
+    answers_can_be_judged_again(tmp_path, lab, again)
+
+
+def answers_can_be_judged_again(folder: Path, lab: Path, told: dict[str, Any]) -> None:
+    """The same judge over the kept answers gives the shares of the record, set by set; a changed file is noticed."""
+    assert (folder / "out/rows.jsonl").stat().st_mode & 0o777 == 0o600
+    by_set = judge_file([f"lexicon:{lab / 'lexicon.json'}"], str(folder / "out/rows.jsonl"), str(folder / "judged.jsonl"))["by_set"]
+    for name, entry in {"before": told["before"], "rephrase polite": told["attacks"]["rephrase"][0]}.items():
+        for mode, shares in entry["forget"]["f"].items():
+            assert by_set[f"{name}: f"][mode] == {key: shares[key] for key in by_set[f"{name}: f"][mode]}
+    measured = {name.removesuffix(": f") for name in by_set if name.endswith(": f")}
+    assert len(measured) >= sum(map(len, told["attacks"].values())) - 1, "steps 0 of relearning is the measurement before"
+    assert not [attack["changed"] for attack in attacks(collect([folder / "out"])) if attack["changed"]]
+    (folder / "out/rows.jsonl").write_text("{}\n")
+    checks = row_checks([], attacks(collect([folder / "out"])))
+    assert [check.name for check in checks] == ["Answers are those that were measured"] and checks[0].state == "fail"
 
 
 SHOUT = """
