@@ -281,7 +281,7 @@ def test_three_real_servers_one_killed(tiny, tmp_path):
         for each in family(fleet[0].process):
             each.kill()
         found = [status for each in statuses for status in each.result()]
-        assert set(found) == {200} and len(found) > 20
+        assert set(found) == {200} and len(found) > 4
         assert eventually(lambda: judged() == before + len(found)), (judged(), before, len(found))
         page = ctl(fleet, "experiment")
         assert any(fleet[0].root in caveat for caveat in page["caveats"])
