@@ -103,8 +103,9 @@ def experiment_of_all(clients: list[Any], options: dict[str, Any]) -> Any:
     from sku_vllm.client.server_address import server_address
     from sku_vllm.serving.fleet_experiment import added_up, from_prometheus
 
+    problems: dict[str, str] = {}
     if len(clients) == 1:
-        pages, problems = {clients[0].name: clients[0].call("GET", "experiment")}, {}
+        pages = {clients[0].name: clients[0].call("GET", "experiment")}
     else:
         pages, problems = together(clients, lambda client: client.call("GET", "experiment"))
     if not pages:

@@ -46,7 +46,7 @@ def http_client(
     Raises:
         ConfigError: `proxy`, and the environment names one that cannot be used.
     """
-    hooks = {"request": [_stays_home(httpx.URL(base).host)]} if base else None
+    hooks: dict[str, list[Callable[..., Any]]] | None = {"request": [_stays_home(httpx.URL(base).host)]} if base else None
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     verify = trust or _trusted()
     if uds:

@@ -17,6 +17,7 @@ PREFIX = "sku-serve-"
 LOCK = "lock"
 SOCKETS = "VLLM_RPC_BASE_PATH"  # vLLM's variable for the directory of its sockets
 LONGEST = 107 - 37  # bytes of that directory's path: a socket's path has 107 at most, and its name is a "/" and a UUID
+ASKED = "get_file_store_init_method"
 MEETING = (  # vLLM's modules that ask for the rendezvous file, in the order in which they may have been imported
     "vllm.utils.network_utils",
     "vllm.v1.executor.uniproc_executor",
@@ -54,8 +55,9 @@ def hold_rendezvous() -> None:
     if not Path(place).name.startswith(PREFIX):  # not a private directory of ours
         return
     for name in MEETING:
-        if hasattr(sys.modules.get(name), "get_file_store_init_method"):
-            sys.modules[name].get_file_store_init_method = lambda: f"file://{place}/vllm_dist_{uuid.uuid4().hex}"  # type: ignore[attr-defined]
+        module = sys.modules.get(name)
+        if hasattr(module, ASKED):
+            setattr(module, ASKED, lambda: f"file://{place}/vllm_dist_{uuid.uuid4().hex}")
 
 
 def reclaim() -> list[Path]:
