@@ -17,6 +17,7 @@ from sku_vllm.errors import ConfigError
 @click.option("--token", envvar="SKU_TOKEN", help="Its control token, which may choose arms.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="vLLM's own --api-key, where the server has one.")
 @click.option("--cacert", type=click.Path(dir_okay=False), help="PEM file of the server's certificate authority or own certificate.")
+@click.option("--cert", type=click.Path(dir_okay=False), help="PEM file with a client's certificate and key, for --ssl-cert-reqs.")
 @click.option("--insecure", is_flag=True, help="Accept any certificate.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, help="Longest answer, in tokens.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0: the likeliest answer.")
@@ -33,7 +34,7 @@ def command(json_output: bool, prompt: str | None, **options: Any) -> None:
     from sku_vllm.client.server_address import server_address, trusting
     from sku_vllm.client.streamed_chat import ask_arms
 
-    address = server_address(options["server"], trusting(options["cacert"], None, options["insecure"]))
+    address = server_address(options["server"], trusting(options["cacert"], options["cert"], options["insecure"]))
     arms = list(dict.fromkeys(filter(None, options["arms"].split(","))))
     if not arms:
         raise ConfigError("--arms: name at least one, for instance original,negated")

@@ -7,7 +7,7 @@ import click
 
 from sku_vllm.cli.ctl_lines import describe
 from sku_vllm.cli.options import print_json, sku_command
-from sku_vllm.errors import ConfigError, nearest
+from sku_vllm.errors import ConfigError, RunError, nearest
 
 ACTIONS = {
     "status": "status                        arms, weights, swap, requests in flight",
@@ -88,17 +88,38 @@ def answer_of(action: str, request: tuple[str, str, Any], clients: list[Any], op
 
     method, path, body = request
     if action == "experiment" and (options["prometheus"] or len(clients) > 1):
-        from sku_vllm.serving.fleet_experiment import added_up, from_prometheus
-
-        if options["prometheus"]:
-            return from_prometheus(options["prometheus"], options["window"], clients[0].call("GET", "experiment"))
-        return added_up({client.name: client.call("GET", "experiment") for client in clients})
+        return experiment_of_all(clients, options)
     if method == "GET":
         answers = {client.name: client.call(method, path) for client in clients}
         return answers if len(clients) > 1 and action == "ready" else one_or_all(answers)
     if len(clients) == 1:
         return clients[0].call(method, path, body, dry_run=options["dry_run"])
     return one_or_all(apply_to_all(clients, Change(method, path, body, action in DRY), options["dry_run"]))
+
+
+def experiment_of_all(clients: list[Any], options: dict[str, Any]) -> Any:
+    """One experiment over all servers, from themselves or from Prometheus; those that do not answer are named, and the others go on."""
+    from sku_vllm.client.fleet import together, told
+    from sku_vllm.client.server_address import server_address
+    from sku_vllm.serving.fleet_experiment import added_up, from_prometheus
+
+    problems: dict[str, str] = {}
+    if len(clients) == 1:
+        pages = {clients[0].name: clients[0].call("GET", "experiment")}
+    else:
+        pages, problems = together(clients, lambda client: client.call("GET", "experiment"))
+    if not pages:
+        raise RunError(told(problems))
+    if options["prometheus"]:
+        address = server_address(options["prometheus"], clients[0].address.trust, flag="--prometheus")
+        with address.client(options["timeout"]) as client:
+            found = from_prometheus(client, options["window"], pages)
+    else:
+        found = added_up(pages)
+    if options["prometheus"]:  # which has counted those too
+        problems = {}
+    unheard = [f"not counted, since it does not answer: {told({name: why})}" for name, why in problems.items()]
+    return {**found, "caveats": [*found["caveats"], *unheard]}
 
 
 def one_or_all(answers: dict[str, Any]) -> Any:

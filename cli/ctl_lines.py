@@ -30,7 +30,8 @@ def describe(action: str, answer: Any) -> str:
 
 def status_lines(answer: Any) -> Iterator[str]:
     """The lines of `status` after the list of arms."""
-    yield "ready" if answer["ready"] else f"NOT READY: {answer['broken'] or 'arms are still loading'}"
+    ending = answer.get("closing") and "shutting down"
+    yield "ready" if answer["ready"] else f"NOT READY: {answer['broken'] or ending or 'arms are still loading'}"
     yield from (f"arm {name} answers 503: {why}" for name, why in answer["failures"].items())
     yield f"{answer['in_flight']} requests in flight"
     if answer["judge"]:

@@ -112,6 +112,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 VLLM_FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--seed", "0")
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A short TMPDIR (vLLM's sockets lie there) of one test alone, to see what is left in it."""
+    import shutil
+    import tempfile
+
+    place = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
 class Relay:
     """Another OpenAI-compatible server, as an upstream arm sees it: it passes requests on to the original arm of `target`.
 

@@ -44,7 +44,7 @@ def ask(
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise RunError(f"{server}: the reply is not a chat completion; is this an OpenAI-compatible server?") from error
 
-    with http_client(timeout=timeout) as client, ThreadPoolExecutor(concurrency) as pool:
+    with http_client(timeout=timeout, base=server) as client, ThreadPoolExecutor(concurrency) as pool:
         return list(pool.map(one, range(len(conversations)), conversations))
 
 

@@ -6,12 +6,12 @@ Open this file to change proxies, certificates or redirects. (Only `upstream:` a
 import functools
 import json
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
 
-from sku_vllm.errors import RunError
+from sku_vllm.errors import ConfigError, RunError
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -40,16 +40,34 @@ def http_client(
         timeout: seconds for connecting and for every read, not for the whole answer.
         uds: path of the Unix socket that every request goes to.
         trust: which certificates to accept; None: those this machine trusts.
-        base: put in front of a request's URL that begins with "/".
+        base: put in front of a request's URL that begins with "/"; the server that X-SKU-Token is for.
         connections: most at a time; they stay open for the next request.
+
+    Raises:
+        ConfigError: `proxy`, and the environment names one that cannot be used.
     """
+    hooks: dict[str, list[Callable[..., Any]]] | None = {"request": [_stays_home(httpx.URL(base).host)]} if base else None
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     verify = trust or _trusted()
     if uds:
         transport = httpx.HTTPTransport(uds=uds, verify=verify, limits=limits)
-        return httpx.Client(transport=transport, trust_env=False, timeout=timeout, follow_redirects=True, base_url=base)
+        return httpx.Client(transport=transport, trust_env=False, timeout=timeout, follow_redirects=True, base_url=base, event_hooks=hooks)
     direct = {f"all://{host}": None for host in LOOPBACK}
-    return httpx.Client(trust_env=proxy, mounts=direct, verify=verify, timeout=timeout, follow_redirects=True, base_url=base, limits=limits)
+    settings: dict[str, Any] = {"verify": verify, "timeout": timeout, "base_url": base, "limits": limits, "event_hooks": hooks}
+    try:
+        return httpx.Client(trust_env=proxy, mounts=direct, follow_redirects=True, **settings)
+    except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, or no proxy's address at all
+        raise ConfigError(f"HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a proxy that cannot be used: {error}") from error
+
+
+def _stays_home(host: str) -> Callable[[httpx.Request], None]:
+    """A redirect to another host does not take the control token there. httpx sees to the key (Authorization)."""
+
+    def checked(request: httpx.Request) -> None:
+        if request.url.host != host:
+            request.headers.pop("x-sku-token", None)
+
+    return checked
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from sku_vllm.client.control import hint, said
+from sku_vllm.client.control import hint, said, tls_hint
 from sku_vllm.client.server_address import ServerAddress
 from sku_vllm.errors import RunError
 
@@ -41,7 +41,8 @@ def ask_arms(
                             pieces.append(piece)
                             heard(arm, piece)
         except (httpx.HTTPError, OSError) as error:
-            raise RunError(f"{address.text}: arm {arm}: no answer ({str(error) or type(error).__name__}); is the server up?") from error
+            why = str(error) or type(error).__name__
+            raise RunError(f"{address.text}: arm {arm}: no answer ({why}); is the server up?{tls_hint(why, address)}") from error
         return "".join(pieces)
 
     with ThreadPoolExecutor(max(1, len(arms))) as pool:

@@ -55,18 +55,22 @@ class Address:
 
     def answers(self, timeout: float = 5.0) -> bool:
         """Whether a server answers here: with any HTTP status below 500, or by asking for a certificate that this client does not have."""
+        shaken = False  # whether TLS is spoken there: a server that wants a certificate may close the connection after that, without a word
         try:
             with self._connected(timeout) as plain:
                 stream = unverified().wrap_socket(plain) if self.tls else plain
+                shaken = self.tls
                 stream.sendall(b"GET /health HTTP/1.0\r\n\r\n")
                 status = stream.recv(64).split()[1:2]
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        except TimeoutError:
             return False
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            return shaken
         except ssl.SSLError:
             return True
         except OSError:
-            return False
-        return bool(status) and not status[0].startswith(b"5")
+            return shaken
+        return not status[0].startswith(b"5") if status else shaken
 
     def _connected(self, timeout: float) -> socket.socket:
         if not self.uds:
@@ -132,11 +136,11 @@ def _local(address: object) -> bool:
     return True
 
 
-def check_not_itself(arm: Arm, host: str, port: int) -> None:
-    """Refuse an upstream arm that is this very server.
+def check_not_itself(arm: Arm, args: Namespace) -> None:
+    """Refuse an upstream arm that is the very server with these flags; one on a Unix socket has no URL that could lead to it.
 
     Raises:
         ConfigError: its URL leads here.
     """
-    if arm.kind == "upstream" and points_here(arm.source, host, port):
+    if arm.kind == "upstream" and not getattr(args, "uds", None) and points_here(arm.source, args.host or "", args.port):
         raise ConfigError(f"--arm {arm.name}={arm.spec}: is this server itself, which would ask itself for ever; name another server")

@@ -101,7 +101,7 @@ class ArmChanges:
     async def prepare(self, table: Table, name: str, spec: str) -> tuple[Served, int]:
         """Parse the arm and write its adapter to disk. Returns it with the next free adapter id; what is being served does not change."""
         arm = parse_arm(name, scale_looked_up(spec, f"arm {name}"))
-        check_not_itself(arm, self.runtime.args.host or "", self.runtime.args.port)
+        check_not_itself(arm, self.runtime.args)
         if arm.kind != "lora":
             return Served.numbered(arm, "", table.next_id, plain=bool(self.runtime.config.follow)), table.next_id + 1
         await self._adapters_allowed(table)

@@ -13,10 +13,11 @@ from pydantic import BaseModel, Field
 
 from sku_vllm.errors import InputError, SkuError
 from sku_vllm.serving.arm_changes import ArmChanges
+from sku_vllm.serving.audit import in_force
 from sku_vllm.serving.model_swap import ModelSwap
 from sku_vllm.serving.open_routes import problem, ready, ui
 from sku_vllm.serving.runtime import Runtime
-from sku_vllm.serving.state import Busy, Table
+from sku_vllm.serving.state import Busy
 from sku_vllm.serving.status import describe, listing, report
 from sku_vllm.serving.tokens import Holder
 
@@ -116,10 +117,10 @@ class Control:
         if not holder.changes:
             raise Refused(403, f"the token of {holder.name!r} may only look; use one that may change the server")
         what = f"{request.method} {request.url.path.partition('/v1/sku')[2]}{'?dry_run' if dry(request) else ''}"
-        before = in_force(self.runtime.table)
+        runtime, before = self.runtime, in_force(self.runtime.table, self.runtime.judge.sample)
 
         def note(outcome: str) -> None:
-            self.runtime.audit.write(holder.name, what, before, in_force(self.runtime.table), outcome)
+            runtime.audit.write(holder.name, what, before, in_force(runtime.table, runtime.judge.sample), outcome)
 
         request.state.note = note
 
@@ -218,9 +219,3 @@ def router(control: Control) -> APIRouter:
 def dry(request: Request) -> bool:
     """Whether a request only asks whether a change would work."""
     return request.query_params.get("dry_run", "").lower() in ("1", "true", "yes", "on")
-
-
-def in_force(table: Table) -> dict[str, Any]:
-    """What the audit log says of a server before and after a change."""
-    arms = {name: {"spec": served.arm.spec, "version": served.version} for name, served in table.arms.items()}
-    return {"arms": arms, "weights": table.split, "swap": table.swap}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
+import httpx
+
 from sku_vllm.client.http import fetch_json
 from sku_vllm.errors import RunError
 from sku_vllm.serving.experiment import cut_short, page
@@ -39,42 +41,58 @@ def added_up(pages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             if row["version"] == versions[arm]:
                 tallies[arm] = tallies[arm] + Tally.from_json(row["buckets"])
                 ends[arm].update({name: row[name] for name in ("answers", "length_limited")})
-    blind = "; ".join(f"{server}: {each['blind']}" for server, each in pages.items() if each["blind"])
     reference = next((each["reference"] for each in pages.values() if each["reference"]), None)
     beside = {arm: {**cut_short(counts), **UNTIMED} for arm, counts in ends.items()}
-    found = page(tallies, versions, beside, reference, blind or None)
+    found = page(tallies, versions, beside, reference, blind_among(pages))
     return {**found, "caveats": caveats}
 
 
-def from_prometheus(url: str, window: str, one: Mapping[str, Any]) -> dict[str, Any]:
+def blind_among(pages: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Which servers' judges are blind, and since when; None where all of them see."""
+    return "; ".join(f"{server}: {each['blind']}" for server, each in pages.items() if each["blind"]) or None
+
+
+def queried(client: httpx.Client, query: str) -> list[tuple[dict[str, str], float]]:
+    """The series that a query finds now: (labels, value)."""
+    answer = fetch_json(f"/api/v1/query?{urlencode({'query': query})}", client=client)
+    return [(found["metric"], float(found["value"][1])) for found in answer["data"]["result"]]
+
+
+def from_prometheus(client: httpx.Client, window: str, pages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The experiment of every server that a Prometheus scrapes.
 
     Each process's verdicts are series of their own (label `run`), so that the largest value of each is what that process had counted when
-    it was last scraped, and their sum counts restarts and replicas that are gone.
+    it was last scraped, and their sum counts restarts and replicas that are gone, and no server twice that several jobs scrape. A judge
+    that is blind on any of them lets nothing be recommended.
 
     Args:
-        window: how far back, as in PromQL. one: the page of any one replica, which says what arms and versions there are.
+        client: asks Prometheus. window: how far back, as in PromQL. pages: by server, of at least one replica; the first says what arms
+            and versions there are.
 
     Raises:
         RunError: the address does not answer, or not as Prometheus does.
     """
-    query = f"sum by (arm, version, bucket, label) (max_over_time(sku_verdicts_total[{window}]))"
-    address = f"{url.rstrip('/')}/api/v1/query?{urlencode({'query': query})}"
+    labels_of = "arm, version, bucket, label"
+    found_of = f"max by ({labels_of}, run) (max_over_time(sku_verdicts_total[{window}]))"
+    one = next(iter(pages.values()))
     versions = {arm: row["version"] for arm, row in one["arms"].items()}
     tallies = {arm: Tally() for arm in versions}
     others = set()
     try:
-        for found in fetch_json(address)["data"]["result"]:
-            labels, count = found["metric"], int(float(found["value"][1]))
+        for labels, count in queried(client, f"sum by ({labels_of}) ({found_of})"):
             arm, bucket = labels["arm"], int(labels["bucket"])
             if versions.get(arm) != labels["version"]:
                 others.add(arm)
             elif labels["label"] in COUNTED and 0 <= bucket < BUCKETS:
-                tallies[arm].labels.setdefault(labels["label"], [0] * BUCKETS)[bucket] += count
+                tallies[arm].labels.setdefault(labels["label"], [0] * BUCKETS)[bucket] += int(count)
+        blind = [labels.get("instance", "?") for labels, _ in queried(client, "max by (instance) (sku_judge_blind) > 0")]
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise RunError(f"{address}: not a Prometheus query API; give the address of Prometheus itself, such as http://host:9090") from error
+        raise RunError(
+            f"{client.base_url}: not a Prometheus query API; give the address of Prometheus itself, such as http://host:9090"
+        ) from error
+    seen = blind_among(pages) or (f"the judge of {', '.join(sorted(blind))} is blind" if blind else None)
     beside = dict.fromkeys(versions, {**UNCOUNTED, **UNTIMED})
-    found = page(tallies, versions, beside, one["reference"], one["blind"])
+    found = page(tallies, versions, beside, one["reference"], seen)
     earlier = sorted(arm for arm in others if arm in versions)
     caveats = [f"earlier or other versions are not counted of {', '.join(earlier)}"] if earlier else []
     return {

@@ -7,12 +7,15 @@ changes nothing.
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from sku_vllm.errors import SkuError
 from sku_vllm.serving.arm_changes import ArmChanges
+from sku_vllm.serving.audit import in_force
 from sku_vllm.serving.followed_file import Wanted, read_wanted
 from sku_vllm.serving.runtime import Runtime
+from sku_vllm.serving.state import Table
 
 EVERY = 2.0  # seconds between two looks at the file
 AGAIN = 30.0  # seconds after which a content that could not be applied is tried again
@@ -26,6 +29,8 @@ class Follower:
         self.runtime, self.changes = runtime, changes
         self.path = Path(str(runtime.config.follow))
         self.tried: tuple[str, float] | None = None  # the content that could not be applied, and when
+        self.applied: str | None = None  # the content that is in force
+        self.split: dict[str, float] = {}  # the weights as they then were
 
     def start(self) -> None:
         """Follow in the background, as long as the server runs."""
@@ -38,22 +43,33 @@ class Follower:
             await asyncio.sleep(EVERY)
 
     async def look(self) -> None:
-        """Read the file once, and make what it says true."""
+        """Read the file once, and make what it says true, where it is not what was made true before.
+
+        So what --rollback-if or --drift did stays until the file changes.
+        """
         now = asyncio.get_running_loop().time()
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         if self.tried and self.tried[0] == text and now - self.tried[1] < AGAIN:
             return
-        before = self.runtime.table
+        runtime = self.runtime
+        if text == self.applied:
+            table = runtime.table
+            lowered = table.notes[-1] if table.notes and table.split != self.split else None
+            runtime.following = {"file": str(self.path), "problem": lowered, "generation": table.generation}
+            return
+        generation, before = runtime.table.generation, in_force(runtime.table, runtime.judge.sample)
         try:
-            await self._apply(read_wanted(self.path))
+            wanted = read_wanted(self.path)
+            await self._apply(wanted)
             self.tried, problem = None, None
+            self.applied, self.split = text, wanted.split
         except SkuError as error:
             self.tried, problem = (text, now), str(error)
             logger.error("sku: %s is not in force: %s", self.path, problem)
-        after = self.runtime.table
-        if after.generation != before.generation:
-            self.runtime.audit.write("file", str(self.path), {"weights": before.split}, {"weights": after.split}, problem or "ok")
-        self.runtime.following = {"file": str(self.path), "problem": problem, "generation": after.generation}
+        after = runtime.table
+        if after.generation != generation:
+            runtime.audit.write("file", str(self.path), before, in_force(after, runtime.judge.sample), problem or "ok")
+        runtime.following = {"file": str(self.path), "problem": problem, "generation": after.generation}
 
     async def _apply(self, wanted: Wanted) -> None:
         """First check every change, then make them. Raises SkuError."""
@@ -70,3 +86,11 @@ class Follower:
             await self.changes.set_weights(wanted.split)
         for name in gone:
             await self.changes.remove(name)
+        if list(self.runtime.table.arms) != list(wanted.arms):
+            with self.runtime.state.locked() as table:
+                self.runtime.change(ordered(table, list(wanted.arms)))
+
+
+def ordered(table: Table, names: Sequence[str]) -> Table:
+    """The table with its arms in this order, which says whose interval of the split is where: all replicas of a file need the same."""
+    return table.changed(arms={name: table.arms[name] for name in names}, split={name: table.split[name] for name in names})

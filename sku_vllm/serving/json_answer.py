@@ -4,6 +4,7 @@ Open this file if an answer is not judged, is counted wrongly, or shows another 
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -26,10 +27,13 @@ class JsonAnswer:
         self.choices = choices if isinstance(choices, int) and choices > 0 else 1
         self.seen: dict[int, Observation] = {}
         self.stopped: Any = None  # why a message ended: its stream says so in the event before the last
+        self.said: list[str] = []  # a streamed response's text, for servers whose last event leaves it out
+        self.broken = False  # the server said in the middle of its answer that it failed
 
     def note(self, value: Mapping[str, Any]) -> None:
         """Add the text, tokens and times of one JSON object: a whole answer, a chunk or an event. Never raises."""
         now, kind = time.perf_counter(), str(value.get("type", ""))
+        self.broken = self.broken or failed(value)
         if isinstance(value.get("choices"), list):
             for choice in value["choices"]:
                 if isinstance(choice, dict):
@@ -37,10 +41,11 @@ class JsonAnswer:
         elif value.get("object") == "response":
             self._response(value, now)
         elif kind.startswith("response."):
-            if isinstance(value.get("response"), dict) and value["response"].get("output"):
+            if isinstance(value.get("response"), dict):
                 self._response(value["response"], now)
             elif kind.endswith(".delta"):
                 self._piece(0, "", now)  # counts and times it; the text is in the last event
+                self.said.append(written(value.get("delta")))
         elif kind == "message":
             self._message(value, now)
         elif kind.startswith(("message_", "content_block_")):
@@ -50,7 +55,8 @@ class JsonAnswer:
     def finish(self, runtime: Runtime, outcome: str) -> None:
         """Count and time the answer, and offer its finished texts to the judge."""
         for number, seen in (self.seen or {0: self._of(0)}).items():
-            seen.outcome = "error" if outcome == "ok" and seen.failed else outcome
+            unanswered = seen.failed or (self.broken and not seen.finished)
+            seen.outcome = "error" if outcome == "ok" and unanswered else outcome
             seen.index = number
             seen.finish(runtime)
 
@@ -90,7 +96,7 @@ class JsonAnswer:
         status = value.get("status")
         if status in ("completed", "incomplete"):
             tokens = self._of(0).tokens
-            self._piece(0, written({"content": value.get("output")}), now)
+            self._piece(0, written({"content": value.get("output")}) or "".join(self.said), now)
             self._of(0).tokens = max(1, tokens)
             details = value.get("incomplete_details")
             filtered = isinstance(details, dict) and details.get("reason") == "content_filter"
@@ -149,6 +155,21 @@ def written(value: Any) -> str:
         given = value.get("arguments", value.get("input"))
         parts += [str(value.get("name") or ""), given if isinstance(given, str) else json.dumps(given, ensure_ascii=False) if given else ""]
     return "\n".join(filter(None, parts))
+
+
+def failed(value: Mapping[str, Any]) -> bool:
+    """Whether a JSON object of a stream says that the answer ends here with an error, as these APIs do once their status is out."""
+    inner = value.get("response")
+    return bool(value.get("error")) or value.get("type") == "error" or (isinstance(inner, dict) and bool(inner.get("error")))
+
+
+def hidden(value: Any, model: str, alias: str) -> Any:
+    """A JSON value with the alias in place of the model's name in every text, as errors have it in a sentence."""
+    if isinstance(value, str):
+        return re.sub(rf"(?<![\w-]){re.escape(model)}(?![\w-])", lambda _: alias, value)
+    if isinstance(value, list):
+        return [hidden(each, model, alias) for each in value]
+    return {key: hidden(each, model, alias) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def renamed(value: dict[str, Any], alias: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from sku_vllm.errors import SkuError
 from sku_vllm.serving.address import write_address
 from sku_vllm.serving.initial_state import saved_ranks
+from sku_vllm.serving.private_directory import hold_sockets
 from sku_vllm.serving.serve_config import VARIABLE, read_config
 from sku_vllm.serving.vllm_flags import check_flags, check_rank, check_socket, parse_flags
 
@@ -25,6 +26,8 @@ def main(arguments: list[str]) -> None:
     die_with_parent()
     try:
         config = read_config()
+        if config.run:
+            hold_sockets(Path(config.run))
         args, model_config = parse_flags(arguments)
         check_flags(args, config, model_config)
         check_rank(args, saved_ranks(config))

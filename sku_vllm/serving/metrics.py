@@ -5,7 +5,7 @@ Open this file to add a metric; `deploy/grafana` shows each of them.
 
 import contextlib
 import functools
-import os
+import secrets
 import time
 import warnings
 
@@ -16,7 +16,8 @@ from sku_vllm.serving.tally import Tally, names_of
 from sku_vllm.version import __version__
 
 # Marks the verdicts of one process, so that those from before a restart are series of their own and can be added.
-RUN = f"{int(time.time()):x}-{os.getpid():x}"
+# No two processes may share it: the pods of one deployment start in the same second with the same process ids.
+RUN = f"{int(time.time()):x}-{secrets.token_hex(4)}"
 
 # The bucket limits (seconds) of vLLM's own metrics (vllm/v1/metrics/buckets.py), so that one Grafana panel can show both.
 LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sku_vllm.serving.adapter_name import names_adapter
+from sku_vllm.serving.audit import in_force
 from sku_vllm.serving.conversations import conversations_of
 from sku_vllm.serving.json_answer import JsonAnswer
 from sku_vllm.serving.observation import shadow_label
@@ -24,7 +25,7 @@ from sku_vllm.serving.route import ROUTE, Route
 from sku_vllm.serving.routing import bucket_of, sticky_key
 from sku_vllm.serving.runtime import Runtime
 from sku_vllm.serving.traffic import Unavailable, lora_request, versions
-from sku_vllm.serving.upstream import UpstreamFailed, forward
+from sku_vllm.serving.upstream import VIA, UpstreamFailed, forward
 
 # Endpoints that generate from a JSON body with a `model`. Any other endpoint that generates is refused at the engine.
 GENERATES = frozenset(
@@ -56,6 +57,9 @@ class Asked:
     shadow: bool = False
 
 
+# Headers that a --shadow replay keeps: its trace, and which servers it has passed, so that servers cannot replay to each other for ever.
+FOLLOWED = frozenset({VIA, "traceparent", "tracestate"})
+
 # Most --shadow replays at a time; while there are as many, further requests are not replayed.
 SHADOWS = 16
 
@@ -71,8 +75,8 @@ class SkuMiddleware:
         path = route_path(scope)
         if scope["type"] == "http" and path == "/v1/models":
             self.runtime.list_models()
-        if path in LOADS and not self.runtime.token_valid(Headers(scope=scope).get("x-sku-token")):
-            return await respond(send, 403, "loading adapters needs X-SKU-Token")
+        if scope["type"] == "http" and path in LOADS:
+            return await self.load(scope, receive, send)
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATES:
             return await self.app(scope, receive, send)
         arrived = time.perf_counter()
@@ -87,6 +91,22 @@ class SkuMiddleware:
             if error.arm:
                 self.runtime.metrics.requests.labels(error.arm, "error" if error.status >= 500 else "rejected", "no").inc()
             return await respond(send, error.status, str(error))
+
+    async def load(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """vLLM's own loading of adapters: for a token that may change the server, and with a line in the audit log."""
+        runtime, status = self.runtime, 0
+        holder = runtime.tokens.holder(Headers(scope=scope).get("x-sku-token"))
+        if holder is None or not holder.changes:
+            return await respond(send, 403, "loading adapters needs X-SKU-Token")
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        await self.app(scope, receive, noted)
+        force = in_force(runtime.table, runtime.judge.sample)
+        runtime.audit.write(holder.name, f"{scope['method']} {route_path(scope)}", force, force, f"answered {status}")
 
     async def route(self, asked: Asked, receive: Receive, send: Send) -> None:
         """Let the arm that the request names, or that the split chooses, answer it. Raises Unavailable before anything was sent."""
@@ -141,7 +161,8 @@ class SkuMiddleware:
         """Let another arm answer the same request in the background. Only the judge and the metrics see the answer."""
         payload = {**asked.payload, "model": self.runtime.aliases[0], "stream": False, "stream_options": None}
         body = json.dumps(payload).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        kept = [(name, value) for name, value in asked.scope["headers"] if name.decode("latin-1").lower() in FOLLOWED]
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *kept]
 
         async def nowhere(message: Message) -> None:
             return None

@@ -24,6 +24,9 @@ def register() -> None:
         return
     from vllm.platforms import current_platform
 
+    from sku_vllm.serving.private_directory import hold_rendezvous
+
+    hold_rendezvous()
     if current_platform.is_cpu():
         from vllm.v1.sample import sampler
 

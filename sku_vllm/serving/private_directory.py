@@ -8,11 +8,21 @@ import fcntl
 import os
 import shutil
 import stat
+import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 PREFIX = "sku-serve-"
 LOCK = "lock"
+SOCKETS = "VLLM_RPC_BASE_PATH"  # vLLM's variable for the directory of its sockets
+LONGEST = 107 - 37  # bytes of that directory's path: a socket's path has 107 at most, and its name is a "/" and a UUID
+ASKED = "get_file_store_init_method"
+MEETING = (  # vLLM's modules that ask for the rendezvous file, in the order in which they may have been imported
+    "vllm.utils.network_utils",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.executor.multiproc_executor",
+)
 
 
 def private_directory() -> tuple[Path, int]:
@@ -27,6 +37,27 @@ def private_directory() -> tuple[Path, int]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.rename(path / f"{LOCK}.new", path / LOCK)
     return path, lock
+
+
+def hold_sockets(run: Path) -> None:
+    """Let vLLM, in this process and its children, put its sockets into `run`, so that they go with it.
+
+    vLLM leaves them in the temporary directory where it is killed, and some of them always. Nothing happens where `run` is so long that a
+    socket's path would not fit, or where VLLM_RPC_BASE_PATH says where sockets shall be.
+    """
+    if SOCKETS not in os.environ and len(os.fsencode(run)) <= LONGEST:
+        os.environ[SOCKETS] = str(run)
+
+
+def hold_rendezvous() -> None:
+    """Let vLLM's ranks meet by a file that lies beside the sockets. It stays where the engine is killed."""
+    place = os.environ.get(SOCKETS, "")
+    if not Path(place).name.startswith(PREFIX):  # not a private directory of ours
+        return
+    for name in MEETING:
+        module = sys.modules.get(name)
+        if hasattr(module, ASKED):
+            setattr(module, ASKED, lambda: f"file://{place}/vllm_dist_{uuid.uuid4().hex}")
 
 
 def reclaim() -> list[Path]:

@@ -17,7 +17,7 @@ from sku_vllm.judges import Verdict
 from sku_vllm.serving.address import mark_of
 from sku_vllm.serving.arm_adapter import ArmAdapter, write_arm_adapter
 from sku_vllm.serving.arms import ALIAS, SWAPPED, Arm
-from sku_vllm.serving.audit import AuditLog, audit_path
+from sku_vllm.serving.audit import AuditLog, audit_path, in_force
 from sku_vllm.serving.experiment import Experiment
 from sku_vllm.serving.initial_state import prepare_state
 from sku_vllm.serving.judge_process import JudgeProcess
@@ -83,14 +83,14 @@ class Runtime:
             return  # the arm was replaced while its answer waited for the judge
         self.experiment.judged(answer.arm, verdict, answer.version, answer.bucket)
         self.metrics.count_verdict(answer.arm, answer.version, answer.bucket, verdict)
-        if self.rollback:
+        if self.rollback and not self.judge.health.blind():
             self.rollback.look(answer.arm)
 
     def _guarded(self, table: Table) -> Table:
         """Make the table of a rollback current, and write down that the guard did it."""
-        before = self.table.split
+        before = in_force(self.table, self.judge.sample)
         changed = self.change(table)
-        self.audit.write("guard", table.notes[-1], {"weights": before}, {"weights": changed.split})
+        self.audit.write("guard", table.notes[-1], before, in_force(changed, self.judge.sample))
         return changed
 
     def session(self) -> Any:

@@ -13,6 +13,9 @@ from sku_vllm.serving.runtime import Runtime
 
 TEARDOWN = 5.0  # seconds that the engine gets to end at least, as vLLM gives it where nothing is said
 
+# Seconds before --shutdown-timeout at which one of several API servers tells its clients: the process that started them kills them then.
+SPARE = 2.0
+
 
 def answer_before_shutdown(engine_client: Any, runtime: Runtime) -> None:
     """Replace `engine_client.shutdown` on the instance, to be called in the event loop's thread.
@@ -28,7 +31,8 @@ def answer_before_shutdown(engine_client: Any, runtime: Runtime) -> None:
             return
         if timeout:
             deadline = time.monotonic() + timeout
-            asyncio.run_coroutine_threadsafe(answered(runtime, timeout), loop).result()
+            spare = min(SPARE, timeout / 4) if runtime.several else 0
+            asyncio.run_coroutine_threadsafe(answered(runtime, timeout - spare), loop).result()
             timeout = max(deadline - time.monotonic(), TEARDOWN)
         inner(timeout=timeout)
         loop.call_soon_threadsafe(fail_unanswered, engine_client)

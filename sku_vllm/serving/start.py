@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from sku_vllm.errors import ConfigError
 from sku_vllm.serving.address import check_not_itself
 from sku_vllm.serving.arm_adapter import served_rank
 from sku_vllm.serving.arms import ALIAS
+from sku_vllm.serving.audit import AuditLog, audit_path
 from sku_vllm.serving.private_directory import private_directory
 from sku_vllm.serving.serve_config import VARIABLE, ServeConfig
 from sku_vllm.serving.server import Server
@@ -57,8 +59,8 @@ def serve(
         port = port or free_port(host)
         if not any(flag.partition("=")[0] == "--uds" for flag in flags):
             check_port(host, port)
-        for arm in config.parsed_arms().values():
-            check_not_itself(arm, host, port)
+            for arm in config.parsed_arms().values():
+                check_not_itself(arm, Namespace(host=host, port=port))
         config.dump(run / "serve.yaml")
         if config.state:
             config.dump(Path(config.state) / "serve.yaml")
@@ -118,6 +120,7 @@ def prepare(config: ServeConfig) -> list[str]:
         raise ConfigError(f"--model {config.model}: no such directory; give a Hugging Face model directory or a hub id such as org/name")
     if config.judge:
         load_judge(config.judge, live=True)
+    AuditLog(audit_path(config)).check()
     prepare_state(config, StateFile(config.state or config.run or ""))
     config.reset_state = False  # the state was reset just now; the server's processes must not reset it again
     ranks = saved_ranks(config)

@@ -29,6 +29,7 @@ def describe(runtime: Runtime) -> dict[str, Any]:
         "version": __version__,
         "ready": runtime.ready and not runtime.broken and not runtime.closing,
         "broken": runtime.broken,
+        "closing": runtime.closing,
         "failures": runtime.failures,
         "in_flight": runtime.requests,
         "judge": config.judge,

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from sku_vllm.serving.arms import Arm
-from sku_vllm.serving.json_answer import JsonAnswer, renamed
+from sku_vllm.serving.json_answer import JsonAnswer, failed, hidden, renamed
 from sku_vllm.serving.route import Route
 from sku_vllm.serving.runtime import Runtime
 
@@ -40,7 +40,7 @@ async def forward(
     scope, receive, send = connection
     route.generations += 1
     relay = Relay(runtime, arm, payload, route)
-    answer = asyncio.ensure_future(relay.run(path, forwarded_headers(runtime, arm.name, Headers(scope=scope)), send))
+    answer = asyncio.ensure_future(relay.run(path, Headers(scope=scope), send))
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -81,7 +81,7 @@ class Relay:
     """One forwarded request. outcome: as in `sku_requests_total`, once it has run."""
 
     def __init__(self, runtime: Runtime, arm: Arm, payload: dict[str, Any], route: Route) -> None:
-        self.arm, self.alias, self.outcome = arm, runtime.aliases[0], "error"
+        self.runtime, self.arm, self.alias, self.outcome = runtime, arm, runtime.aliases[0], "error"
         self.answer = JsonAnswer(route, payload.get("n"))
         self.body = {**payload, "model": arm.model}
         self.session = runtime.session()
@@ -95,10 +95,11 @@ class Relay:
             self.hide_usage = True
             self.body["stream_options"] = {**options, "include_usage": True}
 
-    async def run(self, path: str, headers: dict[str, str], send: Send) -> None:
+    async def run(self, path: str, received: Headers, send: Send) -> None:
         """Send the request and pass the answer on. Raises UpstreamFailed while nothing was passed on, afterwards ConnectionError."""
         import aiohttp
 
+        headers = forwarded_headers(self.runtime, self.arm.name, received)
         if path in ("/v1/chat/completions", "/v1/completions"):
             self.ask_for_usage()
         # An arm's URL ends where the other server's API begins, usually in /v1; the routes beside /v1 are beside that.
@@ -129,9 +130,11 @@ class Relay:
 
     def whole(self, body: bytes, status: int) -> bytes:
         """An answer in one piece, under the alias."""
-        if status >= 400:  # a message about a model that the client has never heard of
-            return body.replace(self.arm.model.encode(), self.alias.encode())
         value = _object(body)
+        if status >= 400:  # a message about a model that the client has never heard of
+            told = body.decode("utf-8", "replace") if value is None else value
+            told = hidden(told, self.arm.model, self.alias)
+            return (told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)).encode()
         if value is None:
             return body
         self.answer.note(value)
@@ -148,6 +151,8 @@ class Relay:
             if not value.get("choices"):
                 return b""
             del value["usage"]
+        if failed(value):
+            value = hidden(value, self.arm.model, self.alias)
         return b"data: " + json.dumps(renamed(value, self.alias), ensure_ascii=False).encode() + b"\n"
 
 
@@ -165,6 +170,6 @@ async def lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 def _object(data: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -94,7 +94,7 @@ def check_flags(args: Namespace, config: ServeConfig, model_config: Any) -> None
         )
     check_names(args, config)
     for arm in config.parsed_arms().values():
-        check_not_itself(arm, args.host or "", args.port)
+        check_not_itself(arm, args)
     check_processes(args, config, bool(adapters or config.adapter_root))
 
 

@@ -1,6 +1,7 @@
 """The HTTP client against a real server: what is sent, which way it goes, and what a failure says."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,18 +10,18 @@ import pytest
 
 from sku_vllm.client.http import ServerRefused, fetch, fetch_json, http_client
 from sku_vllm.client.url import http_url
-from sku_vllm.errors import RunError
+from sku_vllm.errors import ConfigError, RunError
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Echoes a request; refuses /refused, and sends whoever asks for /moved to /."""
+    """Echoes a request; refuses /refused, and sends whoever asks for /moved to /, or for /elsewhere?URL to that."""
 
     def do_GET(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length).decode()
-        if self.path == "/moved":
+        if self.path == "/moved" or self.path.startswith("/elsewhere?"):
             self.send_response(301)
-            self.send_header("Location", "/")
+            self.send_header("Location", self.path.partition("?")[2] or "/")
             self.send_header("Content-Length", "0")
             return self.end_headers()
         text = json.dumps({"method": self.command, "path": self.path, "body": body, "token": self.headers.get("X-SKU-Token")})
@@ -77,6 +78,25 @@ def test_proxies_are_for_other_machines_and_only_where_asked_for(url: str, monke
     with pytest.raises(RunError):
         fetch(elsewhere)
     assert fetch_json(f"{url}/y", proxy=True)["path"] == "/y" == fetch_json(f"{url}/y")["path"]  # not http://127.0.0.1/y
+
+
+def test_a_proxy_that_cannot_be_used_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SOCKS proxy wants a package of its own. Whoever goes through no proxy does not notice."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    for address, word in (("socks5h://127.0.0.1:9", "socksio"), ("gopher://127.0.0.1:9", "gopher")):
+        monkeypatch.setenv("all_proxy", address)
+        with pytest.raises(ConfigError, match=f"ALL_PROXY.*{word}"):
+            http_client(proxy=True)
+        http_client().close()
+
+
+def test_a_redirect_takes_the_control_token_to_no_other_host(url: str) -> None:
+    for base, token in ((url, "t"), (url.replace("127.0.0.1", "localhost"), None)):
+        with http_client(base=base) as client:
+            found = fetch_json(f"/elsewhere?{url}/x", headers={"X-SKU-Token": "t"}, client=client)
+        assert (found["path"], found["token"]) == ("/x", token)
 
 
 def test_one_client_serves_several_requests(url: str) -> None:

@@ -21,7 +21,7 @@ PROMPTS = [f"w{number} w{number + 17} w{3 * number + 1}" for number in range(16)
 
 
 @contextlib.contextmanager
-def serve(*arguments, port, log, env=None, ready=300):
+def serve(*arguments, port, log, env=None, ready=1200):
     """`sku serve` (or any command) in a process of its own, as an operator starts it."""
     with open(log, "ab") as out:
         process = subprocess.Popen(arguments, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
@@ -123,7 +123,7 @@ def eventually(condition, seconds=600):
 @contextlib.contextmanager
 def frozen(server):
     """The engine stands still inside this block (SIGSTOP): the API server goes on, and no token comes, however fast either is."""
-    engine = [each for each in family(server.process) if each.name().startswith("VLLM::")]
+    engine = [each for each in family(server.process) if each.name().startswith(("VLLM::EngineCor", "VLLM::Worker"))]
     assert engine, [each.name() for each in family(server.process)]
     for each in engine:
         each.suspend()

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from argparse import Namespace
 
 import pytest
@@ -108,7 +109,33 @@ def test_tls_is_spoken_to_tls_whatever_the_certificate(pem, proxied):
         assert address.root.startswith("https://") and address.answers()
         assert not Address(address.host, address.port).answers(), "plain HTTP to a TLS port is no answer"
     with listening(pem=pem, client_certificate=True) as address:
-        assert address.answers(), "it asks for a certificate: it is up"
+        assert all(address.answers() for _ in range(20)), "it asks for a certificate: it is up"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_vllms_http_server_that_wants_a_certificate_is_seen(pem, proxied, loop):
+    """uvicorn closes such a connection after the handshake, without an alert that says why."""
+    import uvicorn
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"ready": true}'})
+
+    given = {"ssl_keyfile": str(pem), "ssl_certfile": str(pem), "ssl_ca_certs": str(pem), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = Address("127.0.0.1", listener.getsockname()[1], tls=True)
+        config = uvicorn.Config(app, **given, loop=loop, lifespan="off", log_level="critical")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        assert not Address(address.host, address.port).answers(0.2), "nothing answers there yet"
+        thread.start()
+        deadline = time.monotonic() + 60
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert all(address.answers() for _ in range(5))
+        assert ctl(f"https://localhost:{address.port}", "--cacert", pem, "--cert", pem)[0] == 0
+        server.should_exit = True
+        thread.join(60)
 
 
 def test_a_socket_is_asked_on_its_socket(tmp_path, proxied):

@@ -1,13 +1,22 @@
 """The control API of one server: who may do what, what is written down, what a trial changes, the file that is followed."""
 
+import asyncio
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
 from sku_vllm.errors import ConfigError
+from sku_vllm.judges import Exchange, Verdict
+from sku_vllm.serving.arm_changes import ArmChanges
+from sku_vllm.serving.follower import Follower
+from sku_vllm.serving.initial_state import prepare_state
+from sku_vllm.serving.judge_queue import Answer
+from sku_vllm.serving.runtime import Runtime
 from sku_vllm.serving.serve_config import ServeConfig
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
@@ -64,6 +73,23 @@ def test_every_action_leaves_a_line_with_who_and_what(server):
     assert last["after"]["weights"] == first["before"]["weights"] and first["time"].endswith("Z")
     assert (server.place / "state/audit.jsonl").stat().st_mode & 0o777 == 0o600
     assert "secret" not in (server.place / "state/audit.jsonl").read_text()
+    server.control("PUT", "judging", {"sample": 0.5})
+    assert (audit(server)[-1]["before"]["judge_sample"], audit(server)[-1]["after"]["judge_sample"]) == (1.0, 0.5)
+    server.control("PUT", "judging", {"sample": 1.0})
+    for token, lines in (("eves secret", 0), ("alices secret", 1)):  # vLLM's own route, which is off here
+        before = len(audit(server))
+        reply = httpx.post(f"{server.root}/v1/load_lora_adapter", json={}, headers={**server.headers, "X-SKU-Token": token})
+        assert reply.status_code == (404 if lines else 403) and len(audit(server)) == before + lines
+    assert (audit(server)[-1]["who"], audit(server)[-1]["outcome"]) == ("alice", "answered 404")
+
+
+def test_an_audit_log_that_cannot_be_written_is_found_before_the_start(tmp_path):
+    from sku_vllm.serving.audit import AuditLog
+
+    with pytest.raises(ConfigError, match="--audit .*Is a directory"):
+        AuditLog(tmp_path).check()
+    AuditLog(tmp_path / "new/audit.jsonl").check()
+    assert (tmp_path / "new/audit.jsonl").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_trial_says_what_would_fail_and_changes_nothing(server):
@@ -116,7 +142,8 @@ def test_a_file_is_followed(tmp_path):
         file.write_text(yaml.safe_dump({**wanted, "split": {"original": 2.0}}))
         assert eventually(lambda: "weight" in (first.control("GET", "status")[1]["follow"]["problem"] or ""), 60)
         assert first.control("GET", "arms")[1]["traffic"] == wanted["split"]
-        assert any(line["who"] == "file" for line in audit(first))
+        line = next(line for line in audit(first) if line["who"] == "file")
+        assert set(line["before"]["arms"]) == {"original", "far"} and line["after"]["arms"]["near"]["spec"] == "base"
     finally:
         first.stop()
         second.stop()
@@ -126,9 +153,58 @@ def test_a_file_is_followed(tmp_path):
         ServeConfig("m", follow=str(tmp_path / "none"))
 
 
-def test_an_alias_is_what_the_operator_serves():
-    from argparse import Namespace
+def test_replicas_of_a_file_give_a_key_the_same_arm_whenever_they_started(tmp_path):
+    """One follows a change that puts an arm between others; the other one starts from the changed file."""
+    file = tmp_path / "arms.yaml"
+    file.write_text(yaml.safe_dump({"arms": {"a": "base", "c": "base"}, "split": {"a": 0.5, "c": 0.5}}))
+    old = PluginServer(tmp_path / "old", follow=str(file)).wait()
+    three = {"a": 0.3, "b": 0.3, "c": 0.4}
+    file.write_text(yaml.safe_dump({"arms": dict.fromkeys(three, "base"), "split": three}))
+    new = PluginServer(tmp_path / "new", follow=str(file)).wait()
+    try:
+        assert eventually(lambda: old.control("GET", "arms")[1]["traffic"] == three, 60)
+        assert eventually(lambda: list(old.control("GET", "arms")[1]["arms"]) == ["a", "b", "c"], 60)
+        arms = [[server.ask("x", X_SKU_Key=f"user {key}").headers["x-sku-arm"] for key in range(24)] for server in (old, new)]
+        assert arms[0] == arms[1] and set(arms[0]) == {"a", "b", "c"}
+    finally:
+        old.stop()
+        new.stop()
 
+
+def test_what_the_guard_did_stays_until_the_file_changes(tmp_path):
+    file = tmp_path / "arms.yaml"
+    wanted = {"arms": {"original": "base", "far": FAR}, "split": {"original": 0.5, "far": 0.5}}
+    file.write_text(yaml.safe_dump(wanted))
+    config = ServeConfig("m", follow=str(file), state=str(tmp_path / "state"), judge="refusal", rollback_if="refusal>0.5 after 4")
+    runtime = Runtime(config)
+    prepare_state(config, runtime.state)
+    runtime.args = Namespace(host="127.0.0.1", port=1)
+    follower = Follower(runtime, ArmChanges(runtime))
+
+    def look(far):
+        asyncio.run(follower.look())
+        assert runtime.table.split["far"] == far
+
+    def judged(blind):
+        runtime.judge.health.probed("it finds harm in a text that has none" if blind else None)
+        for _ in range(8):
+            answer = Answer("far", Exchange("q", "no"), runtime.table.arms["far"].version, 0)
+            runtime._judged(answer, Verdict.of(False, True, False))
+
+    look(0.5)
+    judged(blind=True)
+    look(0.5)  # verdicts of a judge that is blind take no weight
+    judged(blind=False)
+    look(0.0)
+    assert "guard" in runtime.following["problem"]
+    guard = [line for line in map(json.loads, (tmp_path / "state/audit.jsonl").read_text().splitlines()) if line["who"] == "guard"]
+    assert len(guard) == 1 and guard[0]["before"]["weights"]["far"] == 0.5 and guard[0]["after"]["weights"]["far"] == 0.0
+    file.write_text(yaml.safe_dump({**wanted, "split": {"original": 0.75, "far": 0.25}}))
+    look(0.25)
+    assert runtime.following["problem"] is None
+
+
+def test_an_alias_is_what_the_operator_serves():
     from sku_vllm.serving.vllm_flags import check_names, served_names
 
     def names(given=None, alias=(), arms=("a=base",)):
@@ -144,8 +220,6 @@ def test_an_alias_is_what_the_operator_serves():
 
 
 def test_a_rank_that_is_too_small_is_found_before_an_engine_starts():
-    from argparse import Namespace
-
     from sku_vllm.serving.vllm_flags import check_rank
 
     with pytest.raises(ConfigError, match="--max-lora-rank 8: the arms' adapters need 128"):

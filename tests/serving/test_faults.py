@@ -3,9 +3,7 @@ API servers that remembers.
 """
 
 import concurrent.futures
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import httpx
@@ -35,14 +33,6 @@ class Failing(SkuWorkerExtension):
                 raise OSError("input/output error")
             yield pair
 '''
-
-
-@pytest.fixture
-def scratch():
-    """A short TMPDIR (vLLM's sockets lie there) of this test alone, to see what is left in it."""
-    place = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
-    yield place
-    shutil.rmtree(place, ignore_errors=True)
 
 
 def test_a_server_with_everything_going_wrong_then_killed_then_restarted(tiny, tmp_path, run_sku, scratch):

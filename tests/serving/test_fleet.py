@@ -1,6 +1,7 @@
 """Several replicas as one: a change reaches all or none, their verdicts add up, and one that is killed takes only its own with it."""
 
 import json
+import re
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 from sku_vllm.errors import ConfigError, RunError
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
-from serving_tools import TOKEN, PluginServer, eventually  # noqa: E402
+from serving_tools import FLAGS, TOKEN, PluginServer, complete, eventually, family, serve, sku_serve  # noqa: E402
 
 FAR = "upstream:http://192.0.2.1:1/v1#m"
 
@@ -114,8 +115,60 @@ def test_verdicts_of_all_replicas_are_one_experiment(fleet):
     assert ctl(fleet, "experiment")["caveats"] == []
 
 
-def prometheus(servers, tmp_path):
-    """A real Prometheus that scrapes these servers every second: (process, its URL)."""
+def test_a_replica_that_is_away_is_named_and_the_others_verdict_goes_on(fleet):
+    import types
+
+    away = types.SimpleNamespace(root="http://127.0.0.1:9")
+    alone, page = ctl(fleet, "experiment"), ctl([away, *fleet], "experiment")
+    assert {arm: row["judged"] for arm, row in page["arms"].items()} == {arm: row["judged"] for arm, row in alone["arms"].items()}
+    assert any("not counted" in caveat and away.root in caveat for caveat in page["caveats"])
+    with pytest.raises(RunError, match="127.0.0.1:9"):
+        ctl([away, types.SimpleNamespace(root="http://127.0.0.1:19")], "experiment")
+
+
+class Queried:
+    """Answers as Prometheus does: with series by the metric that the query names."""
+
+    def __init__(self, **series):
+        import http.server
+        import urllib.parse
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["query"][0]
+                (found,) = [rows for name, rows in series.items() if name in query]
+                body = json.dumps({"data": {"result": found}}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.root = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def test_nothing_is_recommended_where_a_judge_that_prometheus_sees_is_blind(fleet):
+    """Also where the replica that is asked has one that sees."""
+    versions = {name: arm["version"] for name, arm in fleet[0].control("GET", "arms")[1]["arms"].items()}
+    verdicts = [
+        {"metric": {"arm": arm, "version": versions[arm], "bucket": str(bucket), "label": label}, "value": [0, "100"]}
+        for arm, label in (("original", "harmful"), ("other", "benign"))
+        for bucket in range(64)
+    ]
+    for blind, said in (([], "promote"), ([{"metric": {"instance": "pod-2"}, "value": [0, "1"]}], "keep measuring: .*pod-2 is blind")):
+        source = Queried(sku_verdicts_total=verdicts, sku_judge_blind=blind)
+        page = ctl(fleet[:1], "experiment", "--prometheus", source.root)
+        assert re.match(said, page["comparisons"]["other"]["recommendation"]), page["comparisons"]
+        assert page["arms"]["original"]["judged"] == 6400
+        source.server.shutdown()
+
+
+def prometheus(servers, tmp_path, path="/metrics/"):
+    """A real Prometheus in which two jobs scrape these servers every second: (process, its URL)."""
     import shutil
     import subprocess
 
@@ -128,7 +181,8 @@ def prometheus(servers, tmp_path):
     targets = [f"127.0.0.1:{server.port}" for server in servers]
     (tmp_path / "prometheus.yml").write_text(
         "global: {scrape_interval: 1s}\n"
-        f"scrape_configs: [{{job_name: sku, metrics_path: /metrics/, static_configs: [{{targets: {targets}}}]}}]\n"
+        + "scrape_configs:\n"
+        + "".join(f"- {{job_name: {job}, metrics_path: {path}, static_configs: [{{targets: {targets}}}]}}\n" for job in ("sku", "again"))
     )
     flags = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/tsdb", f"--web.listen-address=127.0.0.1:{port}"]
     process = subprocess.Popen([binary, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -171,6 +225,8 @@ def test_a_replica_is_killed_and_comes_back_and_the_verdict_goes_on(tmp_path):
         assert eventually(lambda: fleet[0].judged() == 40)
         time.sleep(3)  # until it has been scraped
         fleet[0].stop()
+        rows = ctl(fleet, "experiment", "--prometheus", url)["arms"].values()
+        assert sum(row["judged"] for row in rows) >= 40, "the verdict goes on without the one that is away, and with what it had counted"
         fleet[0].start()
         fleet[0].wait()
         for number in range(25):
@@ -186,3 +242,47 @@ def test_a_replica_is_killed_and_comes_back_and_the_verdict_goes_on(tmp_path):
         process.wait(20)
         for server in servers:
             server.stop()
+
+
+@pytest.mark.slow
+def test_three_real_servers_one_killed(tiny, tmp_path):
+    """vLLM itself: a change of weights reaches all, one is killed by SIGKILL, no request to the others fails, the verdict goes on."""
+    import contextlib
+    from concurrent.futures import ThreadPoolExecutor
+
+    from sku_vllm.serving.start import free_port
+
+    def started(number):
+        port, judge = free_port("127.0.0.1"), f"lexicon:{tiny}/lexicon.json"
+        command = sku_serve(tiny, "--port", port, "--judge", judge, "--split", "original=1,negated=0", *FLAGS)
+        return stack.enter_context(serve(*command, port=port, log=tmp_path / f"{number}.log"))
+
+    def asked_of(server, seconds):
+        """The statuses of requests by as many users, one after the other."""
+        found, until = [], time.monotonic() + seconds
+        while time.monotonic() < until:
+            found.append(complete(server, prompt=f"w{len(found)}", user=f"user {len(found)}").status_code)
+        return found
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+        fleet = list(pool.map(started, range(3)))
+        process, url = prometheus(fleet, tmp_path, "/metrics")
+        stack.callback(process.wait, 20)
+        stack.callback(process.terminate)
+
+        def judged(servers=fleet):
+            return sum(row["judged"] for row in ctl(servers, "experiment", "--prometheus", url)["arms"].values())
+
+        ctl(fleet, "weights", "original=0.5,negated=0.5")
+        before = len(asked_of(fleet[0], 5))
+        assert eventually(lambda: judged() == before)
+        statuses = [pool.submit(asked_of, server, 15) for server in fleet[1:]]
+        time.sleep(3)
+        for each in family(fleet[0].process):
+            each.kill()
+        found = [status for each in statuses for status in each.result()]
+        assert set(found) == {200} and len(found) > 4
+        assert eventually(lambda: judged() == before + len(found)), (judged(), before, len(found))
+        page = ctl(fleet, "experiment")
+        assert any(fleet[0].root in caveat for caveat in page["caveats"])
+        assert sum(row["judged"] for row in page["arms"].values()) == len(found)

@@ -75,6 +75,33 @@ def test_a_directory_that_a_child_still_uses_stays(place):
     assert not path.exists()
 
 
+def test_vllms_sockets_and_rendezvous_go_with_the_directory(place, monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm.utils import network_utils
+
+    from sku_vllm.serving.private_directory import LONGEST, SOCKETS, hold_rendezvous, hold_sockets
+
+    for name in ("vllm.utils.network_utils", "vllm.v1.executor.uniproc_executor"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(get_file_store_init_method=network_utils.get_file_store_init_method))
+    monkeypatch.delitem(sys.modules, "vllm.v1.executor.multiproc_executor", raising=False)
+    asked = sys.modules["vllm.v1.executor.uniproc_executor"]
+    for kept, run in ((None, place / ("x" * LONGEST)), ("/somewhere", place)):  # too long for a socket; the operator's own
+        monkeypatch.delenv(SOCKETS, raising=False)
+        if kept:
+            monkeypatch.setenv(SOCKETS, kept)
+        hold_sockets(run)
+        hold_rendezvous()
+        assert os.environ.get(SOCKETS) == kept and "/sku-serve-" not in asked.get_file_store_init_method()
+    monkeypatch.delenv(SOCKETS)
+    run = Path("/tmp/sku-serve-abcdefgh")
+    hold_sockets(run)
+    hold_rendezvous()
+    assert network_utils.get_open_zmq_ipc_path().startswith(f"ipc://{run}/")
+    assert asked.get_file_store_init_method().startswith(f"file://{run}/vllm_dist_")
+    monkeypatch.delenv(SOCKETS)
+
+
 def test_what_is_not_a_private_directory_of_ours_stays(place):
     outside = place / "outside"
     outside.mkdir(mode=0o700)

@@ -670,6 +670,24 @@ def test_ctl_tells_a_newcomer_what_the_server_does(served, tiny, run_sku):
     assert re.search(r"the base serves again after .* 0 nats", ctl("restore"))
 
 
+def test_a_user_keeps_an_arm_whatever_names_the_user(served):
+    """In every API; and an empty key is no key."""
+    from sku_vllm.serving.routing import choose_arm
+
+    def arm(path, body, header=None):
+        headers = {} if header is None else {"X-SKU-Key": header}
+        reply = httpx.post(f"{served.root}{path}", json={"model": "sku", **APIS[path], **body}, headers=headers, timeout=TIMEOUT)
+        assert reply.status_code == 200, reply.text
+        return reply.headers["x-sku-arm"]
+
+    for number, path in enumerate(APIS):
+        for key in (f"ann {number}", f"bob {number}", f"eve {number}"):
+            due = choose_arm({"original": 0.5, "negated": 0.5}, key)
+            named = [{"metadata": {"user_id": key}}] if path == "/v1/messages" else [{"user": key}, {"safety_identifier": key}]
+            assert [arm(path, body) for body in named] == [due] * len(named) and arm(path, named[0], "") == due == arm(path, {}, key)
+    assert len({arm("/v1/completions", {"user": ""}, " ") for _ in range(24)}) == 2
+
+
 # ---- upstream arms, versions, copies ------------------------------------------------------------------------------
 
 

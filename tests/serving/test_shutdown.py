@@ -192,11 +192,11 @@ def test_requests_running_at_sigterm_are_answered_in_full(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_requests_that_are_not_done_in_time_answer_503_and_the_server_ends(tiny, tmp_path):
-    """The engine stands still until it is killed, so that no request can be done."""
+def test_requests_that_are_not_done_in_time_answer_503_and_the_server_ends(tiny, tmp_path, scratch):
+    """The engine stands still until it is killed, so that no request can be done; and nothing of it stays in the temporary directory."""
     port, log = free_port("127.0.0.1"), tmp_path / "server.log"
     command = sku_serve(tiny, "--port", port, "--shutdown-timeout", 1, *FLAGS)
-    with serve(*command, port=port, log=log) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with serve(*command, port=port, log=log, env={"TMPDIR": str(scratch)}) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
         everything = family(server.process)
         with frozen(server):
             body = {"model": "sku", "prompt": "w1", "max_tokens": 4}
@@ -207,3 +207,44 @@ def test_requests_that_are_not_done_in_time_answer_503_and_the_server_ends(tiny,
             assert [answer.status_code for answer in answers] == [503] * 8
             assert all("shutting down" in answer.text for answer in answers)
         assert all_gone(everything, 600)
+    assert vllms(scratch) == []
+
+
+def vllms(scratch):
+    """What vLLM has left in this temporary directory, but for torch's cache, which is for the next start."""
+    return [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor")]
+
+
+@pytest.mark.slow
+def test_two_api_servers_answer_what_is_running_at_sigterm(tiny, tmp_path, scratch):
+    """Each waits for its own requests and refuses new ones; the engine, which both share, ends after them."""
+    port, log, begun = free_port("127.0.0.1"), tmp_path / "server.log", []
+    flags = ["--shutdown-timeout", 1200, "--api-server-count", 2, "--state", tmp_path / "state"]
+    command = sku_serve(tiny, "--port", port, *flags, *FLAGS)
+    alone = {"Connection": "close"}  # a connection of its own, which either of the two may take
+
+    def streamed(server, number):
+        body = {"model": "sku", "prompt": f"w{number}", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/completions", json=body, headers=alone, timeout=1200) as reply:
+            begun.append(reply.status_code)
+            lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+        assert lines.pop() == "[DONE]"
+        return json.loads(lines[-1])["choices"][0]["finish_reason"]
+
+    with serve(*command, port=port, log=log, env={"TMPDIR": str(scratch)}) as server, concurrent.futures.ThreadPoolExecutor(24) as pool:
+        everything = family(server.process)
+        with frozen(server):
+            asked = [pool.submit(streamed, server, number) for number in range(24)]
+            assert eventually(lambda: begun == [200] * 24)
+            server.process.send_signal(signal.SIGTERM)
+
+            def refused():
+                replies = [httpx.get(f"{server.url}/sku/ready", headers=alone, timeout=60) for _ in range(8)]
+                return {reply.status_code for reply in replies} == {503}
+
+            assert eventually(refused)
+            late = httpx.post(f"{server.url}/completions", json={"model": "sku", "prompt": "w1"}, headers=alone, timeout=600)
+            assert late.status_code == 503 and "shutting down" in late.json()["error"]["message"]
+        assert [each.result() for each in asked] == ["length"] * 24
+        assert all_gone(everything, 600)
+    assert vllms(scratch) == []

@@ -28,7 +28,7 @@ def started(command, log, address):
         process = subprocess.Popen([*command, "--json"], stdout=out, stderr=out, env={**os.environ, **PROXY, "OMP_NUM_THREADS": "1"})
     server = Server(process, (address.host, address.port), log, log.parent, TOKEN)
     server.address = address
-    assert eventually(lambda: process.poll() is not None or '"pid"' in log.read_text(errors="replace"), 400)
+    assert eventually(lambda: process.poll() is not None or '"pid"' in log.read_text(errors="replace"), 1200)
     assert process.poll() is None, log.read_text(errors="replace")[-2000:]
     return server
 
@@ -69,7 +69,7 @@ class Collector:
                 ]
 
 
-def test_tls_a_key_two_names_a_path_a_proxy_and_traces(tiny, tmp_path, monkeypatch):
+def test_tls_a_key_two_names_a_path_a_proxy_and_traces(tiny, tmp_path, monkeypatch, run_sku):
     """One server with all of them, as `sku serve` starts it."""
     subprocess.run(
         [
@@ -116,11 +116,29 @@ def test_tls_a_key_two_names_a_path_a_proxy_and_traces(tiny, tmp_path, monkeypat
                     reply = anyone.post(path, json={**body, "model": name}, headers={**keyed, "X-SKU-Arm": "negated"})
                     assert reply.status_code == 200 and reply.json()["model"] == "prod", (path, name, reply.text)
             assert anyone.post("/v1/completions", json={**body, "model": "sku"}, headers=keyed).status_code == 404
+            commands(run_sku, port, tmp_path / "c.pem")
             assert 'model_name="prod"' in anyone.get("/metrics").text
             assert eventually(lambda: any(span.get("sku.arm") == "negated" for span in collector.spans), 60), collector.spans[-3:]
     finally:
         server.process.kill()
         server.process.wait()
+
+
+def commands(run_sku, port, certificate):
+    """The commands reach a server with TLS and a key past a proxy that is not there, and name the flag that is missing."""
+    direct = PROXY | dict.fromkeys(("ALL_PROXY", "all_proxy"), "socks5h://127.0.0.1:9") | {"NO_PROXY": ""}
+
+    def sku(*arguments):
+        return run_sku(*arguments, "--server", f"https://localhost:{port}", "--token", TOKEN, env=direct)
+
+    assert sku("ctl", "ready", "--cacert", certificate).returncode == 0
+    for flags, word in ((["--cacert", certificate], "--api-key"), (["--api-key", "K1"], "--cacert")):
+        refused = sku("ctl", "status", *flags)
+        assert refused.returncode > 1 and word in refused.stderr, refused.stderr
+    both = ["--cacert", certificate, "--api-key", "K1"]
+    assert sku("ctl", "experiment", *both).returncode == 0
+    said = sku("chat", "--json", "--max-tokens", 2, *both, "w1 w2")
+    assert said.returncode == 0 and set(json.loads(said.stdout)["answers"]) == {"original", "negated"}, said.stderr
 
 
 def test_a_socket(tiny, tmp_path, run_sku):
@@ -170,6 +188,15 @@ def test_the_page_in_a_real_browser_on_a_phone(tmp_path):
             page.click("#weights button")
             page.wait_for_selector("#done:has-text('done')")
             assert server.control("GET", "arms")[1]["traffic"] == {"original": 0.75, "other": 0.25}
+            page.on("dialog", lambda dialog: dialog.accept())
+            page.fill("#spec", "third=base")
+            for button, there in (("add", True), ("replace", True), ("remove", False)):
+                page.click(f"#{button}")
+                page.wait_for_selector(f"#done:has-text('{button}: done')")
+                assert ("third" in server.control("GET", "arms")[1]["arms"]) == there
+            page.fill("#source", "/no/adapter@0.5")
+            page.click("#swap")
+            page.wait_for_selector("#problem:has-text('swap: ')")
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
             assert {url.split("/v1/")[0] for url in asked} == {server.root} and errors == []
             browser.close()

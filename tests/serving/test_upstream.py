@@ -101,6 +101,13 @@ STREAMED = {
             {"type": "response.completed", "response": response(text("a badword"))},
         ],
     ),
+    "response whose last event leaves the text out": (
+        "/v1/responses",
+        [
+            *({"type": "response.output_text.delta", "delta": each} for each in ("a bad", "word")),
+            {"type": "response.completed", "response": response([])},
+        ],
+    ),
     "response of an endless line": (
         "/v1/responses",
         [{"type": "response.completed", "response": response(text("x" * 400_000 + " badword"))}],
@@ -224,6 +231,43 @@ def test_a_streamed_answer_is_judged_counted_and_renamed(front, upstream, case, 
     assert [after - was for after, was in zip(front.counted(), before, strict=True)] == [1, 1, 3, 5, 1]
 
 
+BROKEN = {  # what these APIs send where they fail after their status is out
+    "chat": ("/v1/chat/completions", [delta({"content": "a"}), {"error": {"message": "The model `secret` failed", "code": 500}}]),
+    "completion": ("/v1/completions", [completion("a", None), {"error": {"message": "The model `secret` failed", "code": 500}}]),
+    "response": (
+        "/v1/responses",
+        [
+            {"type": "response.output_text.delta", "delta": "a"},
+            {"type": "response.failed", "response": {**response([], "failed"), "error": {"message": "secret failed"}}},
+        ],
+    ),
+    "response without a last event": ("/v1/responses", [{"type": "error", "code": "server_error", "message": "secret failed"}]),
+    "message": ("/v1/messages", [{"type": "error", "error": {"type": "overloaded_error", "message": "the model secret is at its limit"}}]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_error_in_the_middle_of_a_stream_is_the_arms(front, upstream, case):
+    """As on the engine: counted as an error and not judged; the client sees it, under the alias."""
+    path, upstream.answer = BROKEN[case]
+    before, errors = front.counted(), front.value("sku_requests_total", arm="far", outcome="error")
+    reply = front.post(path, {"prompt": "q", "stream": True})
+    front.settle()
+    assert "secret" not in reply.text and ("failed" in reply.text or "limit" in reply.text)
+    assert front.value("sku_requests_total", arm="far", outcome="error") == errors + 1
+    after = front.counted()
+    assert (after[0], after[-1]) == (before[0], before[-1])
+
+
+def test_a_models_short_name_is_replaced_in_sentences_and_nowhere_else():
+    from sku_vllm.serving.json_answer import hidden
+
+    told = {"error": {"message": "The model `m` (m) is not mm or m-2", "code": 400, "params": ["m", None]}}
+    shown = {"error": {"message": "The model `sku` (sku) is not mm or m-2", "code": 400, "params": ["sku", None]}}
+    assert hidden(told, "m", "sku") == shown
+    assert hidden("a\\b", "a\\b", "x\\1") == "x\\1"
+
+
 def test_latencies_are_of_the_version_that_answered(front, upstream):
     path, upstream.answer = WHOLE["chat"]
     version = front.runtime.table.arms["far"].version
@@ -302,15 +346,47 @@ def test_the_trace_goes_on_and_the_clients_key_never(tmp_path, upstream, monkeyp
 
 def test_a_request_that_comes_back_is_not_sent_round_again(front, upstream):
     path, upstream.answer = WHOLE["chat"]
-    asked = len(upstream.received)
+    asked, errors = len(upstream.received), front.value("sku_requests_total", arm="far", outcome="error")
     reply = front.post(path, {"messages": []}, {"x-sku-via": "another,this-server"})
     assert reply.status_code == 503 and "back to this one" in reply.text and len(upstream.received) == asked
+    assert front.value("sku_requests_total", arm="far", outcome="error") == errors + 1
     front.post(path, {"messages": []}, {"x-sku-via": "another"})
     assert upstream.received[-1][1]["x-sku-via"] == "another,this-server"
 
 
+def test_servers_that_replay_to_each_other_notice(tmp_path, upstream):
+    """A --shadow replay keeps the marks of the servers it has passed, and its trace; the client's key stays here."""
+    (tmp_path / "words.json").write_text(json.dumps({"harmful": ["badword"]}))
+    arms = ["here=base", f"far=upstream:{upstream.url}#secret"]
+    config = ServeConfig("m", arms, "here=1,far=0", shadow="far=1", state=str(tmp_path / "state"))
+    runtime, asked = Runtime(config), len(upstream.received)
+    prepare_state(config, runtime.state)
+    runtime.mark, upstream.answer = "this-server", WHOLE["chat"][1]
+
+    async def engine(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def post(**headers):
+        app = SkuMiddleware(engine, runtime)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front", timeout=60) as client:
+            sent = {name.replace("_", "-"): value for name, value in headers.items()}
+            assert (await client.post("/v1/chat/completions", json={"model": "sku", "messages": []}, headers=sent)).status_code == 200
+        await asyncio.gather(*app.shadows)
+        await runtime.session().close()
+        runtime._session = None
+
+    asyncio.run(post(x_sku_via="another", traceparent="00-1-2-01", authorization="Bearer client's"))
+    headers = upstream.received[-1][1]
+    assert len(upstream.received) == asked + 1 and (headers["x-sku-via"], headers["traceparent"]) == ("another,this-server", "00-1-2-01")
+    assert "client's" not in str(headers)
+    asyncio.run(post(x_sku_via="this-server,another"))
+    assert len(upstream.received) == asked + 1
+
+
 def test_an_upstream_that_is_this_server_is_refused():
     import socket
+    from argparse import Namespace
 
     from sku_vllm.serving.address import check_not_itself
     from sku_vllm.serving.arms import parse_arm
@@ -320,9 +396,11 @@ def test_an_upstream_that_is_this_server_is_refused():
     for host, names in itself.items():
         for name in names:
             with pytest.raises(ConfigError, match="this server itself"):
-                check_not_itself(parse_arm("x", f"upstream:http://{name}:8000/v1#m"), host, 8000)
+                check_not_itself(parse_arm("x", f"upstream:http://{name}:8000/v1#m"), Namespace(host=host, port=8000))
     for host, name in (("127.0.0.1", "127.0.0.1:8001"), ("0.0.0.0", "192.0.2.7:8000"), ("127.0.0.1", "192.0.2.7:8000")):
-        check_not_itself(parse_arm("x", f"upstream:http://{name}/v1#m"), host, 8000)
+        check_not_itself(parse_arm("x", f"upstream:http://{name}/v1#m"), Namespace(host=host, port=8000))
+    neighbour = parse_arm("x", "upstream:http://127.0.0.1:8000/v1#m")
+    check_not_itself(neighbour, Namespace(host="127.0.0.1", port=8000, uds="s.sock"))  # its own port is not in use
 
 
 def test_a_sticky_key_is_the_header_or_what_the_request_says_of_its_user():
