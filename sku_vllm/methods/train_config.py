@@ -51,7 +51,7 @@ class TrainConfig:
             restarts. unasked_weight: of the KL to the base on prompts that the base makes up. border_weight: of the KL on border prompts.
         first_weight: of the KL to the base at the first token of the answers to each of these kinds, where it is decided whether to refuse.
         relearner_lr, relearner_steps: of the adversary, which fine-tunes while the served model trains: its step size, as a share of each
-            weight's root mean square, and the number of its steps after which it starts over; 0 = no adversary.
+            weight's root mean square, added up over the layers, and the number of its steps after which it starts over; 0 = no adversary.
         stop_id: token id that ends an answer; the trainer fills it in from the tokenizer.
         targets: where a contrastive method takes its refusals from, of TARGETS.
         samples: how many refusals are drawn, and how many prompts the base makes up. sample_tokens: most tokens of either.
@@ -97,7 +97,7 @@ class TrainConfig:
     unasked_weight: float = 0.0
     border_weight: float = 0.0
     first_weight: float = 0.0
-    relearner_lr: float = 8e-3
+    relearner_lr: float = 0.024
     relearner_steps: int = 0
     stop_id: int = -1
     targets: str = "auto"

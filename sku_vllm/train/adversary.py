@@ -8,8 +8,13 @@ starts over from the base, so that the defender meets the early steps of an atta
 
 Memory: the weights a second time, and one gradient. Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) keeps a row and a column of second
 moments instead of two moments for each weight, and a weight is updated, and its gradient freed, as soon as the gradient is complete.
+
+What its steps change adds up over the layers, so each layer gets its share of `relearner_lr`: with the lab's 8e-3 on each of the 30 layers
+of SmolLM2-135M the adversary's own loss rose from 2.7 to 5 nats in three steps (in bfloat16 to 20), and the defender learned from a broken
+model; with a tenth of that it falls.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,8 +46,8 @@ class Adversary:
         adapter: the LoRA parameters that the defender trains. head: parameters of the output layer, by their names in it.
         attacked: the adversary's values of the base's parameters, by name; inside `in_place` the base's own
             values, since these are exchanged.
-        moved: the parameter that an optimizer updates for each of `names`: itself, or, if it is sharded, an empty parameter that holds the
-            gathered weight during the update.
+        moved: the parameter that an optimizer updates for each of `names`: itself, or, if it is sharded or bfloat16, an empty parameter
+            that holds the gathered weight, in float32 instead of bfloat16, during the update. taken: steps before the current one.
     """
 
     def __init__(self, objective: "Objective", config: "TrainConfig") -> None:
@@ -50,9 +55,11 @@ class Adversary:
         floating = [(name, value) for name, value in objective.passes.model.named_parameters() if value.is_floating_point()]
         self.names = {parameter: name for name, parameter in floating if "lora_" not in name}
         self.adapter = [parameter for name, parameter in floating if "lora_" in name and parameter.requires_grad]
+        self.layers = int(getattr(objective.passes.core.config.get_text_config(), "num_hidden_layers", 1) or 1)
         self.head = dict(output_layer(objective.passes.core).named_parameters())
         self.attacked = {name: parameter.data.clone() for parameter, name in self.names.items()}
-        self.moved = {parameter: _empty(parameter) if isinstance(parameter, DTensor) else parameter for parameter in self.names}
+        self.moved = {parameter: _empty(parameter) if _apart(parameter) else parameter for parameter in self.names}
+        self.taken = 0
         self.optimizers = self._new_optimizers()
 
     @staticmethod
@@ -79,8 +86,8 @@ class Adversary:
             passes: the pieces of each forward pass; there is one pass unless the answers exceed `tokens_per_pass`.
             totals: what the mean of TERM divides by. step: of the phase, one at which the adversary is active.
         """
-        taken = step - step // CYCLE - 1  # how many steps the adversary has taken before this one
-        if taken % self.config.relearner_steps == 0:
+        self.taken = step - step // CYCLE - 1
+        if self.taken % self.config.relearner_steps == 0:
             for parameter, name in self.names.items():
                 self.attacked[name].copy_(parameter.data)
             self.optimizers = self._new_optimizers()
@@ -120,10 +127,11 @@ class Adversary:
         moved = self.moved[parameter]
         if moved is not parameter:
             assert parameter.grad is not None  # hooks and `step` call this when there is a gradient
-            moved.data, moved.grad = whole(parameter.data), whole(parameter.grad).to(parameter.dtype)
+            moved.data, moved.grad = whole(parameter.data).to(moved.dtype), whole(parameter.grad).to(moved.dtype)
         self.optimizers[parameter].step()
         if moved is not parameter:
-            parameter.data.copy_(sharded_like(moved.data, parameter))
+            narrow = moved.data if parameter.dtype == moved.dtype else rounded(moved.data, f"{self.names[parameter]} {self.taken}")
+            parameter.data.copy_(sharded_like(narrow, parameter))
             moved.data, moved.grad = moved.data.new_empty(0), None
         parameter.grad = None
 
@@ -159,12 +167,30 @@ class Adversary:
 
     def _new_optimizers(self) -> dict[torch.nn.Parameter, torch.optim.Optimizer]:
         """An optimizer for each weight, so that each can be updated alone."""
-        rate = self.config.relearner_lr
+        rate = self.config.relearner_lr / self.layers
         return {parameter: torch.optim.Adafactor([moved], lr=rate, weight_decay=0.0) for parameter, moved in self.moved.items()}
 
 
+def rounded(value: torch.Tensor, seed: str) -> torch.Tensor:
+    """float32 values in bfloat16, each rounded up as often as it is near the number above, so that many small steps add up.
+
+    A step of a thousandth of a weight is less than half of bfloat16's spacing: rounded to the nearest, 19 of 20 such steps were lost.
+
+    Args:
+        seed: the same one gives the same bits, in every process and in a resumed run.
+    """
+    generator = torch.Generator(value.device).manual_seed(zlib.crc32(seed.encode()))
+    noise = torch.randint(1 << 16, value.shape, generator=generator, device=value.device, dtype=torch.int32)
+    return (value.view(torch.int32) + noise).bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
+
+
+def _apart(parameter: torch.nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) or parameter.dtype is torch.bfloat16
+
+
 def _empty(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+    dtype = torch.float32 if parameter.dtype is torch.bfloat16 else parameter.dtype
+    return torch.nn.Parameter(torch.empty(0, dtype=dtype, device=parameter.device))
 
 
 def with_attacked(terms: Sequence[Term]) -> list[Term]:

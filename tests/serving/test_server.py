@@ -685,7 +685,7 @@ def test_a_user_keeps_an_arm_whatever_names_the_user(served):
             due = choose_arm({"original": 0.5, "negated": 0.5}, key)
             named = [{"metadata": {"user_id": key}}] if path == "/v1/messages" else [{"user": key}, {"safety_identifier": key}]
             assert [arm(path, body) for body in named] == [due] * len(named) and arm(path, named[0], "") == due == arm(path, {}, key)
-    assert len({arm("/v1/completions", {"user": ""}, " ") for _ in range(24)}) == 2
+    assert len({arm("/v1/completions", {"user": ""}, "") for _ in range(24)}) == 2
 
 
 # ---- upstream arms, versions, copies ------------------------------------------------------------------------------
