@@ -1,16 +1,18 @@
 """Opens a file of rows, whatever its format, and gives its records one by one with their line or row number.
 
 JSONL, a JSON array (or an object that holds one), CSV, TSV, Parquet, text with a prompt a line, each perhaps gzipped, a directory
-written by `datasets.save_to_disk`, and `hf://` names of the hub (`hub.py`). Open this file to add a file format.
+written by `datasets.save_to_disk`, `hf://` names of the hub (`hub.py`), and patterns (`data/part-*.jsonl`), whose files are one set.
+Open this file to add a file format.
 """
 
+import glob
 import gzip
 import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,7 @@ from sku_vllm.data.tables import parquet_records, table_records
 from sku_vllm.errors import DataError
 
 Numbered = Iterator[tuple[int, dict[str, Any]]]
+LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Records:
 
     name: how messages and records call the source (a hub set by its revision). unit: "line" or "row", what the numbers count.
     split: what is still to be taken of it, None for all. total: how many records there are, None where that is not known.
+    header: lines before the first record. files: how many files a pattern stands for, 0 where the source is none.
+    begun: of a pattern, for each file that was begun the last number before it, what its own numbers are shifted by, and its records.
     """
 
     name: str
@@ -35,14 +40,20 @@ class Records:
     numbered: Numbered
     split: str | None = None
     total: int | None = None
+    header: int = 0
+    files: int = 0
+    begun: list[tuple[int, int, "Records"]] = field(default_factory=list)
 
     def place(self, number: int) -> str:
         """Where a record stands: "FILE line 3"."""
+        for before, shift, part in reversed(self.begun):
+            if number > before:
+                return part.place(number - shift)
         return f"{self.name} {self.unit} {number}"
 
 
 def open_records(source: str | Path) -> Records:
-    """The records of `PATH`, `PATH#SPLIT` or `hf://ORG/NAME[@REVISION][:CONFIG][#SPLIT]`.
+    """The records of `PATH`, `PATH#SPLIT` or `hf://ORG/NAME[@REVISION][:CONFIG][#SPLIT]`. PATH may be a pattern (`*`, `?`, `[`).
 
     Raises:
         DataError: there is no such file; also while it is read, with the line.
@@ -51,33 +62,63 @@ def open_records(source: str | Path) -> Records:
         name, dataset, split = hub_dataset(str(source))
         return Records(name, "row", enumerate(dataset, 1), split, len(dataset))
     path, split = split_name(source)
+    if files := _matching(path):
+        return _one_set(str(path), [_file_records(file, None) for file in files], split)
     if not path.exists():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no " + ("file matches this pattern" if glob.has_magic(str(path)) else "such file"))
     if path.is_dir():
         dataset, split = saved_dataset(path, split)
         return Records(str(path), "row", enumerate(dataset, 1), split, len(dataset))
+    return _file_records(path, split)
+
+
+def _file_records(path: Path, split: str | None) -> Records:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
     if kind in (".csv", ".tsv"):
-        return Records(str(path), "line", _readable(path, table_records(path, opened, kind == ".tsv")), split)
+        return Records(str(path), "line", _readable(path, table_records(path, opened, kind == ".tsv")), split, header=1)
     if kind == ".parquet":
         return Records(str(path), "row", parquet_records(path), split)
     if kind == ".txt":
         return Records(str(path), "line", _readable(path, _prompts(path)), split)
     with opened(path) as file:
         begin, more = _first_line(file), bool(_first_line(file))
-    if begin.startswith("[") or (begin.startswith("{") and not _is_record(begin, more)):
+    # A part of JSON Lines may hold one record, which is one all the same where the file's name says so.
+    if begin.startswith("[") or (begin.startswith("{") and not _is_record(begin, more or kind in LINES)):
         return Records(str(path), "row", _readable(path, _json_document(path)), split)
     return Records(str(path), "line", _readable(path, _json_lines(path)), split)
 
 
 def split_name(source: str | Path) -> tuple[Path, str | None]:
-    """Path and split of `PATH#SPLIT`; a file whose name has a `#` comes first."""
+    """Path and split of `PATH#SPLIT`; a file (or files that match a pattern) whose name has a `#` comes first."""
     text = str(source)
-    if "#" in text and not os.path.exists(text):
+    if "#" in text and not os.path.exists(text) and not _matching(Path(text)):
         text, _, split = text.rpartition("#")
         return Path(text), split
     return Path(text), None
+
+
+def _matching(path: Path) -> list[Path]:
+    """The files that a pattern stands for, sorted; none where a file or directory has exactly this name."""
+    if not glob.has_magic(str(path)) or path.exists():
+        return []
+    return [Path(name) for name in sorted(glob.glob(str(path))) if os.path.isfile(name)]
+
+
+def _one_set(pattern: str, parts: list[Records], split: str | None) -> Records:
+    """The records of several files, numbered on as if they stood in one: identities made of a number are then those of one file."""
+    begun: list[tuple[int, int, Records]] = []
+
+    def numbered() -> Numbered:
+        last = 0
+        for part in parts:
+            shift = last - part.header if last else 0  # a table's header stands in every file, but would once in one
+            begun.append((last, shift, part))
+            for number, record in part.numbered:
+                last = number + shift
+                yield last, record
+
+    return Records(pattern, "row", numbered(), split, files=len(parts), begun=begun)
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

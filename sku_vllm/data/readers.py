@@ -37,7 +37,7 @@ class Reading:
     """What was read from one source.
 
     Attributes:
-        name: the source; a hub set with its commit.
+        name: the source; a hub set with its commit. files: how many files a pattern stands for, 0 where the source is none.
         form: what it was recognised as. rows: in the order of the file.
         origins: for every row its record as it stands in the file (only where `keep` was asked for).
         left_out: how many rows or records were passed over, by reason. unread: columns that were not read.
@@ -49,6 +49,7 @@ class Reading:
     origins: list[dict[str, Any]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     unread: list[str] = field(default_factory=list)
+    files: int = 0
 
     def text(self) -> str:
         """One line for a log; it names columns and counts, no content."""
@@ -57,9 +58,8 @@ class Reading:
         reasons = "".join(f"; left out {count}: {reason}" for reason, count in self.left_out.items())
         names = ", ".join(self.unread[:FEW]) + (" …" if len(self.unread) > FEW else "")
         hint = " (--columns response=NAME reads one as the answer)" if self.unread and not answered else ""
-        return f"{self.name}: {self.form}: {len(self.rows)} rows{answers}{reasons}" + (
-            f"; columns not read: {names}{hint}" if names else ""
-        )
+        source = self.name + (f" ({self.files} file{'s' * (self.files > 1)})" if self.files else "")
+        return f"{source}: {self.form}: {len(self.rows)} rows{answers}{reasons}" + (f"; columns not read: {names}{hint}" if names else "")
 
 
 def read_rows(
@@ -80,7 +80,7 @@ def read_source(
     """Read a source, and log in one line what it was recognised as, how many rows were taken, and what was left out and why.
 
     Args:
-        path: a file or directory that `open_records` opens, or a hub set; `#SPLIT` may follow.
+        path: a file or directory that `open_records` opens, a pattern of files that are one set, or a hub set; `#SPLIT` may follow.
         columns: name of a field (`sku_vllm.data.columns.FIELDS`) → name of the file's column.
         need_response: refuse rows without an answer.
         safe: where a file holds both (PKU-SafeRLHF, XSTest, preference pairs), take the safe rows, for a retain set, instead of the
@@ -139,7 +139,7 @@ def _read(records: Records, columns: FileColumns, sample: Sequence[tuple[int, An
     if known and known.harmful_only and safe:
         raise DataError(f"{records.name}: {known.name} are harmful prompts, so none is for a retain set; give it to --forget")
     form, _ = (known.name, set()) if known else recognise(given | mapping.keys())
-    reading = Reading(records.name, form)
+    reading = Reading(records.name, form, files=records.files)
     seen: set[tuple[str, str | None]] = set()
     for number, record in numbered:
         fields = _mapped(_normalised(record, names, plain), mapping)

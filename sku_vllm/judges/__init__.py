@@ -1,7 +1,7 @@
 """Judges, which decide whether answers are harmful, and the detectors of refusals and gibberish. Only `hf:` judges load torch."""
 
 from sku_vllm.judges.exchange import LABELS, Exchange, Judge, Label, Labeller, Verdict
-from sku_vllm.judges.labeller import labeller, load_labeller
+from sku_vllm.judges.labeller import decide, labeller, load_labeller
 from sku_vllm.judges.spec import judge_of, judge_specs, load_judge, with_options
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Label",
     "Labeller",
     "Verdict",
+    "decide",
     "judge_of",
     "judge_specs",
     "labeller",

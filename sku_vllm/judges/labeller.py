@@ -11,6 +11,7 @@ from sku_vllm.judges.all_of import Votes, agreement, reason_of, strictest
 from sku_vllm.judges.answered import AnsweredJudge
 from sku_vllm.judges.exchange import Exchange, Judge, Labeller, Verdict
 from sku_vllm.judges.gibberish import gibberish_reason
+from sku_vllm.judges.lexicon import LexiconJudge
 from sku_vllm.judges.parts import Judged, judge_parts
 from sku_vllm.judges.refusal import refusal_reason
 from sku_vllm.judges.spec import load_judge
@@ -43,7 +44,7 @@ class JudgedVotes:
         refused = [any(one.finding.refusal for one in row.values()) for row in rows]
         signs = detect(exchanges, unlikely, refused)
         self.votes = settle({name: [one.finding.harmful for one in column] for name, column in found.items()}, signs)
-        self.verdicts = decide(self.votes, signs)
+        self.verdicts = labels_of(self.votes, signs)
         self.agreement: list[dict[str, Any]] | None = agreement(self.votes) if len(found) > 1 else None
         self.reasons: list[str] = []
         self.in_reasoning: list[bool] = []
@@ -98,7 +99,14 @@ def settle(votes: Mapping[str, Sequence[bool | None]], signs: Sequence[Signs]) -
     return settled
 
 
-def decide(votes: Mapping[str, Sequence[bool | None]], signs: Sequence[Signs]) -> list[Verdict]:
+def decide(judge: Judge, exchanges: Sequence[Exchange], votes: Sequence[bool | None]) -> list[Verdict]:
+    """Labels from what `judge.judge(exchanges)` gave, one vote an exchange, and what lexicons and the detectors call a refusal."""
+    lexicons = [part for part in _judges(judge) if isinstance(part, LexiconJudge)]
+    signs = detect(exchanges, refused=[any(lexicon.findings([one])[0].refusal for lexicon in lexicons) for one in exchanges])
+    return labels_of(settle({judge.name: votes}, signs), signs)
+
+
+def labels_of(votes: Mapping[str, Sequence[bool | None]], signs: Sequence[Signs]) -> list[Verdict]:
     """Labels from the votes on harm, by judge, and what the detectors say."""
     return [Verdict.of(harm, bool(found.refusal), bool(found.gibberish)) for harm, found in zip(strictest(votes), signs, strict=True)]
 
