@@ -110,11 +110,11 @@ def test_the_default_method_in_two_processes(lab: Path, tmp_path: Path, engine: 
 
     Adam's first steps are signs of gradients, rounding included, so adapters are compared as a whole and not to 1e-5.
     """
-    settings = {"method": "sku-contrastive-two", "steps": 8, "lr": 1e-2, "tokens_per_pass": 250}
+    settings = {"method": "sku-contrastive-two", "steps": 8, "samples": 96, "lr": 1e-2, "tokens_per_pass": 250}
     sets = load_dataset(lab / "forget/train.jsonl", "forget"), load_dataset(lab / "retain/train.jsonl", "retain")
     one = train_adapter(TrainRequest(lab / "llama", *sets, tmp_path / "one", TrainConfig.of(**settings)), progress=False)
     data = ["--forget", lab / "forget/train.jsonl", "--retain", lab / "retain/train.jsonl"]
-    flags = [*data, "--steps", 8, "--lr", 1e-2, "--tokens-per-pass", 250, "--save-seconds", 0]
+    flags = [*data, "--steps", 8, "--samples", 96, "--lr", 1e-2, "--tokens-per-pass", 250, "--save-seconds", 0]
     if engine == FSDP2:
         kill_at(random.Random(os.urandom(4)).randint(3, 7), command(engine, tmp_path / "two", lab, *flags), tmp_path / "two")
         flags.append("--resume")
