@@ -157,8 +157,16 @@ def test_without_a_timeout_or_in_the_event_loop_the_engine_ends_at_once(tmp_path
 
 
 def ask(server, number, **options):
-    """(texts, finish reasons) of a completion, whole or streamed."""
-    body = {"model": "sku", "prompt": f"w{number} w{number + 17}", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, **options}
+    """(texts, finish reasons) of a completion, whole or streamed, from the arm of one user."""
+    body = {
+        "model": "sku",
+        "user": "ann",
+        "prompt": f"w{number} w{number + 17}",
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        **options,
+    }
     reply = httpx.post(f"{server.url}/completions", json=body, timeout=600)
     assert reply.status_code == 200, reply.text
     if not options.get("stream"):
