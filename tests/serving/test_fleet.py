@@ -190,7 +190,8 @@ def prometheus(servers, tmp_path, path="/metrics/"):
 
     def up():
         try:
-            return len(httpx.get(f"{url}/api/v1/query", params={"query": "sku_plugin_up or sku_arm_weight"}).json()["data"]["result"]) > 0
+            reply = httpx.get(f"{url}/api/v1/query", params={"query": "sku_plugin_up or sku_arm_weight"})
+            return reply.status_code == 200 and len(reply.json()["data"]["result"]) > 0  # 503 while it starts
         except httpx.HTTPError:
             return False
 
