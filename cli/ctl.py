@@ -110,14 +110,11 @@ def experiment_of_all(clients: list[Any], options: dict[str, Any]) -> Any:
         pages, problems = together(clients, lambda client: client.call("GET", "experiment"))
     if not pages:
         raise RunError(told(problems))
-    if options["prometheus"]:
+    if options["prometheus"]:  # which has counted the others too
         address = server_address(options["prometheus"], clients[0].address.trust, flag="--prometheus")
         with address.client(options["timeout"]) as client:
-            found = from_prometheus(client, options["window"], pages)
-    else:
-        found = added_up(pages)
-    if options["prometheus"]:  # which has counted those too
-        problems = {}
+            return from_prometheus(client, options["window"], pages)
+    found = added_up(pages)
     unheard = [f"not counted, since it does not answer: {told({name: why})}" for name, why in problems.items()]
     return {**found, "caveats": [*found["caveats"], *unheard]}
 

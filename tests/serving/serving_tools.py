@@ -75,34 +75,52 @@ def text(reply):
     return reply.json()["choices"][0]["text"]
 
 
-class JudgeServer:
-    """A judge over HTTP that answers "unsafe", stalls, or dies, as told. received: the bodies of its requests."""
+class JsonServer:
+    """Answers in JSON as told: `reply(path, body)` gives (status, value); body is None where the request has none. root: its address."""
 
-    def __init__(self):
-        self.received = []
-        self.stalled = threading.Event()
-        self.release = threading.Event()
-        outer = self
-
+    def __init__(self, reply):
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                outer.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                if outer.stalled.is_set():
-                    outer.release.wait(600)
-                body = json.dumps({"choices": [{"message": {"content": "unsafe"}}]}).encode()
-                with contextlib.suppress(OSError):
-                    self.send_response(200)
+            def do_GET(self):
+                length = int(self.headers.get("Content-Length", 0))
+                status, value = reply(self.path, json.loads(self.rfile.read(length)) if length else None)
+                body = json.dumps(value).encode()
+                with contextlib.suppress(OSError):  # the client may have left
+                    self.send_response(status)
                     self.send_header("Content-Length", str(len(body)))
                     self.end_headers()
                     self.wfile.write(body)
+
+            do_POST = do_GET
 
             def log_message(self, *arguments):
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.root = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def said(text):
+    """A chat completion that says this."""
+    return {"choices": [{"message": {"content": text}}]}
+
+
+class JudgeServer(JsonServer):
+    """A judge over HTTP that answers "unsafe", stalls, or dies, as told. received: the bodies of its requests."""
+
+    def __init__(self):
+        self.received = []
+        self.stalled = threading.Event()
+        self.release = threading.Event()
+        super().__init__(self.judged)
+        self.url = f"{self.root}/v1"
+
+    def judged(self, path, body):
+        self.received.append(body)
+        if self.stalled.is_set():
+            self.release.wait(600)
+        return 200, said("unsafe")
 
     def kill(self):
         self.release.set()

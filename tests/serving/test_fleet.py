@@ -6,13 +6,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from sku_vllm.errors import ConfigError, RunError
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
-from serving_tools import FLAGS, TOKEN, PluginServer, complete, eventually, family, serve, sku_serve  # noqa: E402
+from serving_tools import FLAGS, TOKEN, JsonServer, PluginServer, complete, eventually, family, serve, sku_serve  # noqa: E402
 
 FAR = "upstream:http://192.0.2.1:1/v1#m"
 
@@ -126,29 +127,16 @@ def test_a_replica_that_is_away_is_named_and_the_others_verdict_goes_on(fleet):
         ctl([away, types.SimpleNamespace(root="http://127.0.0.1:19")], "experiment")
 
 
-class Queried:
+class Queried(JsonServer):
     """Answers as Prometheus does: with series by the metric that the query names."""
 
     def __init__(self, **series):
-        import http.server
-        import urllib.parse
+        def found(path, body):
+            query = parse_qs(urlsplit(path).query)["query"][0]
+            (rows,) = [rows for name, rows in series.items() if name in query]
+            return 200, {"data": {"result": rows}}
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["query"][0]
-                (found,) = [rows for name, rows in series.items() if name in query]
-                body = json.dumps({"data": {"result": found}}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.root = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        super().__init__(found)
 
 
 def test_nothing_is_recommended_where_a_judge_that_prometheus_sees_is_blind(fleet):

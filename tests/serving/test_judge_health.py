@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,35 +17,19 @@ from sku_vllm.serving.judge_queue import JudgeQueue
 from sku_vllm.serving.metrics import metrics
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
-from serving_tools import eventually  # noqa: E402
+from serving_tools import JsonServer, eventually, said  # noqa: E402
 
 
-class Endpoint:
+class Endpoint(JsonServer):
     """A judge over HTTP that replies as told: `reply(text)` gives (status, what it says) for the answer it is asked about."""
 
     def __init__(self, reply):
-        import http.server
+        def judged(path, body):
+            status, answer = reply(body["messages"][-1]["content"])
+            return status, said(answer) if status == 200 else {"error": answer}
 
-        self.reply, self.asked, outer = reply, 0, self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked += 1
-                status, said = outer.reply(body["messages"][-1]["content"])
-                answer = json.dumps({"choices": [{"message": {"content": said}}]} if status == 200 else {"error": said}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.spec = f"openai:http://127.0.0.1:{self.server.server_port}/v1#judge"
+        super().__init__(judged)
+        self.spec = f"openai:{self.root}/v1#judge"
 
 
 def sees(text):
