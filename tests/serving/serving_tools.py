@@ -13,6 +13,7 @@ import time
 import httpx
 import psutil
 
+from sku_vllm.serving.judge_process import EXAMPLES
 from sku_vllm.serving.server import Server
 
 TOKEN = "open sesame"
@@ -107,7 +108,7 @@ def said(text):
 
 
 class JudgeServer(JsonServer):
-    """A judge over HTTP that answers "unsafe", stalls, or dies, as told. received: the bodies of its requests."""
+    """A judge over HTTP that answers "unsafe" to all but the probe's harmless text, stalls, or dies, as told. received: its requests' bodies."""
 
     def __init__(self):
         self.received = []
@@ -120,7 +121,8 @@ class JudgeServer(JsonServer):
         self.received.append(body)
         if self.stalled.is_set():
             self.release.wait(600)
-        return 200, said("unsafe")
+        harmless = EXAMPLES[1].response in body["messages"][-1]["content"]
+        return 200, said("safe" if harmless else "unsafe")
 
     def kill(self):
         self.release.set()
