@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sku_vllm.data import Columns, Row, read_source
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.evaluate.answer_bar import answer_bar
-from sku_vllm.evaluate.judged_row import add_scores, verdict_fields
+from sku_vllm.evaluate.judged_row import add_grades, verdict_fields
 from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
 from sku_vllm.evaluate.measure_request import is_forget
 from sku_vllm.evaluate.shares import by_category, shares_by_prompt
@@ -61,18 +61,29 @@ def judge_file(specs: Sequence[str], source: str, output: str, *, columns: Seque
     if thought := sum(judged.in_reasoning):
         whole["harmful_in_reasoning"] = thought / whole["n"]
     whole |= by_category((row.category, row.key, verdict) for row, verdict in labelled)
-    add_scores(whole, [{**one, "category": row.category} for one, row in zip(fields, reading.rows, strict=True)])
-    return {**whole, **_by_set(reading.origins, labelled), **extra}
+    told = [{**one, "category": row.category} for one, row in zip(fields, reading.rows, strict=True)]
+    add_grades(whole, told)
+    return {**whole, **_by_set(reading.origins, labelled, told), **extra}
 
 
-def _by_set(records: Sequence[dict[str, Any]], labelled: Sequence[tuple[Row, Verdict]]) -> dict[str, Any]:
-    """{"by_set": {set: {mode: shares}}} of the rows.jsonl of `sku eval` or `sku attack`; nothing for other rows."""
-    found: dict[str, dict[str, list[tuple[str, Verdict]]]] = {}
-    for record, (row, verdict) in zip(records, labelled, strict=True):
+def _by_set(
+    records: Sequence[dict[str, Any]], labelled: Sequence[tuple[Row, Verdict]], told: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """{"by_set": {set: {mode: shares}}} of the rows.jsonl of `sku eval` or `sku attack`; nothing for other rows.
+
+    told: of each row, what `add_grades` reads.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for place, record in enumerate(records):
         name, mode = set_of(record), record.get("mode")
         if "set" in record and isinstance(name, str) and isinstance(mode, str):
-            found.setdefault(name, {}).setdefault(mode, []).append((row.key, verdict))
-    sets = {name: {mode: shares_by_prompt(rows) for mode, rows in modes.items()} for name, modes in found.items()}
+            found.setdefault(name, {}).setdefault(mode, []).append(place)
+    sets: dict[str, dict[str, Any]] = {}
+    for name, modes in found.items():
+        for mode, places in modes.items():
+            rows = [(row.key, verdict) for row, verdict in (labelled[place] for place in places)]
+            sets.setdefault(name, {})[mode] = shares = shares_by_prompt(rows)
+            add_grades(shares, [told[place] for place in places])
     return {"by_set": sets} if sets else {}
 
 

@@ -90,7 +90,7 @@ def _read(path: Path) -> dict[str, list[Finding]]:
 def _append(path: Path, rows: dict[str, list[Finding]]) -> None:
     with open(path, "a", encoding="utf-8", opener=private) as file:
         for key, found in rows.items():
-            more = [[one.reason, one.refusal, one.readable, one.score] for one in found]
+            more = [[one.reason, one.refusal, one.readable, one.score, one.partial] for one in found]
             file.write(json.dumps({"key": key, "votes": [one.harmful for one in found], "more": more}) + "\n")
 
 

@@ -65,6 +65,7 @@ def print_eval(result: Mapping[str, Any], console: Console | None = None) -> Non
         f"over-refusal {percent(retain['over_refusal'])}, gibberish {percent(retain['gibberish'])}, ended {percent(retain['ended'])}, "
         f"repeated {percent(retain['repeated'])}, {retain['length_tokens']:.0f} tokens"
     )
+    print_counted_apart("retain: ", retain, console)
     for category, part in retain.get("by_category", {}).items():
         console.print(f"  {category}, {part['n']} prompts: over-refusal {percent(part['refusal'])}, gibberish {percent(part['gibberish'])}")
     for name, quality in result.get("forget_quality", {}).items():
@@ -75,6 +76,7 @@ def print_eval(result: Mapping[str, Any], console: Console | None = None) -> Non
             f"({100 * share['refusal_low']:.1f}–{100 * share['refusal_high']:.1f}), gibberish {percent(share['gibberish'])}, "
             f"ended {percent(share['ended'])}, repeated {percent(share['repeated'])}"
         )
+        print_counted_apart(f"border {name}: ", share, console)
     for pair in result.get("agreement", ()):
         print_agreement(pair, console)
 
@@ -97,10 +99,13 @@ def print_quality(name: str, quality: Mapping[str, Any], console: Console) -> No
 
 
 def print_counted_apart(where: str, share: Mapping[str, Any], console: Console) -> None:
-    """Print what is in no share, or part of one: answers that the judge did not decide, harm in the reasoning alone, and mean scores."""
+    """Print what is in no share, or part of one: answers that the judge did not decide, harm in the reasoning alone, mean scores, and
+    refusals in part."""
     for name, part in {"": share, **share.get("by_category", {})}.items():
         if "score" in part:
             console.print(f"{where}{name and name + ', '}mean score {part['score']:.3f}")
+        if "partial_refusal" in part:
+            console.print(f"{where}{name and name + ', '}refused in part {percent(part['partial_refusal'])}")
     if share.get("unjudged"):
         console.print(f"{where}{share['unjudged']} answers were not decided by the judge and are in no share")
     if share.get("harmful_in_reasoning"):

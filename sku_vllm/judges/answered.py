@@ -18,6 +18,7 @@ class AnsweredJudge:
     """
 
     name = "answered"
+    forget_only = True
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[bool | None]:
         """True for an answer that the built-in detectors let pass, None where the prompt is of no forget set."""

@@ -6,6 +6,7 @@ What a guard is asked and how its reply is read is in its profile (`guard.py`). 
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -44,6 +45,7 @@ class EndpointJudge:
         self.name = name or f"openai:{url}#{model}"
         self.model = model
         self.guard = guard or guard_for(model, {}, self.name)
+        self.forget_only = self.guard.forget_only
         options = {"temperature": 0, "max_tokens": self.guard.tokens, **_choice(self.guard), **self.guard.body}
         self.server = JudgeServer(self.name, url, options, timeout=timeout, retries=retries, connections=concurrency, pause=pause)
         self.concurrency = concurrency
@@ -118,7 +120,7 @@ class EndpointJudge:
             if finding.readable or choice.get("finish_reason") != "length":
                 break
             self.server.allow_more(options)  # the verdict was cut off
-        return finding, said
+        return finding if exchange.forget or not self.forget_only else replace(finding, harmful=None), said
 
     def _field(self, reply: Any, *path: str | int) -> Any:
         try:

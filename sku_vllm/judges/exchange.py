@@ -49,7 +49,8 @@ class Finding:
 
     harmful: None where it does not decide. reason: a category or the word that decided it, "" for none. refusal: whether it calls the
     answer a refusal, None where it does not say. readable: False where the judge answered, but not with a verdict. score: how harmful it
-    is, 0 to 1, of a judge that grades (StrongREJECT's rubric).
+    is, 0 to 1, of a judge that grades (StrongREJECT's rubric). partial: whether it refuses in part, of a judge that tells such refusals
+    from full ones (XSTest's three classes).
     """
 
     harmful: bool | None
@@ -57,6 +58,7 @@ class Finding:
     refusal: bool | None = None
     readable: bool = True
     score: float | None = None
+    partial: bool | None = None
 
 
 class Judge(Protocol):
@@ -68,6 +70,8 @@ class Judge(Protocol):
     For bad input the callable raises `sku_vllm.errors.ConfigError` or `DataError`, and `judge` raises `JudgeError` where an answer
     cannot be judged now but might be later: a measurement then keeps what it has and continues with --resume.
     A judge may also have `findings(exchanges)`, which gives a `Finding` each; its reasons then stand in rows.jsonl.
+
+    A judge may have an attribute `forget_only`, true where it finds harm in answers to forget prompts alone; it judges no live traffic.
 
     A judge may have an attribute `examples`: an exchange that it must find harmful and one that it must not. `sku serve` tries a judge on
     them when it starts, or on texts of its own.

@@ -7,7 +7,9 @@
     tokens: longest reply. body: further fields of the request. choice: words of which the reply has to be one
     verdict: words, yes-no, rubric, or a regular expression with the group `value` (`sku_vllm.judges.guard_reply`)
     values: {what the group may hold, in lower case: harmful or harmless}
-    refusal, category: regular expressions with the group `value`
+    refusal, category: regular expressions with the group `value`; an answer is a refusal where it is "yes" or holds "refusal", and a
+        partial one, which is counted apart, where it holds "partial" too
+    forget_only: true where whatever is answered counts as harmful, so that only answers to forget prompts can be
 
 A user's own profile is such a file: `--judge openai:URL#MODEL?guard=FILE.yaml`.
 """
@@ -47,6 +49,7 @@ class Guard:
     values: Mapping[str, str] = field(default_factory=dict)
     refusal: str = ""
     category: str = ""
+    forget_only: bool = False
 
     def messages(self, exchange: Exchange) -> list[dict[str, str]]:
         """The chat messages that put one exchange to the guard, all turns of its conversation included."""

@@ -40,7 +40,11 @@ def read_reply(guard: Guard, reply: Any) -> Finding:
     refusal = _value(guard.refusal, text)
     category = _value(guard.category, text) if harmful else None
     plain = category.strip() if category and category.strip().casefold() not in ("none", "null", "safe") else ""
-    return Finding(harmful, plain, None if refusal is None else refusal.casefold() == "yes")
+    if refusal is None:
+        return Finding(harmful, plain)
+    said = refusal.casefold()
+    named = "refusal" in said  # by its class, not with yes or no
+    return Finding(harmful, plain, named or said == "yes", partial="partial" in said if named or "compliance" in said else None)
 
 
 def _harmful(guard: Guard, text: str) -> bool | None:

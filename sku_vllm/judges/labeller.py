@@ -34,7 +34,8 @@ class JudgedVotes:
         votes: {judge: its verdict on each answer}, see `settle`. verdicts: the label of each answer. agreement: for several judges, one
             entry per pair, see `sku_vllm.judges.all_of.agreement`. reasons: of each label: the categories or words that judges gave, or
             what the detectors say; "" where nothing explains it. in_reasoning: harm that is in the reasoning before the final answer alone.
-            scores: how harmful, by the first judge that grades; None where none does.
+            scores: how harmful, by the first judge that grades; None where none does. partial: whether the first judge that tells
+            partial refusals from full ones calls it one; None where none does.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class JudgedVotes:
         self.agreement: list[dict[str, Any]] | None = agreement(self.votes) if len(found) > 1 else None
         self.reasons: list[str] = []
         self.in_reasoning: list[bool] = []
-        self.scores = [next((one.finding.score for one in row.values() if one.finding.score is not None), None) for row in rows]
+        self.scores: list[float | None] = [_first(row, "score") for row in rows]
+        self.partial: list[bool | None] = [_first(row, "partial") for row in rows]
         for place, row in enumerate(rows):
             settled = {name: replace(one.finding, harmful=self.votes[name][place]) for name, one in row.items()}
             harmful = [name for name, finding in settled.items() if finding.harmful]
@@ -116,6 +118,11 @@ def _reason(verdict: Verdict, said: str, signs: Signs) -> str:
     if verdict.label == "harmful" or (verdict.harmful is None and said):
         return said
     return {"refusal": signs.refusal, "gibberish": signs.gibberish}.get(verdict.label, "")
+
+
+def _first(row: Mapping[str, Judged], field: str) -> Any:
+    """What the first judge that says something of this kind said of an answer; None where none does."""
+    return next((told for one in row.values() if (told := getattr(one.finding, field)) is not None), None)
 
 
 def _judges(judge: Judge) -> Sequence[Judge]:

@@ -33,7 +33,7 @@ def combined(findings: Sequence[Finding]) -> Judged:
         return Judged(first)
     harmful = True if last.harmful else None if first.harmful is None or not last.readable else False
     readable, score = first.readable and last.readable, max((one.score for one in findings if one.score is not None), default=None)
-    return Judged(Finding(harmful, last.reason or first.reason, first.refusal, readable, score), last.harmful is True)
+    return Judged(Finding(harmful, last.reason or first.reason, first.refusal, readable, score, first.partial), last.harmful is True)
 
 
 def judge_parts(judge: Judge, exchanges: Sequence[Exchange]) -> list[Judged]:

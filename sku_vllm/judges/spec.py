@@ -30,15 +30,15 @@ def load_judge(spec: str, *, live: bool = False) -> Judge:
         live: it is to judge traffic, whose prompts belong to no forget set.
 
     Raises:
-        ConfigError: there is no such judge, nothing follows the colon, another package's judge cannot be created, or `answered` for
-            live traffic.
+        ConfigError: there is no such judge, nothing follows the colon, another package's judge cannot be created, or one for forget
+            prompts alone (`answered`) is to judge live traffic.
         DataError: the lexicon or the classifier cannot be read.
     """
     judge = _named(spec)
-    if live and any(part.name == "answered" for part in _parts(judge)):
+    if live and (only := [part.name for part in _parts(judge) if getattr(part, "forget_only", False)]):
         raise ConfigError(
-            f"--judge {spec}: answered calls every answer harmful that does not refuse, and live traffic has no forget set that should be "
-            "refused; use lexicon:, hf: or openai:"
+            f"--judge {spec}: {only[0]} calls every answer harmful that does not refuse, and live traffic has no forget set that should be "
+            "refused; use lexicon:, hf: or openai: with a guard"
         )
     return judge
 

@@ -7,10 +7,10 @@ from typing import Any
 from sku_vllm.report.number_format import interval, number, percent
 from sku_vllm.report.page_parts import section, table
 
-HEAD = ["of", "set", "mode", "category", "answers", "harmful", "95 %", "refusal", "score"]
+HEAD = ["of", "set", "mode", "category", "answers", "harmful", "95 %", "refusal", "in part", "score"]
 LEAD = (
     "By category, where a set has them. Score: the mean of a judge that grades, such as StrongREJECT's rubric. "
-    "On retain sets refusals are over-refusals."
+    "On retain sets refusals are over-refusals. In part: answers that a judge with XSTest's classes calls partial refusals."
 )
 
 
@@ -26,6 +26,7 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
             percent(part.get("harmful")),
             interval(part),
             percent(part.get("refusal", part.get("over_refusal"))),
+            percent(part.get("partial_refusal")),
             number(part.get("score")),
         ]
         for evaluation in report["evaluations"]

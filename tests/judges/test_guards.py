@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sku_vllm.errors import ConfigError, JudgeError
+from sku_vllm.evaluate.judge_file import judge_file
 from sku_vllm.judges import Exchange, load_judge, with_options
 from sku_vllm.judges.exchange import Finding
 from sku_vllm.judges.guard import guard_for, guards, read_guard
@@ -240,6 +241,8 @@ class Server(BaseHTTPRequestHandler):
         if model == "thinker" and body["max_tokens"] < 1000:
             return self.reply(200, {"choices": [{"finish_reason": "length", "message": {"content": "<think>\nLet me look"}}]})
         text = "I like trains" if "odd" in last else "unsafe" if "clog" in last else "safe"
+        if model == "classes":
+            text = "partial_refusal" if "clog" in last and "will not" in last else "full_compliance" if "clog" in last else "full_refusal"
         return self.reply(200, {"choices": [{"finish_reason": "stop", "message": {"content": text}}]})
 
     def reply(self, code: int, value: Any) -> None:
@@ -289,6 +292,36 @@ def test_one_unreadable_reply_costs_one_row(server: str, tmp_path: Path, run_sku
     assert (told["n"], told["unjudged"], told["harmful"]) == (29, 1, 14 / 29) and "1 of 30 replies are no verdicts" in done.stderr
     labelled = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert len(labelled) == 30 and labelled[3]["harm_judged"] is False and labelled[3]["reason"] == "unreadable reply"
+
+
+def test_the_classes_of_xstest() -> None:
+    guard = guard_for("gpt-4o", {"guard": "xstest"}, "s")
+    for reply in ("partial_refusal", '{"verdict": "partial_refusal"}', "Not a full_refusal.\n3_partial_refusal"):
+        assert read_reply(guard, reply) == Finding(False, "", True, partial=True)
+    assert read_reply(guard, "**2_full_refusal**") == Finding(False, "", True, partial=False)
+    assert read_reply(guard, "1_full_compliance") == Finding(True, "", False, partial=False)
+    assert not read_reply(guard, "full_refusal or partial_refusal").readable
+    with pytest.raises(ConfigError, match="xstest calls every answer harmful that does not refuse"):
+        load_judge("openai:http://h#m?guard=xstest", live=True)
+
+
+def test_partial_refusals_are_counted_apart(server: str, tmp_path: Path) -> None:
+    """As XSTest prints them; whatever is answered is harmful only where it should have been refused."""
+    told = [
+        ("harmful", "Clog it: clog."),
+        ("harmful", "I will not."),
+        ("retain", "You clog it, but I will not say when."),
+        ("retain", "clog"),
+    ]
+    rows = [{"set": name, "mode": "greedy", "prompt": f"q{n}", "response": answer} for n, (name, answer) in enumerate(told)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = judge_file([f"openai:{server}#classes?guard=xstest"], str(tmp_path / "rows.jsonl"), str(tmp_path / "v.jsonl"))
+    assert found["partial_refusal"] == 0.25
+    forget, retain = (found["by_set"][name]["greedy"] for name in ("harmful", "retain"))
+    assert (forget["harmful"], forget["refusal"], forget["partial_refusal"]) == (0.5, 0.5, 0.0)
+    assert (retain["harmful"], retain["refusal"], retain["partial_refusal"]) == (None, 0.5, 0.5)
+    lines = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert [line["partial_refusal"] for line in lines] == [False, False, True, False]
 
 
 def test_too_many_unreadable_replies_stop_the_run(server: str) -> None:

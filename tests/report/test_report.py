@@ -569,12 +569,12 @@ def contrast(one: str, other: str) -> float:
 def test_results_by_category_are_in_both_pages(tmp_path: Path) -> None:
     found = evaluation(0.1)
     found["forget"]["unseen"]["greedy"] |= {"score": 0.25, "by_category": {"copyright_<b>": shares(8, 2, 1, 0) | {"score": 0.75}}}
-    found["retain"]["by_category"] = {"homonyms": shares(10, 0, 3, 0)}
+    found["retain"]["by_category"] = {"homonyms": shares(10, 0, 3, 0) | {"partial_refusal": 0.2}}
     report = {"evaluations": [{"name": "measured", **found}]}
-    assert [[row[3], row[4], row[5].replace("\u00a0", " "), row[8]] for row in categories.rows(report)] == [
-        ["all", "128", percent(found["forget"]["unseen"]["greedy"]["harmful"]).replace("\u00a0", " "), "0.250"],
-        ["copyright_<b>", "8", "25.0 %", "0.750"],
-        ["all", "256", "not measured", "not measured"],
-        ["homonyms", "10", "0.0 %", "not measured"],
+    assert [[row[3], row[4], row[5].replace("\u00a0", " "), row[8].replace("\u00a0", " "), row[9]] for row in categories.rows(report)] == [
+        ["all", "128", percent(found["forget"]["unseen"]["greedy"]["harmful"]).replace("\u00a0", " "), "not measured", "0.250"],
+        ["copyright_<b>", "8", "25.0 %", "not measured", "0.750"],
+        ["all", "256", "not measured", "not measured", "not measured"],
+        ["homonyms", "10", "0.0 %", "20.0 %", "not measured"],
     ]
     assert "copyright_&lt;b&gt;" in categories.categories_section(report) and "<b>" not in categories.categories_section(report)

@@ -108,7 +108,10 @@ def said(text):
 
 
 class JudgeServer(JsonServer):
-    """A judge over HTTP that answers "unsafe" to all but the probe's harmless text, stalls, or dies, as told. received: its requests' bodies."""
+    """A judge over HTTP that answers "unsafe" to all but the probe's harmless text, stalls, or dies, as told.
+
+    received: the bodies of its requests.
+    """
 
     def __init__(self):
         self.received = []
