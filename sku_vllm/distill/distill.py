@@ -4,6 +4,7 @@ Open this file to see the order of the work; each step has a file of its own bes
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def prepare(
 
 
 def _take_steps(run: Distillation, partial: Path, save_seconds: float, progress: Progress) -> None:
-    saved = time.monotonic()
+    saved = time.monotonic() if run.at else -math.inf  # what was drawn, which can take longer than many steps, is kept at once
     while not run.done:
         progress("distilling", run.at + 1, run.config.steps, run.step())
         due = time.monotonic() - saved > save_seconds

@@ -17,6 +17,7 @@ class Drawn:
     Attributes:
         refusal_share: share of refusals in what the samples were drawn from; None where none were drawn.
         looks: what looks at sources of refusals found. probe: tells harmful prompts from benign ones, once it is trained.
+        unsaved: whether rows were drawn, which can take longer than many steps, since the last checkpoint.
     """
 
     def __init__(self, batches: Batches, passes: Forward) -> None:
@@ -24,6 +25,7 @@ class Drawn:
         self.refusal_share: float | None = None
         self.looks: list[targets.Look] = []
         self.probe: Probe | None = None
+        self.unsaved = False
 
     def look(self, config: TrainConfig, gathered: Gathered, needed: float | None = None) -> None:
         """Draw a few refusals. Raises NoRefusals if too few of them are; see `targets.look`."""
@@ -43,6 +45,7 @@ class Drawn:
             self.look(config, gathered)
         self.batches.samples, self.refusal_share = targets.draw_refusals(self.batches, self.passes, config, gathered)
         preserved.draw_preserved(self.batches, self.passes, config, gathered, self.probe)
+        self.unsaved = True
 
     def fit_probe(self, gathered: Gathered) -> None:
         """Train the probe on the prompts of the run's sets; it stays None where these are too few."""

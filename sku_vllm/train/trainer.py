@@ -150,10 +150,10 @@ def _train(run: Run, partial: Path, shown: Progress, run_json: Mapping[str, Any]
     try:
         while not run.done:
             shown.step(run.step())
-            due = time.monotonic() - saved > request.save_seconds
+            due = run.drawn.unsaved or time.monotonic() - saved > request.save_seconds
             if main_process_says(run.accelerator, due) and not run.done:
                 save_checkpoint(run, partial)
-                saved = time.monotonic()
+                saved, run.drawn.unsaved = time.monotonic(), False
     except DivergenceError as error:
         if run.config.full:  # a copy of the last good weights would need as much memory as the weights
             kept = f"--full keeps no copy of the weights but the last checkpoint in {partial / FOLDER}, if one was due"

@@ -22,6 +22,7 @@ from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.model import load_model
 from sku_vllm.output import partial_path
 from sku_vllm.records.schema import schema_of
+from sku_vllm.train.checkpointing import TrainingState
 
 QUICK = DistillConfig(steps=6, batch_size=8, samples=24, sample_tokens=6, lr=3e-3, tokens_per_pass=256)
 
@@ -126,6 +127,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(request_of, tmp_path: Path) -> N
         if loss is not None and done == 4:
             raise KeyboardInterrupt
 
+    with pytest.raises(KeyboardInterrupt):
+        distill_checkpoint(request_of("parts", save_seconds=1e6), stop)
+    kept = TrainingState.read(partial_path(tmp_path / "parts"))
+    assert kept and kept.progress["at"] == 1, "what was drawn is kept at once, long before a checkpoint is due"
     with pytest.raises(KeyboardInterrupt):
         distill_checkpoint(request_of("parts", save_seconds=0), stop)
     assert partial_path(tmp_path / "parts").stat().st_mode & 0o777 == 0o700

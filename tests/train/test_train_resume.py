@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,8 @@ from sku_vllm.data import load_dataset
 from sku_vllm.errors import ConfigError
 from sku_vllm.methods import TrainConfig, train_adapter
 from sku_vllm.output import partial_path
+from sku_vllm.train import targets
+from sku_vllm.train.run import Run
 from sku_vllm.train.train_request import TrainRequest
 
 
@@ -110,6 +114,28 @@ def test_damaged_settings_of_an_unfinished_run_are_one_line(trainable: Path, tmp
     with pytest.raises(ConfigError, match="--resume: .*train_config.json: .*; leave out --resume to start over") as caught:
         train_adapter(request, progress=False)
     assert "\n" not in str(caught.value)
+
+
+def test_what_was_drawn_is_kept_at_once(trainable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before a checkpoint is due: drawing may take longer than many steps."""
+    sets = load_dataset(trainable / "forget.jsonl", "forget"), load_dataset(trainable / "retain.jsonl", "retain")
+    config = TrainConfig.of(targets="given", steps=8, samples=8, batch_size=2)
+    whole, parts = (TrainRequest(trainable / "llama", *sets, tmp_path / name, config, save_seconds=1e6) for name in ("whole", "parts"))
+    train_adapter(whole, progress=False)
+    step = Run.step
+
+    def stopping(run: Run) -> dict[str, Any]:
+        if run.at == 1:
+            raise KeyboardInterrupt
+        return step(run)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Run, "step", stopping)
+        train_adapter(parts, progress=False)
+    monkeypatch.setattr(targets, "draw_refusals", None)  # and so not drawn again
+    assert train_adapter(replace(parts, resume=True), progress=False).resumed_from == 1
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == other
 
 
 def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(trainable: Path, tmp_path: Path) -> None:
