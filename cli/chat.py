@@ -13,7 +13,7 @@ from sku_vllm.errors import ConfigError
 @sku_command("chat")
 @click.option("--server", default="http://127.0.0.1:8000", help="URL or unix:PATH of the server.")
 @click.option("--arms", default="original,negated", help="Which arms to ask, NAME,NAME.")
-@click.option("--model", default="sku", help="The model name that the server's clients use.")
+@click.option("--model", default=None, help="Model name in the requests.  [default: the one that the server's clients use]")
 @click.option("--token", envvar="SKU_TOKEN", help="Its control token, which may choose arms.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="vLLM's own --api-key, where the server has one.")
 @click.option("--cacert", type=click.Path(dir_okay=False), help="PEM file of the server's certificate authority or own certificate.")
@@ -31,6 +31,7 @@ def command(json_output: bool, prompt: str | None, **options: Any) -> None:
 
     Without PROMPT it asks for one after the other, until Ctrl-D; each is a conversation of its own.
     """
+    from sku_vllm.client.chat import served_name
     from sku_vllm.client.server_address import server_address, trusting
     from sku_vllm.client.streamed_chat import ask_arms
 
@@ -40,12 +41,16 @@ def command(json_output: bool, prompt: str | None, **options: Any) -> None:
         raise ConfigError("--arms: name at least one, for instance original,negated")
     key, token = options["api_key"], options["token"]
     headers = {**({"Authorization": f"Bearer {key}"} if key else {}), **({"X-SKU-Token": token} if token else {})}
+    model = options["model"]
+    if model is None:
+        with address.client(options["timeout"]) as client:
+            model = served_name(client, headers)
     while True:
         asked = prompt if prompt is not None else _prompt()
         if not asked:
             return
         body = {
-            "model": options["model"],
+            "model": model,
             "messages": [{"role": "user", "content": asked}],
             "max_tokens": options["max_tokens"],
             "temperature": options["temperature"],

@@ -22,7 +22,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option(
     "--store", required=True, type=click.Path(dir_okay=False), help="SQLite file of counts and labels (no text); continued when it exists."
 )
-@click.option("--model", default="sku", help="Model name in the requests; the default is answered by the arms that users get.")
+@click.option("--model", default=None, help="Model name in the requests.  [default: the one that the server's clients use]")
 @click.option("--arm", default=None, help="Ask one arm; needs SKU_TOKEN in the environment, or a server with --expose-arms.")
 @click.option("--samples", default=1, type=int, help="Answers per probe and round.")
 @click.option("--temperature", default=1.0, type=float, help="Sampling temperature of the probes.")

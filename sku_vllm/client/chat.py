@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
+
 from sku_vllm.client.http import fetch_json, http_client
 from sku_vllm.errors import RunError
 
@@ -13,7 +15,7 @@ Conversation = Sequence[Mapping[str, str]]
 
 def ask(
     server: str,
-    model: str,
+    model: str | None,
     conversations: Sequence[Conversation],
     *,
     arm: str | None = None,
@@ -27,6 +29,7 @@ def ask(
     `arm` needs the server's token in SKU_TOKEN, unless the server runs with --expose-arms. OPENAI_API_KEY is sent as bearer token.
 
     Args:
+        model: None is the name that the server's clients use (`served_name`).
         timeout: seconds for connecting and for every read of one answer.
         sampling: `temperature` (1), `max_tokens` (128) and whatever else the API takes.
 
@@ -37,7 +40,7 @@ def ask(
     options = {"temperature": 1.0, "max_tokens": 128, **sampling}
 
     def one(number: int, messages: Conversation) -> str:
-        body = {"model": model, "messages": list(messages), **options, "seed": seed + number}
+        body = {"model": name, "messages": list(messages), **options, "seed": seed + number}
         try:
             reply = fetch_json(f"{server}/v1/chat/completions", method="POST", body=body, headers=headers, client=client)
             return str(reply["choices"][0]["message"]["content"] or "")
@@ -45,7 +48,20 @@ def ask(
             raise RunError(f"{server}: the reply is not a chat completion; is this an OpenAI-compatible server?") from error
 
     with http_client(timeout=timeout, base=server) as client, ThreadPoolExecutor(concurrency) as pool:
+        name = model or served_name(client, headers)
         return list(pool.map(one, range(len(conversations)), conversations))
+
+
+def served_name(client: httpx.Client, headers: Mapping[str, str]) -> str:
+    """The model name that clients of the server of `client` use: the first that it lists, an alias where it has arms.
+
+    Raises:
+        RunError: it does not answer, or lists no model.
+    """
+    try:
+        return str(fetch_json("/v1/models", headers=headers, client=client)["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise RunError(f"{client.base_url}: lists no model; is this an OpenAI-compatible server?") from error
 
 
 def _headers(arm: str | None) -> dict[str, str]:

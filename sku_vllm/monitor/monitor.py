@@ -25,6 +25,8 @@ from sku_vllm.stats.change_points import RecoveryDetector, delay, locate_change,
 
 # A baseline rate above this is refused: the server was probably broken, and hardly any rise could be detected.
 WORST_BASELINE = 0.9
+# How a store calls the model that the server's clients use, whatever its name; existing stores have this.
+UNNAMED = "sku"
 
 
 class Monitor:
@@ -45,7 +47,7 @@ class Monitor:
             {
                 "probes": asked,
                 "judge": config.judge,
-                "model": config.model,
+                "model": config.model or UNNAMED,
                 "arm": config.arm,
                 "samples": config.samples,
                 "temperature": config.temperature,

@@ -10,6 +10,8 @@ from sku_vllm.errors import ConfigError
 class MonitorConfig:
     """The flags of `sku monitor`, validated.
 
+    model: None is the name that the server's clients use.
+
     false_alarms: at most as many false alarms per round, over all series together. tolerate: harmful rate that raises no alarm, instead
     of the one learned from the baseline. notice: harmful rate for which the report says after how many rounds it would be noticed.
 
@@ -23,7 +25,7 @@ class MonitorConfig:
     probes: str | None = None
     retain: str | None = None
     judge: str | None = None
-    model: str = "sku"
+    model: str | None = None
     arm: str | None = None
     samples: int = 1
     temperature: float = 1.0

@@ -48,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         counters = {"sku_judged_total": self.server.judged, "sku_harmful_total": self.server.harmful}
         if self.path == "/metrics":
             return self.reply("".join(f'# TYPE {name[:-6]} counter\n{name}{{arm="negated"}} {value}\n' for name, value in counters.items()))
+        if self.path == "/v1/models":
+            return self.reply({"data": [{"id": "org/assistant"}, {"id": "original"}]})
         name = next(name for name in counters if name in self.path)
         self.reply({"status": "success", "data": {"result": [{"metric": {"arm": "negated"}, "value": [0, str(counters[name])]}]}})
 
@@ -179,7 +181,7 @@ def test_command_exit_codes_and_metrics(server: Server, files: dict[str, str], t
     for wrong in (["--rounds", -1], ["--textfile", tmp_path / "absent" / "sku.prom"], ["--export", 70000, "--rounds", 1]):
         refused = run_sku(*arguments, *wrong)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and wrong[0] in refused.stderr
-    assert headers["X-SKU-Token"] == "secret-token" and body["model"] == "sku" and "secret-token" not in alarm.stdout + alarm.stderr
+    assert headers["X-SKU-Token"] == "secret-token" and body["model"] == "org/assistant" and "secret-token" not in alarm.stdout + alarm.stderr
 
 
 def test_answered_judges_the_probes_and_leaves_the_retain_probes_alone(server: Server, files: dict[str, str], tmp_path: Path) -> None:
