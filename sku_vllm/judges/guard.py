@@ -3,6 +3,7 @@
     says: what it is, in a sentence (shown nowhere but to the reader of the file)
     models: regular expression, searched in the model's name; '' for none
     system, prompt: texts with {prompt}, {response} and {policy}; without `prompt` the guard gets the conversation's own turns
+    after: the user's turn that follows these
     policy: text for {policy}; `?policy=FILE` in the SPEC replaces it
     tokens: longest reply. body: further fields of the request. choice: words of which the reply has to be one
     verdict: words, yes-no, rubric, or a regular expression with the group `value` (`sku_vllm.judges.guard_reply`)
@@ -41,6 +42,7 @@ class Guard:
     models: str = ""
     system: str = ""
     prompt: str = ""
+    after: str = ""
     policy: str = ""
     tokens: int = 64
     body: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +57,8 @@ class Guard:
         """The chat messages that put one exchange to the guard, all turns of its conversation included."""
         system = [{"role": "system", "content": self._filled(self.system, exchange)}] if self.system else []
         if not self.prompt:
-            return [*system, *exchange.conversation, {"role": "assistant", "content": exchange.response}]
+            asked = [{"role": "user", "content": self._filled(self.after, exchange)}] if self.after else []
+            return [*system, *exchange.conversation, {"role": "assistant", "content": exchange.response}, *asked]
         return [*system, {"role": "user", "content": self._filled(self.prompt, exchange)}]
 
     def _filled(self, text: str, exchange: Exchange) -> str:

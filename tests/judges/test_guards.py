@@ -35,6 +35,13 @@ DIALECTS: dict[str, tuple[str, str, str, str]] = {
     "google/shieldgemma-9b": ("shieldgemma", "Yes", "No", ""),
     "granite-guardian-3.1-8b": ("granite-guardian", "Yes", "No", ""),
     "granite-guardian-3.2-5b": ("granite-guardian", "Yes\n<confidence> High </confidence>", "No\n<confidence> Low </confidence>", ""),
+    "ibm-granite/granite-guardian-4.1-8b": (
+        "granite-guardian-4.1",
+        "<think>\n</think>\n<score> yes </score>",
+        "<think>\n</think>\n<score>no</score>",
+        "",
+    ),
+    "granite4.1-guardian:8b": ("granite-guardian-4.1", "<score>yes</score>", "<think>Not harmful? Yes.</think><score> no </score>", ""),
     "granite-guardian-4.0": (
         "granite-guardian",
         "<think>\n</think>\n\n<score> yes </score>",
@@ -176,6 +183,8 @@ def test_a_guard_whose_template_holds_the_task_gets_the_turns_alone() -> None:
     system, asked = guard_for("PolyGuard-Qwen-Smol", {}, "s").messages(exchange)
     assert system["content"].startswith("You are a classifier for analyzing interactions") and system["content"].endswith("CATEGORIES>")
     assert asked == {"role": "user", "content": "Human user:\nq\n\nAI assistant:\na"}
+    *told, last = guard_for("granite-guardian-4.1-8b", {}, "s").messages(exchange)
+    assert told == turns and last["role"] == "user" and last["content"].startswith("<guardian><no-think>")
 
 
 def test_a_profile_and_a_policy_of_ones_own(tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ def test_command_exit_codes_and_metrics(server: Server, files: dict[str, str], t
     for wrong in (["--rounds", -1], ["--textfile", tmp_path / "absent" / "sku.prom"], ["--export", 70000, "--rounds", 1]):
         refused = run_sku(*arguments, *wrong)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and wrong[0] in refused.stderr
-    assert headers["X-SKU-Token"] == "secret-token" and body["model"] == "org/assistant" and "secret-token" not in alarm.stdout + alarm.stderr
+    assert (
+        headers["X-SKU-Token"] == "secret-token" and body["model"] == "org/assistant" and "secret-token" not in alarm.stdout + alarm.stderr
+    )
 
 
 def test_answered_judges_the_probes_and_leaves_the_retain_probes_alone(server: Server, files: dict[str, str], tmp_path: Path) -> None:
