@@ -31,7 +31,7 @@ class Pace:
         self.measured: dict[Kind, deque[tuple[int, float]]] = {}
         self.last: Kind | None = None
         self.done = self.wanted = 0.0
-        self._begun = 0.0
+        self._begun = self._heard = 0.0  # when the present draw began, and when it last said something
         self._drawn = [0.0, 0.0]  # answers and seconds of the draws that are over, over the whole run
         self._now = 0.0  # answers drawn at the present step, in draws that are over
         self._seconds_now = 0.0  # and the seconds that they took
@@ -55,7 +55,7 @@ class Pace:
         if not done:
             self._end_draw()
             self._begun = time.perf_counter()
-        self.done, self.wanted = done, wanted
+        self.done, self.wanted, self._heard = done, wanted, time.perf_counter()
 
     @property
     def in_draw(self) -> float | None:
@@ -116,7 +116,7 @@ class Pace:
 
     def _end_draw(self) -> None:
         if self.wanted:
-            seconds = time.perf_counter() - self._begun
+            seconds = self._heard - self._begun  # not until now: what came after it is not its own
             self._now, self._seconds_now = self._now + self.wanted, self._seconds_now + seconds
             self._drawn = [self._drawn[0] + self.wanted, self._drawn[1] + seconds]
         self.done = self.wanted = 0.0

@@ -44,13 +44,14 @@ def test_time_left_is_tokens_to_come_at_the_speed_of_their_kind(
     assert [kinds[at] for at in range(16)] == [0] * 4 + [1, 2, 2] * 4
 
     def step(drawn: float = 0.0) -> None:
+        nonlocal now
         tokens, seconds = run.size(run.at), run.size(run.at) * cost[kinds[run.at]]
-        run.at += 1
+        run.at, now = run.at + 1, now + seconds  # after its draws, whose time ends where they do
         assert pace.step(tokens, seconds + drawn) == pytest.approx(seconds)
 
     for _ in range(4):
         step()
-    before = pace.left()
+    before, began = pace.left(), now
     assert before is not None and before > 3 * 40 * 2 * 6 * 0.001  # the draws' answers alone, at the price of training's tokens
     pace.draw(0, 40)
     now += 20
@@ -59,11 +60,11 @@ def test_time_left_is_tokens_to_come_at_the_speed_of_their_kind(
     draws, steps = 2 * (30 + 40 + 40), pace.left() - 2 * (30 + 40 + 40)
     assert pace.left() == pytest.approx(draws + steps) and 0 < steps < before
     for done, wanted in ((40, 40), (0, 40), (40, 40), (0, 40), (40, 40)):
-        now += 2 * (done if now > 20 else 30)
+        now += 2 * (done if now > began + 20 else 30)
         pace.draw(done, wanted)
     assert pace.left() == pytest.approx(steps)
     run.batches.samples = run.batches.self_generated = [run.batches._encode("forget", number) for number in range(5)]
-    step(drawn=now)
+    step(drawn=now - began)
     for _ in range(3):
         step()
     assert pace.left() == pytest.approx(sum(run.size(at) * cost[kinds[at]] for at in range(run.at, run.total)), rel=0.05)
