@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sku_vllm.decoding.flat_head import flat_head
 from sku_vllm.decoding.grouped_attention import grouped
 from sku_vllm.decoding.prefix import shared_length
 from sku_vllm.decoding.roomy_cache import is_plain, spread
@@ -87,7 +88,7 @@ class TransformersBackend:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         copies = len(temperatures)
         sizes = [(len(prompt) + max_new_tokens) * copies / self.batch_tokens for prompt in prompts]
-        with grouped(self._inner):
+        with grouped(self._inner), flat_head(self._inner):
             run_batches(cut_batches(order, sizes, rows=max(1, self.batch_size // copies)), answer)
         return answers
 
@@ -191,7 +192,7 @@ class TransformersBackend:
         order.sort(key=lambda i: (-sequences[i][1], tuple(sequences[i][0][: sequences[i][1]]), -len(sequences[i][0])))
         logits = self._config.vocab_size / self._logits
         sizes = [max(len(ids) / self.batch_tokens, (len(ids) - start) * logits) for ids, start in sequences]
-        with grouped(self._inner):
+        with grouped(self._inner), flat_head(self._inner):
             run_batches(cut_batches(order, sizes, rows=self.batch_size), score)
         return found
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sku_vllm.decoding.flat_head import flat_head
 from sku_vllm.evaluate.transformers_backend import padded
 
 POSITIONS = 5  # the last tokens of a prompt: what the template writes after the question, and the question's own last ones
@@ -43,7 +44,8 @@ def hidden_states(model: PreTrainedModel, prompts: Sequence[Sequence[int]], posi
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if "logits_to_keep" in accepts:
             arguments["logits_to_keep"] = 1
-        states = model(**arguments).hidden_states[1:]
+        with flat_head(model):
+            states = model(**arguments).hidden_states[1:]
         found.append(torch.stack([state[:, -last:].float().cpu() for state in states], dim=1))
     return torch.cat(found)
 
