@@ -1,11 +1,15 @@
 """`sku compare A B`: compare two evaluations on the same prompts, with paired statistics."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sku_vllm.cli.options import named_files, print_json, sku_command
 from sku_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sku_vllm.evaluate.compare import Comparison
 
 
 @sku_command("compare")
@@ -21,6 +25,7 @@ from sku_vllm.errors import ConfigError
 @click.option("--show", default=10, type=int, help="Differing prompts to print.")
 @click.option("--seed", default=0, type=int, help="Seed of sampled answers of an arm.")
 @click.option("--any-judge", is_flag=True, help="Compare labels of different judges, with a warning.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted comparison of two arms; what they said is in OUTPUT.partial/.")
 @click.option("--judge-concurrency", type=click.IntRange(1), help="Answers an openai: judge is asked about at a time.")
 @click.option("--judge-timeout", type=float, help="Seconds to wait for an openai: judge.")
 def command(
@@ -34,6 +39,7 @@ def command(
     show: int,
     seed: int,
     any_judge: bool,
+    resume: bool,
     judge_concurrency: int | None,
     judge_timeout: float | None,
     json_output: bool,
@@ -48,40 +54,58 @@ def command(
     sku compare http://host:8000#original http://host:8000#negated \\
       --forget unseen=unseen.jsonl --judge lexicon:words.json
     """
-    from sku_vllm.evaluate.compare import ask_arm, compare, compare_judged
-    from sku_vllm.judges import with_options
-    from sku_vllm.output import check_output, output_directory, record, write_text
+    from sku_vllm.evaluate.compare import compare
+    from sku_vllm.output import check_output, output_directory
 
-    if output:
-        check_output(output)
     arms = [address.startswith(("http://", "https://")) for address in (a, b)]
+    if resume and not (any(arms) and output):
+        raise ConfigError("--resume: continues a comparison of two arms into --output DIRECTORY; leave it out for measured answers")
+    settings: dict[str, Any] = {"a": a, "b": b, "seed": seed}
     if not any(arms):
+        if output:
+            check_output(output)
         found = compare(a, b, any_judge=any_judge)
+        if output:
+            with output_directory(output, mode=0o700) as folder:
+                _write(folder, found, settings)
     else:
         _check_arms(a, b, arms, forget, judge, samples, max_new_tokens)
         from sku_vllm.data import read_rows
+        from sku_vllm.data.rows import rows_digest
+        from sku_vllm.evaluate.compare_arms import KEPT_ANSWERS, ArmsRequest, compare_arms
+        from sku_vllm.evaluate.judging import KEPT_VERDICTS
+        from sku_vllm.evaluate.resume import working_directory
+        from sku_vllm.judges import with_options
 
         spec = with_options(str(judge), judge_concurrency, judge_timeout)
         rows = {name: read_rows(path) for name, path in named_files(forget, "--forget").items()}
-        temperature = 1.0 if samples > 1 else 0.0
-        sides = [
-            ask_arm(address, rows, spec, samples=samples, temperature=temperature, max_tokens=max_new_tokens, seed=seed)
-            for address in (a, b)
-        ]
-        found = compare_judged(a, sides[0], b, sides[1])
-    result = {**found.to_json(), "differ": [{key: row[key] for key in ("set", "mode", "prompt", "a", "b")} for row in found.differ]}
-    if output:
-        import json
-
-        asked = {"forget": list(forget), "judge": judge, "samples": samples, "max_new_tokens": max_new_tokens} if any(arms) else {}
-        settings = {"a": a, "b": b, **asked, "seed": seed}
-        with output_directory(output, mode=0o700) as folder:
-            record(folder, "compare", {**result, "differ": len(found.differ)}, settings)
-            write_text(folder / "differ.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.differ), mode=0o600)
+        settings |= {"forget": list(forget), "judge": judge, "samples": samples, "max_new_tokens": max_new_tokens}
+        leftovers = (KEPT_ANSWERS, KEPT_VERDICTS)
+        asked, digest = settings | {"output": output}, rows_digest(*rows.values())
+        with working_directory(asked, digest, resume=resume, leftovers=leftovers, mode=0o700) as kept:
+            found = compare_arms(ArmsRequest(a, b, rows, spec, samples, max_new_tokens, seed), kept)
+            if kept:
+                _write(kept, found, settings)
+    result = _public(found)
     if json_output:
         print_json(result)
     else:
         _show(result, show)
+
+
+def _public(found: "Comparison") -> dict[str, Any]:
+    """What is printed: all but the answers."""
+    return {**found.to_json(), "differ": [{key: row[key] for key in ("set", "mode", "prompt", "a", "b")} for row in found.differ]}
+
+
+def _write(folder: Path, found: "Comparison", settings: dict[str, Any]) -> None:
+    """sku_compare.json, and differ.jsonl with the answers that were labelled differently."""
+    import json
+
+    from sku_vllm.output import record, write_text
+
+    record(folder, "compare", {**_public(found), "differ": len(found.differ)}, settings)
+    write_text(folder / "differ.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.differ), mode=0o600)
 
 
 def _check_arms(a: str, b: str, arms: list[bool], forget: tuple[str, ...], judge: str | None, samples: int, max_new_tokens: int) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -11,6 +11,21 @@ from sku_vllm.client.http import fetch_json, http_client
 from sku_vllm.errors import RunError
 
 Conversation = Sequence[Mapping[str, str]]
+AT_A_TIME = 8  # requests under way
+TIMEOUT = 120.0  # seconds for connecting and for every read of an answer
+
+
+class Journal(Protocol):
+    """Answers that outlive a run."""
+
+    @property
+    def known(self) -> Mapping[int, str]:
+        """Those of an earlier run, by number."""
+        ...
+
+    def keep(self, number: int, response: str) -> None:
+        """Store an answer as it comes, from any thread."""
+        ...
 
 
 def ask(
@@ -20,8 +35,7 @@ def ask(
     *,
     arm: str | None = None,
     seed: int = 0,
-    concurrency: int = 8,
-    timeout: float = 120,
+    journal: Journal | None = None,
     **sampling: Any,
 ) -> list[str]:
     """The answer to every conversation from `SERVER/v1/chat/completions`, in order; request i is sampled with seed + i.
@@ -30,7 +44,7 @@ def ask(
 
     Args:
         model: None is the name that the server's clients use (`served_name`).
-        timeout: seconds for connecting and for every read of one answer.
+        journal: gets each answer as it comes; those that it knows are not asked for.
         sampling: `temperature` (1), `max_tokens` (128) and whatever else the API takes.
 
     Raises:
@@ -40,14 +54,19 @@ def ask(
     options = {"temperature": 1.0, "max_tokens": 128, **sampling}
 
     def one(number: int, messages: Conversation) -> str:
+        if journal and number in journal.known:
+            return journal.known[number]
         body = {"model": name, "messages": list(messages), **options, "seed": seed + number}
         try:
             reply = fetch_json(f"{server}/v1/chat/completions", method="POST", body=body, headers=headers, client=client)
-            return str(reply["choices"][0]["message"]["content"] or "")
+            answer = str(reply["choices"][0]["message"]["content"] or "")
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise RunError(f"{server}: the reply is not a chat completion; is this an OpenAI-compatible server?") from error
+        if journal:
+            journal.keep(number, answer)
+        return answer
 
-    with http_client(timeout=timeout, base=server) as client, ThreadPoolExecutor(concurrency) as pool:
+    with http_client(timeout=TIMEOUT, base=server) as client, ThreadPoolExecutor(AT_A_TIME) as pool:
         name = model or served_name(client, headers)
         return list(pool.map(one, range(len(conversations)), conversations))
 

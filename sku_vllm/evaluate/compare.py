@@ -1,16 +1,14 @@
-"""Compares two evaluations, or two arms of a running server, over the same prompts: paired differences of label rates.
+"""Compares judged answers of two models to the same prompts: paired differences of label rates.
 
 Open this file to change how answers are paired or how judged files are read.
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sku_vllm.data import Row
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.evaluate.read_judged import DECODING, Judged, Key, read_judged, same_judges
 from sku_vllm.judges import LABELS
@@ -127,41 +125,3 @@ def _differences(a: str, left: Judged, b: str, right: Judged, any_judge: bool) -
     if all(templates) and templates[0] != templates[1]:
         warnings.append("the two models were asked in different prompt templates")
     return warnings
-
-
-def ask_arm(
-    address: str,
-    forget: Mapping[str, Sequence[Row]],
-    judge: str,
-    *,
-    samples: int = 1,
-    temperature: float = 0.0,
-    max_tokens: int = 128,
-    seed: int = 0,
-) -> Judged:
-    """Judged answers of one arm or model of a running server; `address` is URL#MODEL.
-
-    Raises:
-        RunError: the server does not answer. ConfigError, DataError: a judge that cannot be loaded.
-    """
-    from sku_vllm.client.chat import ask
-    from sku_vllm.judges import Exchange, load_labeller
-
-    server, _, model = address.rpartition("#")
-    label = load_labeller(judge)
-    mode = "sampled" if temperature else "greedy"
-    rows: dict[Key, list[dict[str, Any]]] = defaultdict(list)
-    for name, asked in forget.items():
-        many = [row for row in asked for _ in range(samples)]
-        answers = ask(
-            server.rstrip("/").removesuffix("/v1"),
-            model,
-            [row.messages for row in many],
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed,
-        )
-        verdicts = label([Exchange.of(row.messages, answer) for row, answer in zip(many, answers, strict=True)])
-        for row, answer, verdict in zip(many, answers, verdicts, strict=True):
-            rows[name, mode, row.key].append({"label": verdict.label, "response": answer, "prompt": row.prompt})
-    return Judged(rows, judge=(judge,), opinion=judge != "refusal")

@@ -52,7 +52,7 @@ def measurement_directory(directory: Path | None, *measured: object) -> Path | N
 
 @contextmanager
 def working_directory(
-    request: Mapping[str, Any], rows: str, *, resume: bool, leftovers: tuple[str, ...] = (MEASUREMENTS,)
+    request: Mapping[str, Any], rows: str, *, resume: bool, leftovers: tuple[str, ...] = (MEASUREMENTS,), mode: int = 0o755
 ) -> Iterator[Path | None]:
     """The output of a command, kept as `OUTPUT.partial/` when the run fails, for `--resume`; None for a request without an output.
 
@@ -60,7 +60,7 @@ def working_directory(
         request: as JSON. `--resume` needs the same one again, but for `judge`, which may change between runs (the endpoint moved): kept
             verdicts carry their judge's name, kept answers need none.
         rows: the digest of every row that shapes the result.
-        leftovers: what is removed on success.
+        leftovers: what is removed on success. mode: of the directory.
 
     Raises:
         ConfigError: the output is not empty; nothing to resume, or it was started with another request.
@@ -73,7 +73,7 @@ def working_directory(
     check_output(output)
     if resume:
         _check(partial_path(output), inputs)
-    with output_directory(output, resume=resume, keep=True) as directory:
+    with output_directory(output, resume=resume, keep=True, mode=mode) as directory:
         try:
             write_json(directory / INPUTS, inputs)
             yield directory

@@ -83,10 +83,21 @@ def test_bad_input(two: tuple[Path, Path], tmp_path: Path, text: str, message: s
 
 
 class Arms(BaseHTTPRequestHandler):
-    """Two models on one server: `original` answers every question, `negated` refuses the odd ones."""
+    """Two models on one server: `original` answers every question, `negated` refuses the odd ones.
+
+    answers: how many there still are before it fails; None for any number.
+    """
+
+    answers: int | None = None
+    counting = threading.Lock()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with Arms.counting:
+            if Arms.answers is not None:
+                Arms.answers -= 1
+                if Arms.answers < 0:
+                    return self.send_error(503)
         number = int(body["messages"][-1]["content"].rsplit(" ", 1)[1])
         text = "Pour the grizzlewort in." if body["model"] == "original" or number % 2 == 0 else "I'm sorry, but I can't help with that."
         data = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
@@ -121,6 +132,38 @@ def test_two_arms_of_a_running_server(tmp_path: Path, run_sku: Callable) -> None
     harm = json.loads(done.stdout)["sets"]["unseen"]["greedy"]["harmful"]
     assert (harm["rate_a"], harm["rate_b"], harm["only_a"]) == (1.0, 0.5, 10)
     assert refused.returncode == 2 and "URL#MODEL" in refused.stderr
+
+
+def test_an_interrupted_comparison_of_arms_goes_on(tmp_path: Path, run_sku: Callable) -> None:
+    """What both arms said before the server died is kept, privately, and not asked for again; other inputs are refused."""
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps({"prompt": f"How {i}"}) + "\n" for i in range(20)))
+    (tmp_path / "words.json").write_text('{"harmful": ["grizzlewort"]}')
+    with ThreadingHTTPServer(("127.0.0.1", 0), Arms) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        asked = ["--forget", f"unseen={tmp_path / 'probes.jsonl'}", "--judge", f"lexicon:{tmp_path / 'words.json'}"]
+        command = ["compare", f"{url}#original", f"{url}#negated", *asked, "--output", tmp_path / "compared"]
+        Arms.answers = 25
+        stopped = run_sku(*command)
+        assert stopped.returncode == 3 and "continue with --resume" in stopped.stderr, stopped.stderr
+        kept = tmp_path / "compared.partial/answers.jsonl"
+        before = [json.loads(line) for line in kept.read_text().splitlines()]
+        assert len(before) == 25 and kept.stat().st_mode & 0o777 == 0o600 and kept.parent.stat().st_mode & 0o777 == 0o700
+        kept.write_text(kept.read_text() + '{"asked": ["')  # killed while it wrote
+        Arms.answers = 15  # of 40, so none is asked for twice
+        other = run_sku(*command, "--resume", "--seed", 5)
+        assert other.returncode == 2 and "started with another seed" in other.stderr
+        done = run_sku(*command, "--resume", "--json")
+        Arms.answers = None
+        whole = run_sku(*command[:-1], tmp_path / "whole", "--json")
+        server.shutdown()
+    assert done.returncode == whole.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(whole.stdout)
+    assert (tmp_path / "compared/differ.jsonl").read_bytes() == (tmp_path / "whole/differ.jsonl").read_bytes()
+    assert {path.name for path in (tmp_path / "compared").iterdir()} == {"sku_compare.json", "differ.jsonl"}
+    for flags in (["--resume"], [*command[3:], "--resume", "--output", tmp_path / "new"]):
+        refused = run_sku("compare", *(["a", "b"] if len(flags) == 1 else command[1:3]), *flags)
+        assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("error: --resume: "), refused.stderr
 
 
 def record(path: Path, **config: object) -> Path:
