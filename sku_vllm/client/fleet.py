@@ -38,7 +38,8 @@ class Change:
         if self.method == "POST":
             return "DELETE", f"arms/{self.body['name']}", None
         if self.method == "DELETE":
-            return "POST", "arms", {"name": name, "spec": arms[name]["spec"], "version": arms[name]["version"]}
+            place = list(arms).index(name)  # their order says which keys each arm gets, and it is the same on every replica
+            return "POST", "arms", {"name": name, "spec": arms[name]["spec"], "version": arms[name]["version"], "place": place}
         return "PUT", self.path, {"spec": arms[name]["spec"], "version": arms[name]["version"]}
 
     def same_version(self) -> "Change":

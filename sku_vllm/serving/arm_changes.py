@@ -47,8 +47,8 @@ class ArmChanges:
 
     # ---- arms ---------------------------------------------------------------------------------------------------
 
-    async def add(self, name: str, spec: str, version: str | None = None, dry_run: bool = False) -> Table:
-        """Add an arm with weight 0; `set_weights` gives it traffic. Raises ConfigError for a name in use or a spec that cannot work."""
+    async def add(self, name: str, spec: str, version: str | None = None, dry_run: bool = False, place: int | None = None) -> Table:
+        """Add an arm with weight 0, as number `place` of them. Raises ConfigError for a name in use or a spec that cannot work."""
         with self.runtime.state.locked() as table:
             if name in table.arms or name in self.runtime.aliases:
                 taken = "exists; replace it instead" if name in table.arms else "is a model name of this server's clients"
@@ -60,7 +60,7 @@ class ArmChanges:
                 self.discard(served)
                 return table
             served = named(served, version)
-            changed = table.changed(arms={**table.arms, name: served}, split={**table.split, name: 0.0}, next_id=next_id)
+            changed = table.with_arm(name, served, place).changed(next_id=next_id)
             return await self._take_in(served, changed)
 
     async def replace(self, name: str, spec: str, version: str | None = None, dry_run: bool = False) -> tuple[Table, float]:

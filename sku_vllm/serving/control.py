@@ -39,9 +39,11 @@ class ArmSpec(BaseModel):
 
 
 class NewArm(ArmSpec):
-    """A new arm: its name, and its spec as in `ArmSpec`."""
+    """A new arm: its name, and its spec as in `ArmSpec`. place: its number among the arms, whose order says where each one's share of
+    the keys lies; the last where it is not told."""
 
     name: str = Field(max_length=64)
+    place: int | None = Field(None, ge=0)
 
 
 class Judging(BaseModel):
@@ -148,7 +150,7 @@ class Control:
     async def add(self, body: NewArm, dry_run: bool = False) -> Any:
         """Add an arm with weight 0."""
         self._not_followed()
-        return listing(await self.changes.add(body.name, body.spec, body.version, dry_run))
+        return listing(await self.changes.add(body.name, body.spec, body.version, dry_run, body.place))
 
     async def replace(self, name: str, body: ArmSpec, dry_run: bool = False) -> Any:
         """Replace an arm by another version."""

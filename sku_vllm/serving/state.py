@@ -80,6 +80,13 @@ class Table:
         """The next generation of this table, with these fields replaced."""
         return dataclasses.replace(self, generation=self.generation + 1, **changes)
 
+    def with_arm(self, name: str, served: "Served", place: int | None) -> "Table":
+        """This table and one more arm, of weight 0, as number `place` of its arms; None: the last."""
+        order = list(self.arms)
+        order.insert(len(order) if place is None else place, name)
+        arms, split = {**self.arms, name: served}, {**self.split, name: 0.0}
+        return dataclasses.replace(self, arms={arm: arms[arm] for arm in order}, split={arm: split[arm] for arm in order})
+
     def to_json(self) -> dict[str, Any]:
         """What the state file holds."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}

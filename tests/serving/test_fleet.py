@@ -87,6 +87,18 @@ def test_what_fails_on_one_after_all_is_undone_on_the_others(fleet):
             with pytest.raises(RunError, match="the others were changed back"):
                 ctl(fleet, *change)
             assert [arms(server) for server in fleet] == before, change
+        obstacle.rmdir()
+        ctl(fleet, "add", f"last={FAR}")
+        ctl(fleet, "weights", "original=0,other=0,last=1")
+        order = [list(arms(server)) for server in fleet]
+        obstacle.mkdir()
+        with pytest.raises(RunError, match="the others were changed back"):
+            ctl(fleet, "remove", "other")
+        assert [list(arms(server)) for server in fleet] == order, "another order gives the same keys to other arms"
+        obstacle.rmdir()
+        ctl(fleet, "weights", "original=0.5,other=0.5")
+        ctl(fleet, "remove", "last")
+        obstacle.mkdir()
     finally:
         obstacle.rmdir()
 
