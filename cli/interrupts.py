@@ -4,13 +4,14 @@ import _thread
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-SOON = 0.01  # seconds until a lost interrupt is raised again
+SOON = 0.05  # seconds until a lost interrupt is raised again
 
 
 def raise_interrupts() -> None:
@@ -29,7 +30,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _raise_again(lost: "UnraisableHookArgs") -> None:
     if issubclass(lost.exc_type, KeyboardInterrupt):
-        # Not at once: what this hook raises is dropped too.
-        threading.Timer(SOON, _thread.interrupt_main).start()
+        # Not at once, and without waiting for the thread to start, as threading's classes do: what this hook raises is dropped too.
+        _thread.start_new_thread(_interrupt_soon, ())
     else:
         sys.__unraisablehook__(lost)
+
+
+def _interrupt_soon() -> None:
+    time.sleep(SOON)
+    # A signal to the main thread also ends what it waits for; _thread.interrupt_main would be noticed after the wait.
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
