@@ -68,7 +68,7 @@ def check_prometheus(server, tmp_path):
 
 
 def _scraped(api):
-    with contextlib.suppress(httpx.HTTPError):
+    with contextlib.suppress(httpx.HTTPError, ValueError):  # no answer yet, or "Service Unavailable" while it starts
         result = httpx.get(f"{api}/query", params={"query": "sku_plugin_up"}).json()["data"]["result"]
         return bool(result) and result[0]["value"][1] == "1"
     return False
