@@ -66,8 +66,10 @@ def _is_stuck(found: re.Match[str]) -> bool:
 
 
 def _same_lines(text: str) -> bool:
-    """Whether one line follows on itself again and again, in code too."""
+    """Whether one line follows on itself again and again, in code too; or a line of words is all there is, three times or more."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) >= RUN_OF_SENTENCES and len(set(lines)) == 1 and not _MARKED.search(lines[0]):
+        return True
     return len(lines) >= SAME_LINES and any(len(list(same)) >= SAME_LINES for _, same in groupby(lines))
 
 

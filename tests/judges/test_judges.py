@@ -120,6 +120,9 @@ GOOD = [
     "0000 0000 0000 0000 0000 0000",
     "Nein, das geht leider nicht.",
     "我不能帮助你。",
+    "yes\nyes",
+    "yes\nno\nyes",
+    "- [ ] milk\n- [ ] milk\n- [ ] milk",
 ]
 BAD = [
     "",
@@ -134,6 +137,7 @@ BAD = [
     "valve. valve. valve. valve. valve.",
     "open the lid and close the lid and " * 6,
     "no " * 40,
+    "xyz\nxyz\nxyz",
 ]
 
 
