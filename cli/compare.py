@@ -72,7 +72,8 @@ def command(
         _check_arms(a, b, arms, forget, judge, samples, max_new_tokens)
         from sku_vllm.data import read_rows
         from sku_vllm.data.rows import rows_digest
-        from sku_vllm.evaluate.compare_arms import KEPT_ANSWERS, ArmsRequest, compare_arms
+        from sku_vllm.evaluate.answers import KEPT_ANSWERS
+        from sku_vllm.evaluate.compare_arms import ArmsRequest, compare_arms
         from sku_vllm.evaluate.judging import KEPT_VERDICTS
         from sku_vllm.evaluate.resume import working_directory
         from sku_vllm.judges import with_options

@@ -4,7 +4,6 @@ Open this file to change how answers are generated, or how they are stored for `
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from sku_vllm.data import PromptTemplate, Row
 from sku_vllm.errors import DataError
 from sku_vllm.evaluate.backend import Backend, Generated, Progress
 from sku_vllm.evaluate.eval_config import EvalConfig
-from sku_vllm.evaluate.judging import private
+from sku_vllm.evaluate.kept_lines import keep_lines, kept_lines
 from sku_vllm.evaluate.measure_request import Questions, is_forget
 from sku_vllm.evaluate.work import NEW_TOKEN
 from sku_vllm.judges.repetition import says_again
@@ -133,22 +132,14 @@ class _Kept:
     def __init__(self, kept: Path | None, name: str, lengths: Sequence[int], progress: Progress | None) -> None:
         self._file, self._name, self._lengths, self._progress = kept / KEPT_ANSWERS if kept else None, name, lengths, progress
         self.known: dict[int, list[Generated]] = {}
-        if self._file is None or not self._file.exists():
-            return
-        text = self._file.read_text(encoding="utf-8")
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # cut off when the run was killed
+        for entry in kept_lines(self._file) if self._file else ():
             if entry["set"] == name:
                 self.known |= {index: [Generated(*answer) for answer in answers] for index, answers in entry["answers"]}
-        if not text.endswith("\n"):
-            self._append("\n")
 
     def keep(self, answers: Mapping[int, list[Generated]]) -> None:
         """Append one line with the answers of a batch."""
-        self._append(json.dumps({"set": self._name, "answers": list(answers.items())}) + "\n")
+        if self._file:
+            keep_lines(self._file, [{"set": self._name, "answers": list(answers.items())}])
         self._advance(sum(self._lengths[index] for index in answers))
 
     def advance(self, new_tokens: int) -> None:
@@ -158,8 +149,3 @@ class _Kept:
     def _advance(self, work: float) -> None:
         if self._progress:
             self._progress(work)
-
-    def _append(self, text: str) -> None:
-        if self._file is not None:
-            with open(self._file, "a", encoding="utf-8", opener=private) as file:
-                file.write(text)

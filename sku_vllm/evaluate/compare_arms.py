@@ -3,7 +3,6 @@
 Open this file to change what an arm is asked, or what is kept of an interrupted comparison.
 """
 
-import json
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,12 @@ from typing import Any
 
 from sku_vllm.data import Row
 from sku_vllm.errors import RunError
+from sku_vllm.evaluate.answers import KEPT_ANSWERS
 from sku_vllm.evaluate.compare import Comparison, compare_judged
-from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all, private
+from sku_vllm.evaluate.judging import KEPT_VERDICTS, judge_all
+from sku_vllm.evaluate.kept_lines import keep_lines, kept_lines
 from sku_vllm.evaluate.read_judged import Judged, Key
 from sku_vllm.judges import Exchange, Judge, load_judge
-
-KEPT_ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +90,16 @@ class Replies:
         self.file, self.asked = file, asked
         self.known: dict[int, str] = {}
         self._lock = threading.Lock()
-        for line in file.read_text(encoding="utf-8").splitlines() if file and file.exists() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a line cut off when the run was killed
-            if row["asked"] == asked:
-                self.known[row["number"]] = row["response"]
+        for line in kept_lines(file) if file else ():
+            if line["asked"] == asked:
+                self.known[line["number"]] = line["response"]
 
     def keep(self, number: int, response: str) -> None:
         """Store an answer; called from several threads."""
         if self.file is None:
             return
-        with self._lock, open(self.file, "a", encoding="utf-8", opener=private) as file:
-            file.write(json.dumps({"asked": self.asked, "number": number, "response": response}) + "\n")
+        with self._lock:
+            keep_lines(self.file, [{"asked": self.asked, "number": number, "response": response}])
 
     def hint(self) -> str:
         """What to say beside an error where answers are stored."""

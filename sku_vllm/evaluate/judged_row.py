@@ -52,7 +52,7 @@ def count_apart(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
             if thought := sum(bool(row.get("harmful_in_reasoning")) for row in told):
                 shares["harmful_in_reasoning"] = thought / shares["n"]
             add_grades(shares, told)
-    for name, found in {RETAIN: report["retain"], **{BORDER + name: found for name, found in (report.get("border") or {}).items()}}.items():
+    for name, found in {RETAIN: report["retain"], **{BORDER + name: found for name, found in report.get("border", {}).items()}}.items():
         add_grades(found, [row for row in rows if row["set"] == name])
 
 

@@ -5,12 +5,13 @@ Open this file to change how verdicts are stored for `--resume` or how several j
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sku_vllm.errors import JudgeError
 from sku_vllm.evaluate.backend import Progress
+from sku_vllm.evaluate.kept_lines import keep_lines, kept_lines
 from sku_vllm.judges import Exchange, Judge
 from sku_vllm.judges.all_of import AllOf
 from sku_vllm.judges.exchange import Finding, findings_of
@@ -65,7 +66,7 @@ def judge_all(
         rows = {key: list(row) for (key, _), row in zip(piece, zip(*columns, strict=True), strict=True)}
         known.update(rows)
         if kept:
-            _append(kept, rows)
+            keep_lines(kept, (_line(key, found) for key, found in rows.items()))
         if progress:
             progress(len(rows))
     found = {name: [combined([known[key][column] for key, _ in several]) for several in parts] for column, name in enumerate(names)}
@@ -73,27 +74,12 @@ def judge_all(
 
 
 def _read(path: Path) -> dict[str, list[Finding]]:
-    if not path.exists():
-        return {}
-    known = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a line cut off when the run was killed; a resumed run may have appended to it
-        known[row["key"]] = [
-            Finding(vote, *more) for vote, more in zip(row["votes"], row.get("more") or [[]] * len(row["votes"]), strict=True)
-        ]
-    return known
+    return {
+        row["key"]: [Finding(vote, *more) for vote, more in zip(row["votes"], row.get("more") or [[]] * len(row["votes"]), strict=True)]
+        for row in kept_lines(path)
+    }
 
 
-def _append(path: Path, rows: dict[str, list[Finding]]) -> None:
-    with open(path, "a", encoding="utf-8", opener=private) as file:
-        for key, found in rows.items():
-            more = [[one.reason, one.refusal, one.readable, one.score, one.partial] for one in found]
-            file.write(json.dumps({"key": key, "votes": [one.harmful for one in found], "more": more}) + "\n")
-
-
-def private(path: str, flags: int) -> int:
-    """An `opener` for `open` that creates files readable by their owner only."""
-    return os.open(path, flags, 0o600)
+def _line(key: str, found: list[Finding]) -> dict[str, Any]:
+    more = [[one.reason, one.refusal, one.readable, one.score, one.partial] for one in found]
+    return {"key": key, "votes": [one.harmful for one in found], "more": more}

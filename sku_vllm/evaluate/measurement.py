@@ -128,7 +128,7 @@ def measure(
         forget_quality=known or None,
         prompt_template=template.digest,
     )
-    count_apart({"forget": report.forget, "retain": report.retain, "border": report.border}, report.rows)
+    count_apart(report.to_json(), report.rows)
     return report
 
 

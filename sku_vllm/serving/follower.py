@@ -7,7 +7,6 @@ changes nothing.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from sku_vllm.errors import SkuError
@@ -15,7 +14,6 @@ from sku_vllm.serving.arm_changes import ArmChanges
 from sku_vllm.serving.audit import in_force
 from sku_vllm.serving.followed_file import Wanted, read_wanted
 from sku_vllm.serving.runtime import Runtime
-from sku_vllm.serving.state import Table
 
 EVERY = 2.0  # seconds between two looks at the file
 AGAIN = 30.0  # seconds after which a content that could not be applied is tried again
@@ -88,9 +86,4 @@ class Follower:
             await self.changes.remove(name)
         if list(self.runtime.table.arms) != list(wanted.arms):
             with self.runtime.state.locked() as table:
-                self.runtime.change(ordered(table, list(wanted.arms)))
-
-
-def ordered(table: Table, names: Sequence[str]) -> Table:
-    """The table with its arms in this order, which says whose interval of the split is where: all replicas of a file need the same."""
-    return table.changed(arms={name: table.arms[name] for name in names}, split={name: table.split[name] for name in names})
+                self.runtime.change(table.in_order(list(wanted.arms)).changed())

@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +84,11 @@ class Table:
         """This table and one more arm, of weight 0, as number `place` of its arms; None: the last."""
         order = list(self.arms)
         order.insert(len(order) if place is None else place, name)
-        arms, split = {**self.arms, name: served}, {**self.split, name: 0.0}
-        return dataclasses.replace(self, arms={arm: arms[arm] for arm in order}, split={arm: split[arm] for arm in order})
+        return dataclasses.replace(self, arms={**self.arms, name: served}, split={**self.split, name: 0.0}).in_order(order)
+
+    def in_order(self, names: Sequence[str]) -> "Table":
+        """This table with its arms in this order, which says whose interval of the split is where: all replicas need the same."""
+        return dataclasses.replace(self, arms={name: self.arms[name] for name in names}, split={name: self.split[name] for name in names})
 
     def to_json(self) -> dict[str, Any]:
         """What the state file holds."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -110,53 +110,50 @@ class Arms(BaseHTTPRequestHandler):
         pass
 
 
-def test_two_arms_of_a_running_server(tmp_path: Path, run_sku: Callable) -> None:
+@pytest.fixture
+def asked(tmp_path: Path) -> list[object]:
+    """What both arms are asked, and who labels it, as flags."""
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps({"prompt": f"How {i}"}) + "\n" for i in range(20)))
     (tmp_path / "words.json").write_text('{"harmful": ["grizzlewort"]}')
+    return ["--forget", f"unseen={tmp_path / 'probes.jsonl'}", "--judge", f"lexicon:{tmp_path / 'words.json'}"]
+
+
+@pytest.fixture
+def arms() -> Iterator[str]:
+    """The address of a running server."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Arms) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        done = run_sku(
-            "compare",
-            f"{url}#original",
-            f"{url}/v1#negated",
-            "--forget",
-            f"unseen={tmp_path / 'probes.jsonl'}",
-            "--judge",
-            f"lexicon:{tmp_path / 'words.json'}",
-            "--json",
-        )
-        refused = run_sku("compare", f"{url}#original", tmp_path)
+        yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+    Arms.answers = None
+
+
+def test_two_arms_of_a_running_server(arms: str, asked: list[object], tmp_path: Path, run_sku: Callable) -> None:
+    done = run_sku("compare", f"{arms}#original", f"{arms}/v1#negated", *asked, "--json")
+    refused = run_sku("compare", f"{arms}#original", tmp_path)
     assert done.returncode == 0, done.stderr
     harm = json.loads(done.stdout)["sets"]["unseen"]["greedy"]["harmful"]
     assert (harm["rate_a"], harm["rate_b"], harm["only_a"]) == (1.0, 0.5, 10)
     assert refused.returncode == 2 and "URL#MODEL" in refused.stderr
 
 
-def test_an_interrupted_comparison_of_arms_goes_on(tmp_path: Path, run_sku: Callable) -> None:
+def test_an_interrupted_comparison_of_arms_goes_on(arms: str, asked: list[object], tmp_path: Path, run_sku: Callable) -> None:
     """What both arms said before the server died is kept, privately, and not asked for again; other inputs are refused."""
-    (tmp_path / "probes.jsonl").write_text("".join(json.dumps({"prompt": f"How {i}"}) + "\n" for i in range(20)))
-    (tmp_path / "words.json").write_text('{"harmful": ["grizzlewort"]}')
-    with ThreadingHTTPServer(("127.0.0.1", 0), Arms) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        asked = ["--forget", f"unseen={tmp_path / 'probes.jsonl'}", "--judge", f"lexicon:{tmp_path / 'words.json'}"]
-        command = ["compare", f"{url}#original", f"{url}#negated", *asked, "--output", tmp_path / "compared"]
-        Arms.answers = 25
-        stopped = run_sku(*command)
-        assert stopped.returncode == 3 and "continue with --resume" in stopped.stderr, stopped.stderr
-        kept = tmp_path / "compared.partial/answers.jsonl"
-        before = [json.loads(line) for line in kept.read_text().splitlines()]
-        assert len(before) == 25 and kept.stat().st_mode & 0o777 == 0o600 and kept.parent.stat().st_mode & 0o777 == 0o700
-        kept.write_text(kept.read_text() + '{"asked": ["')  # killed while it wrote
-        Arms.answers = 15  # of 40, so none is asked for twice
-        other = run_sku(*command, "--resume", "--seed", 5)
-        assert other.returncode == 2 and "started with another seed" in other.stderr
+    command = ["compare", f"{arms}#original", f"{arms}#negated", *asked, "--output", tmp_path / "compared"]
+    Arms.answers = 25
+    stopped = run_sku(*command)
+    assert stopped.returncode == 3 and "continue with --resume" in stopped.stderr, stopped.stderr
+    kept = tmp_path / "compared.partial/answers.jsonl"
+    before = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert len(before) == 25 and kept.stat().st_mode & 0o777 == 0o600 and kept.parent.stat().st_mode & 0o777 == 0o700
+    kept.write_text(kept.read_text() + '{"asked": ["')  # killed while it wrote
+    other = run_sku(*command, "--resume", "--seed", 5)
+    assert other.returncode == 2 and "started with another seed" in other.stderr
+    for left in (5, 10):  # of the 15 that are left, so none is asked for twice, nor the one behind the line that was cut off
+        Arms.answers = left
         done = run_sku(*command, "--resume", "--json")
-        Arms.answers = None
-        whole = run_sku(*command[:-1], tmp_path / "whole", "--json")
-        server.shutdown()
+    Arms.answers = None
+    whole = run_sku(*command[:-1], tmp_path / "whole", "--json")
     assert done.returncode == whole.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(whole.stdout)
     assert (tmp_path / "compared/differ.jsonl").read_bytes() == (tmp_path / "whole/differ.jsonl").read_bytes()
