@@ -92,6 +92,8 @@ class LoraAdapter:
         Raises AdapterError unless `any_base`.
         """
         trained_on = self.run.get("base_identity")
+        if not isinstance(trained_on, str | None):
+            raise AdapterError(f"{self.path / RUN}: 'base_identity' must be a string; {REMEDY}")
         if any_base or not trained_on or trained_on == reader.identity():
             return
         raise AdapterError(
@@ -142,8 +144,9 @@ def _load_dense(path: Path, run: dict[str, Any]) -> LoraAdapter:
 
 def _load_peft(path: Path, run: dict[str, Any]) -> LoraAdapter:
     if not (path / "adapter_config.json").is_file():
-        inside = sorted(child.parent.name for child in path.glob("*/adapter_config.json"))
-        hint = f"did you mean {path / inside[0]}?" if inside else "give the directory that sku train or PEFT's save_pretrained wrote"
+        inside = sorted(str(path / child.parent.name) for child in path.glob("*/adapter_config.json"))
+        hint = f"give one of those below it: {', '.join(inside[:5])}{', …' if len(inside) > 5 else ''}" if len(inside) > 1 else ""
+        hint = hint or f"did you mean {inside[0]}?" if inside else "give the directory that sku train or PEFT's save_pretrained wrote"
         raise AdapterError(f"{path}: holds neither adapter_config.json nor {DENSE}; {hint}")
     config = read_json_object(path / "adapter_config.json", AdapterError, REMEDY)
     check_config(path, config)

@@ -32,17 +32,21 @@ UNSUPPORTED = {
     "kasa_config": "KaSA truncates the base's weights; train a plain LoRA",
     "monteclora_config": "MonteCLoRA samples its factors; train a plain LoRA",
 }
+# Ends of keys that only such variants save, with the option that they belong to.
+VARIANTS = {".lora_magnitude_vector": "use_dora", ".lora_magnitude_vector.weight": "use_dora", ".lora_B.bias": "lora_bias"}
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse, with the reason and the remedy, an adapter whose edit is not scaling·B@A on base weights."""
     file = path / "adapter_config.json"
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA adapters have an edit of the form scaling·B@A")
+        raise AdapterError(
+            f"{file}: peft_type is {config.get('peft_type')!r}; only LORA adapters have an edit of the form scaling·B@A; train one"
+        )
     for key, why in UNSUPPORTED.items():
         if config.get(key):
             raise AdapterError(f"{file}: {key} is set: {why}")
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         raise AdapterError(f"{file}: bias={config['bias']!r} retrains biases and keeps no delta of them; train with bias='none'")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         raise AdapterError(
@@ -55,6 +59,8 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     if not all(isinstance(pattern, Mapping) for pattern in patterns):
         raise AdapterError(f"{file}: rank_pattern and alpha_pattern must be objects; save the adapter again with PEFT")
     targets = config.get("target_modules")
+    if not isinstance(targets, str | list | None):
+        raise AdapterError(f"{file}: target_modules must be a list of names, or a regular expression; save the adapter again with PEFT")
     try:
         for pattern in [*patterns[0], *patterns[1], *([targets] if isinstance(targets, str) else [])]:
             re.compile(pattern)
@@ -84,6 +90,10 @@ def read_factors(
         elif config.get("target_parameters") and not is_targeted(config, plain):
             stacks.setdefault(plain, {})[module.count(".base_layer")] = factors
             continue
+        elif factors.a.ndim > 2:
+            problems.append(
+                f"{key} {list(factors.a.shape)} is a factor of a convolution, of which no edit is subtracted (target linear layers)"
+            )
         elif factors.a.ndim != 2 or factors.b.ndim != 2 or factors.a.shape[0] != factors.b.shape[1]:
             problems.append(f"{key} {list(factors.a.shape)} and {other} {list(factors.b.shape)} cannot be multiplied as B@A")
         elif factors.a.shape[0] != rank:
@@ -119,7 +129,9 @@ def _sort_keys(file: Path, reader: CheckpointReader) -> tuple[dict[str, dict[str
     if strange or not found:
         listed = ", ".join(strange[:5]) + (", …" if len(strange) > 5 else "")
         what = f"{len(strange)} keys are not pairs of LoRA factors ({listed})" if strange else "it has no LoRA factors"
-        raise AdapterError(f"{file}: {what}; save the adapter again with PEFT's save_pretrained")
+        variant = next((option for end, option in VARIANTS.items() if any(key.endswith(end) for key in strange)), None)
+        remedy = "save the adapter again with PEFT's save_pretrained" if variant is None else UNSUPPORTED[variant]
+        raise AdapterError(f"{file}: {what}; {remedy}")
     return found, copies
 
 

@@ -62,8 +62,11 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
         )
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        only_carried = len(layout.carried) == len(problems)
+        what = "whole tensors" if only_carried else "deltas"
         raise AdapterError(
-            f"{len(problems)} deltas do not fit {reader.path}: {'; '.join(problems[:LISTED])}{more}; {_what_fits(reader, unfit)}"
+            f"{len(problems)} {what} do not fit {reader.path}: {'; '.join(problems[:LISTED])}{more}; "
+            + _what_fits(reader, unfit, only_carried)
         )
     if layout.tied_hits and not untie:
         hits = sorted(layout.tied_hits)
@@ -81,9 +84,14 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
     return placed
 
 
-def _what_fits(reader: CheckpointReader, unfit: Sequence[LoraAdapter]) -> str:
-    """What to do about adapters whose deltas fit nothing: another base, unless this very one is recorded as theirs."""
-    if any(adapter.run.get("base_identity") == reader.identity() for adapter in unfit):
+def _what_fits(reader: CheckpointReader, unfit: Sequence[LoraAdapter], only_carried: bool) -> str:
+    """What to do about adapters whose deltas fit nothing: another base, unless this very one is recorded as theirs.
+
+    only_carried: what does not fit is no delta, but whole tensors saved beside them."""
+    own = any(adapter.run.get("base_identity") == reader.identity() for adapter in unfit)
+    if only_carried:
+        return "train without retraining them" if own else "give the base this adapter was trained on, or train without retraining them"
+    if own:
         return (
             "this is the base it was trained on, so the names come from another class or release of transformers; "
             "load the adapter with PEFT and the transformers of this installation, and save it again"

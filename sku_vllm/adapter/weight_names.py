@@ -71,13 +71,15 @@ class Layout:
 
     Attributes:
         untie: every tied parameter gets a tensor of its own in the output. tied_hits: tied parameters that an edit of one would change.
-        quantised: of the problems, those of weights that the checkpoint stores as codes.
+        quantised, carried: of the problems, those of weights that the checkpoint stores as codes, and those of whole tensors that an
+            adapter carries along.
     """
 
     def __init__(self, reader: CheckpointReader, *, untie: bool = False) -> None:
         self.reader, self.untie = reader, untie
         self.tied_hits: set[str] = set()
         self.quantised: list[str] = []
+        self.carried: list[str] = []
         self.resolver = NameResolver(reader)
 
     def locate(self, adapter: LoraAdapter, scale_of: Callable[[str], float]) -> tuple[list[Located], list[str]]:
@@ -105,8 +107,9 @@ class Layout:
                 self.tied_hits.add(result)
             else:
                 located.append(self._fit(result[0], Piece(result[1], result[0].delta)))
-        problems += self.check_copies(adapter)
-        return located, problems
+        carried = self.check_copies(adapter)
+        self.carried += carried
+        return located, problems + carried
 
     @cached_property
     def ties(self) -> Ties:

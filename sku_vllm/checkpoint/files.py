@@ -84,8 +84,13 @@ def _indexed_files(path: Path) -> tuple[list[Path], dict[str, Any]]:
         raise CheckpointError(f"{path / INDEX}: not a safetensors index (bad weight_map or metadata); download it again") from error
     if not files:
         raise CheckpointError(f"{path / INDEX}: its weight_map is empty; download it again")
-    for file in files:
-        if file.parent != path or not file.is_file():
+    for name, file in zip(names, files, strict=True):
+        if file.parent != path:
+            raise CheckpointError(
+                f"{path / INDEX}: names {name}, which lies in another folder; put the shards beside the index, and take "
+                "the folder out of its names"
+            )
+        if not file.is_file():
             raise CheckpointError(f"{file}: named in {INDEX} but not there; download the missing shard")
     return files, index
 

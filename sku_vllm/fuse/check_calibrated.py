@@ -52,11 +52,16 @@ def check_calibrated(
 
 
 def _weights(model: torch.nn.Module, reader: CheckpointReader, edited: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
+    from transformers.pytorch_utils import Conv1D
+
     names = names_of(reader)
     alone = {} if names is None else {found[0][0]: name for name, found in names.sources.items() if len(found) == 1 and not found[0][1]}
     modules = dict(model.named_modules())
     for tensor in edited:
-        module = modules.get(alone.get(tensor, tensor).removesuffix(".weight"))
+        parameter = alone.get(tensor, tensor)
+        module = modules.get(parameter.removesuffix(".weight"))
         weight = None if module is None else weight_of(module)
+        if weight is not None and names is not None and names.stored_in_by_out(parameter) and not isinstance(module, Conv1D):
+            weight = weight.T  # a quantiser's layer is [out, in], in place of GPT-2's [in, out]
         if weight is not None and tuple(weight.shape) == tuple(reader.info(tensor).shape):
             yield tensor, weight

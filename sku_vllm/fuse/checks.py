@@ -4,17 +4,21 @@ Open this file to refuse another base, or to change what such an error says; a r
 """
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from sku_vllm.adapter.adapter import LoraAdapter
 from sku_vllm.adapter.quantised_weights import codes_in, remedy
+from sku_vllm.adapter.transformers_names import names_of
+from sku_vllm.checkpoint.files import INDEX
 from sku_vllm.checkpoint.reader import CheckpointReader
 from sku_vllm.errors import CheckpointError, ConfigError, RunError
 from sku_vllm.fuse.shard_writer import Written
 from sku_vllm.kernels.delta_merge.merge_backend import MergeBackend, choose_backend
 
+NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
 
 
@@ -56,6 +60,27 @@ def check_unquantised(reader: CheckpointReader, dtype: str, adapters: Sequence[L
         )
     bases = sorted({str(adapter.run["base"]) for adapter in adapters if adapter.quantised_base and adapter.run.get("base")})
     raise CheckpointError(f"{reader.path}: is quantised ({method}), so an edit cannot be added to its weights; {remedy(reader, bases)}")
+
+
+def check_complete(reader: CheckpointReader) -> None:
+    """Refuse an index that lists fewer shards than their names count, if parameters of the model are in none of them.
+
+    transformers fills those with random numbers, in the base as in what would be fused from it.
+
+    Raises:
+        CheckpointError: naming one of the parameters, or the number of shards where transformers does not know the architecture.
+    """
+    numbers = [match for shard in reader.shards if (match := NUMBERED.search(shard.file.name))]
+    total = max((int(match[2]) for match in numbers), default=0)
+    if reader.index is None or len({match[1] for match in numbers}) >= total:
+        return
+    names = names_of(reader)
+    lacking = [] if names is None else [name for name in names.parameters if name not in names.sources and name not in names.tied]
+    if names is None or lacking:
+        example = f", and {lacking[0]} is in none of them" if lacking else ""
+        raise CheckpointError(
+            f"{reader.path / INDEX}: lists {len(reader.shards)} of {total} shards{example}; download the index and all shards again"
+        )
 
 
 def check_space(reader: CheckpointReader, planned: int, output: Path) -> None:

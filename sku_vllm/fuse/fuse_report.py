@@ -117,6 +117,11 @@ def _row(stats: MergeStats) -> dict[str, Any]:
 
 
 def _left_behind(sources: Sources) -> list[str]:
+    reader = sources.reader
+    if not reader.path.is_dir() and (reader.directory / "config.json").is_file():
+        return [
+            f"{reader.path} is one file: config.json and tokenizer beside it are not copied, and nothing loads weights alone as a model"
+        ]
     return [
         f"{name} of {sources.reader.path} was left behind: with it, loaders would look for an adapter in the fused checkpoint"
         for name in left_behind(sources.reader)
@@ -134,6 +139,10 @@ def _quantised_training(adapters: Sequence[LoraAdapter]) -> list[str]:
 
 def _warnings(per_tensor: Mapping[str, dict[str, Any]], together: Mapping[str, MergeStats], *, fp8: bool) -> list[str]:
     lines = []
+    if per_tensor and all(row["retained"] is None for row in per_tensor.values()):
+        lines.append(
+            "the edit is zero everywhere, so this is the base again: the adapter was never trained, or its scale or lora_alpha is 0"
+        )
     weak = [name for name, row in per_tensor.items() if row["retained"] is not None and row["retained"] < ENOUGH]
     if weak:
         worst = min(weak, key=lambda name: per_tensor[name]["retained"])

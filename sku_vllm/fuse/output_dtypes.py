@@ -65,4 +65,6 @@ def _section(section: Mapping[str, Any], dtype: str, untie: bool) -> dict[str, A
             changed[key] = False
         elif isinstance(value, dict) and key != "quantization_config" and (key.endswith("_config") or "model_type" in value):
             changed[key] = _section(value, dtype, untie)
+            if untie and key == "text_config":  # loaded by itself it would be tied again, where that is its class's default
+                changed[key]["tie_word_embeddings"] = False
     return changed

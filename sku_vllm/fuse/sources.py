@@ -13,7 +13,7 @@ from sku_vllm.adapter.adapter import LoraAdapter, load_adapter
 from sku_vllm.checkpoint.reader import CheckpointReader, checkpoint_directory
 from sku_vllm.checkpoint.safetensors_file import fingerprint
 from sku_vllm.errors import RunError
-from sku_vllm.fuse.checks import check_unquantised
+from sku_vllm.fuse.checks import check_complete, check_unquantised
 from sku_vllm.fuse.fuse_request import FuseRequest
 
 
@@ -55,6 +55,7 @@ def open_sources(request: FuseRequest) -> Sources:
     adapters = tuple(load_adapter(path, as_is=request.as_is) for path, _ in request.adapters)
     found |= fingerprint(adapter.file for adapter in adapters)
     check_unquantised(reader, request.dtype, adapters)
+    check_complete(reader)
     for adapter in adapters:
         adapter.check_base(reader, request.any_base)
     return Sources(reader, adapters, found)

@@ -11,16 +11,20 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from sku_vllm.adapter.adapter import load_adapter
+from sku_vllm.adapter.placement import place
+from sku_vllm.checkpoint.reader import CheckpointReader
 from sku_vllm.data import PromptTemplate
 from sku_vllm.errors import ConfigError, RunError
 from sku_vllm.fuse.calibrated_quantisers import QUANTISE
+from sku_vllm.fuse.check_calibrated import check_calibrated
 from sku_vllm.fuse.check_quantisers import CALIBRATED, _k_kind, quantisers
 from sku_vllm.fuse.fuse_request import FuseRequest
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
-from fuse_cases import fuse, llama, lora  # noqa: E402
+from fuse_cases import IDS, fuse, llama, lora  # noqa: E402
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -113,6 +117,27 @@ def test_a_calibrated_quantiser_is_run_on_base_and_result(tmp_path: Path, monkey
     with pytest.raises(RunError, match=r"^gptq: json failed on this model \(ZeroDivisionError: division by zero\)$"):
         fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "again", **asked)
     assert not (tmp_path / "again").exists()
+
+
+def test_a_layer_of_gpt2_is_compared_the_same_way_round_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 stores [in, out], and a quantiser's layer in its place is [out, in]: a square one fits either way."""
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=64, **IDS))
+    base.save_pretrained(tmp_path / "base")
+    lora(base, tmp_path / "adapter", target_modules=["attn.c_proj", "c_fc"], fan_in_fan_out=True)
+
+    def coded(source: Path, target: Path, texts: list[str]) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(source)
+        block = model.transformer.h[0]
+        block.attn.c_proj = Coded(block.attn.c_proj.weight.detach().T)
+        return model
+
+    monkeypatch.setitem(QUANTISE, "gptq", coded)
+    reader, adapter = CheckpointReader(tmp_path / "base"), load_adapter(tmp_path / "adapter")
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused")
+    found = check_calibrated("gptq", reader, tmp_path / "fused", place(reader, [(adapter, 1.0)]), ["a"])
+    assert set(found) == {"transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_fc.weight"}
+    assert all(stats.retained == pytest.approx(1, abs=0.1) for stats in found.values()), found
 
 
 @pytest.mark.parametrize(("kind", "package"), [("gptq", "gptqmodel"), ("awq", "llmcompressor")])

@@ -107,6 +107,11 @@ def test_untied_everywhere_it_is_written(tmp_path: Path) -> None:
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "fused").state_dict()
     assert_equal(loaded, {HEAD: wanted[HEAD]})
     assert torch.equal(loaded["model.language_model.embed_tokens.weight"], base.get_input_embeddings().weight)
+    del config["text_config"]["tie_word_embeddings"]  # as a class writes it whose default is to tie
+    config["tie_word_embeddings"] = True
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "again", untie=True)
+    assert json.loads((tmp_path / "again/config.json").read_text())["text_config"]["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("kind", ["factors", "dense"])
