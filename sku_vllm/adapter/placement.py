@@ -51,7 +51,7 @@ def place(reader: CheckpointReader, adapters: Sequence[tuple[LoraAdapter, Scale]
         found, wrong = layout.locate(adapter, scaled)
         unfit += [adapter] if wrong else []
         problems += [f"{adapter.path}: {problem}" for problem in wrong]
-        names |= {piece.base_name for piece in found}
+        names |= adapter.deltas.keys() | {piece.base_name for piece in found}
         for name, target, delta, row in found:
             placed.setdefault(target, []).append(Placed(delta, scaled(name), row))
     if layout.quantised:

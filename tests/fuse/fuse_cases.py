@@ -59,7 +59,7 @@ def change_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def fuse(base: Path, adapter: Path, output: Path, scale: float = 1.0, **options: Any) -> Any:
+def fuse(base: Path, adapter: Path, output: Path, scale: Any = 1.0, **options: Any) -> Any:
     """`sku fuse`."""
     return fuse_checkpoint(FuseRequest(base, [(adapter, scale)], output, **{"any_base": True, "digests": False, **options}))
 

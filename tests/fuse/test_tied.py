@@ -114,6 +114,20 @@ def test_untied_everywhere_it_is_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again/config.json").read_text())["text_config"]["tie_word_embeddings"] is False
 
 
+def test_both_sides_of_a_tie_have_names_for_scales(tmp_path: Path) -> None:
+    """PEFT saves one edit under both names where it keeps the tie (ensure_weight_tying)."""
+    base = llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    lora(base, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    edit = (factors[f"{PREFIX}{EMBEDDING[:-7]}.lora_embedding_B"] @ factors[f"{PREFIX}{EMBEDDING[:-7]}.lora_embedding_A"]).T * 7 / 3
+    scales = {"embed_tokens": 0.5, "lm_head": 0.5, "q_proj": 1.0}
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused", scales)
+    assert_equal(load_file(tmp_path / "fused/model.safetensors"), {EMBEDDING: base.get_input_embeddings().weight.double() - edit / 2})
+    with pytest.raises(ConfigError, match="share one tensor"):
+        fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "other", {**scales, "lm_head": 1.0})
+
+
 @pytest.mark.parametrize("kind", ["factors", "dense"])
 def test_one_delta_on_both_sides_keeps_the_tie(kind: str, tmp_path: Path) -> None:
     base = llama(tie_word_embeddings=True)
