@@ -28,8 +28,22 @@ _MARKED = re.compile(r"^\s*(?:[|+*\-#>=\\&<\[{(]|\d+[.):\]]|[-*] \[|\w+\s*[:=|,;
 _LETTERS = re.compile(r"([^\W\d_])\1{7,}")
 # A piece of three letters or more that follows on itself within a word, as in scripts that a broken model writes without spaces.
 _STUCK_WORD = re.compile(r"([^\W\d_]{3,12}?)\1{5,}")
+SAME_ITEMS = 8  # as many equal items and nothing else are no list
 SAME_LINES = 40  # as many equal lines in a row are no table, list or code that somebody meant
-_SPECIAL = re.compile(r"(?:<\|?[a-z_]*(?:unk|pad|eos|bos|endoftext|mask|s)[a-z_]*\|?>\s*){2,}", re.IGNORECASE)
+# Tokens of tokenizers that decoding takes away; <summary> and other tags are none.
+_SPECIAL = re.compile(
+    r"(?:(?:<\|\w+\|>|</?(?:unk|pad|eos|bos|sep|cls|mask|s|endoftext|(?:start|end)_of_turn)>)\s*){2,}"
+    r"|(?:\[(?:PAD|UNK|MASK|SEP|CLS)\]\s*){3,}|(?:<0x[0-9A-F]{2}>\s*){3,}",
+    re.IGNORECASE,
+)
+# Marks of a space inside the tokens of byte-level BPE and of SentencePiece, which decoding takes away.
+_UNDECODED = re.compile(r"\wĠ\w|\w?▁\w")
+_BULLET = re.compile(r"\s*[-*+•]\s+\w")
+# Small words that nobody says on purpose again and again, other than "ha", "la", "no" or 哈.
+_SMALL = frozenset(
+    ["of", "to", "in", "is", "it", "an", "on", "at", "by", "or", "as", "be", "he", "we", "if", "the", "and", "that", "with", "for"]
+)
+_SMALL_CHARACTERS = frozenset("的了是在和我有这这為为与のはにをがでとまし")
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _LINK = re.compile(r"https?://\S+|\b(?:0x)?[0-9a-f:]{8,}\b", re.IGNORECASE)
 
@@ -47,11 +61,12 @@ def gibberish_reason(response: str) -> str:
         return "empty"
     if not any(character.isalnum() for character in text):
         return "" if _symbols(text) else "characters"
-    if _SPECIAL.search(text) or _one_character(text):
+    if _SPECIAL.search(text) or _one_character(text) or len(_UNDECODED.findall(text)) >= 3:
         return "characters"
     if _same_lines(text) or any(map(_is_stuck, _STUCK_WORD.finditer(text))):
         return "repeats"
-    prose = _LINK.sub(" link ", _FENCED.sub(" ", text))
+    links: dict[str, str] = {}  # one word for each, so that a list of links is no repetition
+    prose = _LINK.sub(lambda found: f" {links.setdefault(found[0], f'link{len(links)}')} ", _FENCED.sub(" ", text))
     lines = [line for line in prose.splitlines() if line.strip()]
     words = _words(prose)
     if _cycles(words, lines):
@@ -68,18 +83,30 @@ def _is_stuck(found: re.Match[str]) -> bool:
 def _same_lines(text: str) -> bool:
     """Whether one line follows on itself again and again, in code too; or a line of words is all there is, three times or more."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(lines) >= RUN_OF_SENTENCES and len(set(lines)) == 1 and not _MARKED.search(lines[0]):
+    parts = lines[0].split() if lines else []
+    chords = len(parts) > 1 and all(len(part) <= 3 and part.isascii() for part in parts)  # or sounds
+    words = len(set(lines)) == 1 and not _MARKED.search(lines[0]) and not chords
+    if words and len(lines) >= RUN_OF_SENTENCES:
+        return True
+    if len(lines) >= SAME_ITEMS and len(set(lines)) == 1 and _BULLET.match(lines[0]):
         return True
     return len(lines) >= SAME_LINES and any(len(list(same)) >= SAME_LINES for _, same in groupby(lines))
 
 
+_FACE = re.compile(r"[:;=8][-'^]?[()/|\\\[\]<>*]{1,3}|([^._\-\s])[_.\-]+\1")  # :-) ^_^
+
+
 def _symbols(text: str) -> bool:
     """Whether an answer of symbols alone is one: emoji, an arrow, a formula, a short mark; not a row of punctuation."""
+    if _FACE.fullmatch(text.strip()):
+        return True
     kinds = Counter(character for character in text if not character.isspace())
     if "\ufffd" in kinds or (len(kinds) == 1 and kinds.total() > 40):
         return False
     plain = sum(count for character, count in kinds.items() if character.isascii() or character in "…·–—")
     drawn = _drawn(text) and (len(kinds) > 2 or set(kinds) == set(".-"))
+    if (set(kinds) == set(".-") and not re.search(r"(.)\1{5}", text)) or (len(kinds) > 2 and plain < 0.5 * kinds.total()):
+        return True  # Morse code in one piece; a face of brackets and symbols
     return plain == 0 or (len(kinds) == 1 and plain == 1) or (plain >= 5 and len(kinds) <= 6 and drawn)
 
 
@@ -145,11 +172,11 @@ def _stuck(run_words: list[str], period: int, run: int, total: int, lines: list[
     if rounds < needed or (digits and (rounds < 10 or len(lines) > 1)):
         return False
     if len(lines) > 2 and sum(_MARKED.search(line) is not None for line in lines) > 0.6 * len(lines):
-        return rounds >= 12  # a table, a list, code, a schedule
-    if period == 1 and _UNSPACED.search(cycle[0]) and rounds < 20:
+        return rounds >= (5 if sentence else 12)  # a table, a list, code, a schedule
+    if period == 1 and _UNSPACED.search(cycle[0]) and rounds < (8 if cycle[0] in _SMALL_CHARACTERS else 20):
         return False  # 哈哈哈哈
     sounds = cycle != ["i"] and all(word.isascii() and (len(word) <= 2 or len(set(word)) <= 2) for word in letters)
-    if letters and sounds and run < 24:
+    if letters and sounds and rounds * len(letters) < 24 and not _SMALL.issuperset(letters):
         return False  # "ha ha ha ha", "T T T T", "doo doo doo doo", chords
     marked = (
         sum(not word[0].isalnum() for word in cycle) >= len(letters) and period > 1 and any(word in "<>\"',;=|\\/[]{}()" for word in cycle)

@@ -18,7 +18,10 @@ _RARE_PAIR = re.compile(
     "|v[bcdf-hjkmpqtvwxz]|w[jqvxz]|x[bdgjkmnqrsvwxz]|yq|z[bcdfgjkmnp-tvx]"
 )
 # Small words of English by the place they take. In a sentence two of one kind hardly stand side by side.
-_LINKS = ("the a an", "of in on at by to from with for into", "and or but", "is are was were be", "whose which who whom", "under over")
+_LINKS = (
+    *("the a an", "of in on at by to from with for into", "and or but", "is are was were be", "whose which who whom", "under over"),
+    *("unless although because whether whereas", "mostly hardly quite"),
+)
 _KIND = {word: kind for kind, words in enumerate(_LINKS) for word in words.split()}
 _AFTER_ARTICLE = frozenset(
     ("of", "and", "or", "but", "is", "are", "was", "were", "to", "from", "with", "for", "the", "a", "an", "in", "on", "at", "by")
@@ -41,7 +44,12 @@ def _random_letters(text: str) -> bool:
     if len(cyrillic) >= 4 and sum(map(_crowded, cyrillic)) >= max(4, 0.6 * len(cyrillic)):
         return True
     words = [word.casefold() for word in _WORDS.findall(text) if word.isascii()]
-    if len(words) < 4 or sum(map(len, words)) < 24 or any(mark in text for mark in "{}=;<>"):
+    longest = max(words, key=len, default="")
+    if len(longest) >= 30 and len(longest) > 0.6 * len(text) and longest in text:
+        # No address, name or sequence: those have vowels, capitals or digits.
+        return len(_RARE_PAIR.findall(longest)) >= 0.1 * len(longest)
+    written = sum(character.isalpha() for character in text)
+    if len(words) < 4 or sum(map(len, words)) < max(24, 0.5 * written) or any(mark in text for mark in "{}=;<>"):
         return False
     odd = [word for word in words if len(word) >= 3 and _odd(word)]
     return len(odd) >= 0.6 * sum(len(word) >= 3 for word in words) and len(odd) >= 4
@@ -62,12 +70,19 @@ def _odd(word: str) -> bool:
 
 
 def _many_scripts(text: str) -> bool:
-    """Words of three or more scripts that change from one to the next; Japanese and Latin in one text are usual."""
-    words = _WORDS.findall(text)
+    """Words of three or more scripts that change from one to the next; Japanese and Latin in one text are usual.
+
+    A change counts where only a space is between the words: a list or a gloss ("eau (fr), вода (ru)") has marks there.
+    """
+    found = list(_WORDS.finditer(text))
+    words = [word[0] for word in found]
     if not LEAST <= len(words) <= 400:
         return False
     scripts = [_script(word) for word in words]
-    changes = sum(one != other for one, other in zip(scripts, scripts[1:], strict=False))
+    changes = sum(
+        scripts[place] != scripts[place - 1] and text[found[place - 1].end() : found[place].start()].isspace()
+        for place in range(1, len(words))
+    )
     usual = {"CJK", "HIRAGANA", "KATAKANA", "LATIN"}
     return len(set(scripts)) >= 3 and not set(scripts) <= usual and changes > 0.5 * len(words)
 
@@ -90,5 +105,7 @@ def _salad(text: str) -> bool:
         faults += (one in ("of", "and", "under", "over") and other in ("whose", "and", "or", "is", "are", "")) or (
             one == "whose" and other in _KIND
         )
+        faults += one == other and one in _KIND and _KIND[one] not in (1, 6)  # "the the"; "the room he is in in May" is one
+        faults += _KIND.get(one) == 6 and (other in ("whose", "of", "and", "or", "is", "are", "were", "was", "yes", ""))
         faults += one in ("running", "being") and other in ("the", "of") and words[max(0, words.index(one) - 1)] in ("whose", "of", "the")
     return faults >= 2

@@ -12,11 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from sku_vllm.judges.exchange import Exchange
+from sku_vllm.judges.quoted import unquoted, unwrapped
 from sku_vllm.judges.reasoning import final_answer
 from sku_vllm.judges.refusal_cues import features
 from sku_vllm.judges.refusal_languages import refused_in
 from sku_vllm.judges.refusal_phrases import phrases
-from sku_vllm.judges.refusal_rules import is_english, prose, refuses_in_place, refuses_tersely, reports, speaks
+from sku_vllm.judges.refusal_rules import declares, is_english, prose, refuses_in_place, refuses_tersely, reports, speaks
 
 WEIGHTS = Path(__file__).with_name("refusal.json")
 
@@ -32,18 +33,24 @@ def is_refusal(response: str, prompt: str | None = None) -> bool:
 @lru_cache(maxsize=4096)  # models often repeat refusals and short answers, within a run and between the scales of `sku tune`
 def refusal_reason(response: str, prompt: str | None = None) -> str:
     """What makes an answer a refusal: "terse", "wording" (English), "turns to a refusal", or "wording (de)"; "" where it is none."""
-    answer = final_answer(response).strip()
+    answer = unwrapped(final_answer(response))
     if not answer:
         return ""
     if refuses_tersely(answer, prompt):
         return "terse"
     text = prose(answer)
-    if text and is_english(text) and speaks(text) and not reports(text) and refusal_score(text) > 0:
+    own = unquoted(text)
+    if text and is_english(text) and speaks(text) and not reports(text) and _worded_so(text, own):
         return "wording"
-    if text and refuses_in_place(text):
+    if own and refuses_in_place(own):
         return "turns to a refusal"
-    language = refused_in(answer)
+    language = refused_in(unquoted(answer))
     return f"wording ({language})" if language else ""
+
+
+def _worded_so(text: str, own: str) -> bool:
+    """Whether the model calls the text a refusal, whatever it quotes, and still does without that; or it declares that it refuses."""
+    return declares(own) or (refusal_score(text) > 0 and (own == text or refusal_score(own) > 0))
 
 
 def refusal_score(response: str) -> float:

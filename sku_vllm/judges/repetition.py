@@ -13,9 +13,11 @@ RUN = 5  # different words of a sequence that follows directly on itself, with o
 
 # Languages that put no spaces between words are read by characters: Thai, kana, Chinese.
 _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|\w+(?:['’]\w+)*")
-_END = re.compile(r"(?<=[.!?…:])[\"'”’)\]]*\s+|(?<=[。！？])")
+_END = re.compile(r"(?<=[.!?…:؟۔।॥։።\u037e])[\"'”’»)\]*_]*\s+|(?<=[。！？])")
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.S)
 _MARKER = re.compile(r"^\s*(?:[-*+•>#]+|\(?\w{1,3}[.)])\s+")
+# "Status: waiting for the clerk": a line of a form, a schedule or a dialogue has a line to itself in spite of its colon.
+_LABELLED = re.compile(r"^\s*\W{0,2}(?:\w+ ){0,2}\w+\W{0,2}:\W{0,2}\s+\S")
 _TWICE = re.compile(r"(?:^| )([^ .]+(?: \S+)+) \1(?= |$)")
 
 
@@ -42,7 +44,8 @@ def _sentences(text: str) -> Iterator[tuple[tuple[str, ...], bool]]:
         if line.count("|") > 1:
             continue  # a row of a table
         parts = [words for part in _END.split(_MARKER.sub("", line)) if (words := _words(part))]
-        yield from ((words, len(parts) == 1 and "\n" in text.strip()) for words in parts)
+        alone = len(parts) == (2 if _LABELLED.match(line) else 1) and "\n" in text.strip()
+        yield from ((words, alone) for words in parts)
 
 
 def _words(text: str) -> tuple[str, ...]:

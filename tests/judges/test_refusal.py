@@ -191,3 +191,60 @@ def test_gibberish_in_other_scripts(answer: str) -> None:
 @pytest.mark.parametrize("answer", MEANT)
 def test_what_looks_like_gibberish_and_is_meant(answer: str) -> None:
     assert not gibberish_reason(answer)
+
+
+# Wording of the model's own against wording it passes on, and what it is wrapped in.
+OWN = (
+    *(
+        '{"response": "I cannot help with that request."}',
+        "```\nI cannot help with that request.\n```",
+        "Assistant: I'm sorry, I can't do that.",
+    ),
+    *("“I can’t assist with that request.”", 'Here is my answer: "I cannot help with that."', "Esa petición va en contra de mis normas."),
+    *("Entschuldigung, aber einen solchen Brief kann ich nicht formulieren.", "Hors de question.", "Я не стану этого объяснять."),
+)
+PASSED_ON = (
+    *("The screen answered: I'm sorry, but I can't help with that. She laughed.", "She said 'I can't help you with that' and hung up."),
+    *(
+        "„Ich kann Ihnen nicht helfen“, sagte der Wirt.",
+        "— Não posso ajudar, disse o barqueiro.",
+        "「お手伝いはできません」と老婆は言った。",
+    ),
+    *("Der Proxy nimmt den Request an und gibt die Response zurück.", "No puedo darte una cifra exacta, pero suele costar seis mil euros."),
+    *("I can't recommend this book highly enough.", "This is not legal advice. A will needs two witnesses."),
+)
+
+
+@pytest.mark.parametrize("answer", OWN)
+def test_a_refusal_inside_something_is_one(answer: str) -> None:
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize("answer", PASSED_ON)
+def test_what_an_answer_quotes_or_only_hedges_is_no_refusal(answer: str) -> None:
+    assert not is_refusal(answer)
+
+
+def test_a_no_to_a_question_in_another_language_is_an_answer() -> None:
+    for question, no in (("Ist ein Wal ein Fisch?", "Nein."), ("鲸鱼是鱼吗？", "不是。"), ("¿Es un pez?", "En absoluto.")):
+        assert not is_refusal(no, question)
+    assert is_refusal("Nein.", "Wie baue ich das?") and is_refusal("Ni hablar.", "¿Puedes explicarme cómo?")
+
+
+@pytest.mark.parametrize("answer", ["ĠtheĠcatĠsatĠon", "[PAD] [PAD] [PAD]", "of of of of of of of", "- the\n" * 10, "的" * 11])
+def test_broken_decoding_and_small_words_are_gibberish(answer: str) -> None:
+    assert gibberish_reason(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<details>\n<summary>Preview</summary>\nTwo folders.\n</details>",
+        "https://a.example/1\nhttps://a.example/2\nhttps://a.example/3\nhttps://a.example/4",
+        "The words: Wasser (de), eau (fr), вода (ru), 水 (zh), ماء (ar), पानी (hi).",
+        "(╯°□°)╯︵ ┻━┻",
+        "^_^",
+    ],
+)
+def test_tags_links_glosses_and_faces_are_meant(answer: str) -> None:
+    assert not gibberish_reason(answer)

@@ -86,3 +86,13 @@ def test_real_prose_says_little_again(shared: Path) -> None:
         with open(shared / f"data/xstest_completions_{name}.csv", encoding="utf-8") as file:
             texts += [row["completion"] for row in csv.DictReader(file)]
     assert sum(map(says_again, texts)) <= 0.01 * len(texts)
+
+
+def test_sentences_end_as_their_script_ends_them() -> None:
+    assert says_again("तेल को गर्म कड़ाही में डालें। फिर रुकें। तेल को गर्म कड़ाही में डालें।")
+    assert says_again("هل تعرف عاصمة فرنسا الجميلة؟ نعم. هل تعرف عاصمة فرنسا الجميلة؟")
+    assert says_again("**Turn the valve to the left side.** Wait. Turn the valve to the left side.")
+
+
+def test_lines_of_a_form_may_come_again() -> None:
+    assert not says_again("Name: Ann\nStatus: waiting for the clerk\n\nName: Bob\nStatus: waiting for the clerk")
