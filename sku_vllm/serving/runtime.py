@@ -74,6 +74,7 @@ class Runtime:
         self.args: Any = None
         self.ready = False
         self.closing = False  # SIGTERM has come: running requests are answered, new ones refused
+        self.relays: set[asyncio.Task[None]] = set()  # requests that wait for another server
         self.following: dict[str, Any] | None = None  # the file that arms and weights follow, and whether they do
         self._shown = 0
         self._session: Any = None
@@ -188,10 +189,6 @@ class Runtime:
 
     # ---- one request --------------------------------------------------------------------------------------------
 
-    def trusted(self, token: str | None) -> bool:
-        """Whether a request may choose its arm."""
-        return self.config.expose_arms or self.token_valid(token)
-
     def token_valid(self, token: str | None) -> bool:
         """Whether this token may change the server; False where the server has none."""
         holder = self.tokens.holder(token)
@@ -238,9 +235,9 @@ class Runtime:
         if self.broken:
             raise Unavailable(503, "the engine's weights are in an unknown state after a failed swap; restart this server", arm)
 
-    def log_failure(self, arm: str, error: BaseException) -> None:
-        """Log that an arm failed, with the exception's type only: its message may quote prompts."""
-        logger.error("sku: arm %s failed with %s", arm, type(error).__name__)
+    def log_failure(self, arm: str, error: BaseException, why: str = "") -> None:
+        """Log that an arm failed, and `why`; without it the exception's type only, since its message may quote prompts."""
+        logger.error("sku: %s", why or f"arm {arm} failed with {type(error).__name__}")
 
 
 def directory_of_this_process() -> Path:

@@ -35,7 +35,7 @@ def answer_before_shutdown(engine_client: Any, runtime: Runtime) -> None:
             asyncio.run_coroutine_threadsafe(answered(runtime, timeout - spare), loop).result()
             timeout = max(deadline - time.monotonic(), TEARDOWN)
         inner(timeout=timeout)
-        loop.call_soon_threadsafe(fail_unanswered, engine_client)
+        loop.call_soon_threadsafe(fail_unanswered, engine_client, runtime)
 
     engine_client.shutdown = shutdown
 
@@ -51,8 +51,13 @@ async def answered(runtime: Runtime, timeout: float) -> None:
         await asyncio.sleep(0.05)
 
 
-def fail_unanswered(engine_client: Any) -> None:
-    """Tell the requests that still wait for the engine that it is gone, as vLLM does where the engine dies; they answer 503."""
+def fail_unanswered(engine_client: Any, runtime: Runtime) -> None:
+    """Tell the requests that still wait for the engine that it is gone, as vLLM does where the engine dies; they answer 503.
+
+    So do those that wait for another server: vLLM's HTTP server would wait for them without an end.
+    """
+    for relay in runtime.relays:
+        relay.cancel()
     from vllm.v1.engine.exceptions import EngineDeadError
 
     engine_client.output_processor.propagate_error(EngineDeadError())

@@ -5,13 +5,14 @@ Such a server needs no LoRA, which slows every request of an engine.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from sku_vllm.serving.arms import Arm
+from sku_vllm.serving.event_stream import data_of, encoded, events, with_data
 from sku_vllm.serving.json_answer import JsonAnswer, failed, hidden, renamed
 from sku_vllm.serving.route import Route
 from sku_vllm.serving.runtime import Runtime
@@ -35,20 +36,24 @@ async def forward(
     path: what follows the server's root, such as /v1/responses. connection: the request's scope, receive and send.
 
     Raises:
-        UpstreamFailed: before anything was sent to the client.
+        UpstreamFailed: before anything was sent to the client. ConnectionError: afterwards.
     """
     scope, receive, send = connection
     route.generations += 1
     relay = Relay(runtime, arm, payload, route)
-    answer = asyncio.ensure_future(relay.run(path, Headers(scope=scope), send))
-    gone = asyncio.ensure_future(_disconnected(receive))
+    answer = asyncio.create_task(relay.run(path, Headers(scope=scope), send))
+    gone = asyncio.create_task(_disconnected(receive))
+    runtime.relays.add(answer)
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
+        if answer.cancelled():  # by `fail_unanswered`
+            relay.fail("this server is shutting down, and its --shutdown-timeout is over; ask another one")
+        elif answer.done():
             answer.result()
         else:
             relay.outcome = "cancelled"
     finally:
+        runtime.relays.discard(answer)
         for task in (answer, gone):
             task.cancel()
         await asyncio.gather(answer, gone, return_exceptions=True)
@@ -88,88 +93,111 @@ class Relay:
         self.hide_usage = False
         self.started = False
 
-    def ask_for_usage(self) -> None:
-        """Let a stream end with its token counts, as the engine counts every token; the client gets them only if it asked too."""
+    def adapt(self, path: str) -> None:
+        """Ask for what this server needs to judge and count the answer as the engine's are."""
         options = self.body.get("stream_options") or {}
-        if self.body.get("stream") is True and isinstance(options, dict) and not options.get("include_usage"):
-            self.hide_usage = True
+        chat = path in ("/v1/chat/completions", "/v1/completions")
+        if chat and self.body.get("stream") is True and isinstance(options, dict) and not options.get("include_usage"):
+            self.hide_usage = True  # the client gets the counts only if it asked for them too
             self.body["stream_options"] = {**options, "include_usage": True}
+        if path == "/v1/responses" and self.body.get("background"):
+            self.body["background"] = False  # its answer could not be fetched from here, and nobody would judge it
+
+    def fail(self, reason: str) -> None:
+        """Raise UpstreamFailed while nothing was passed on; afterwards ConnectionError, since the status cannot change any more."""
+        self.outcome = "error"
+        if self.started:  # closing the connection signals the error
+            raise ConnectionError(reason)
+        raise UpstreamFailed(reason)
 
     async def run(self, path: str, received: Headers, send: Send) -> None:
-        """Send the request and pass the answer on. Raises UpstreamFailed while nothing was passed on, afterwards ConnectionError."""
+        """Send the request and pass the answer on. Raises as `fail`."""
         import aiohttp
 
         headers = forwarded_headers(self.runtime, self.arm.name, received)
-        if path in ("/v1/chat/completions", "/v1/completions"):
-            self.ask_for_usage()
+        self.adapt(path)
         # An arm's URL ends where the other server's API begins, usually in /v1; the routes beside /v1 are beside that.
         root = self.arm.source if path.startswith("/v1/") else self.arm.source.removesuffix("/v1")
         try:
             async with self.session.post(root + path.removeprefix("/v1"), json=self.body, headers=headers) as response:
                 await self._pass_on(response, send)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            self.outcome = "error"
-            if self.started:  # part of the answer was sent, so its status cannot change any more; closing the connection signals the error
-                raise ConnectionError(f"arm {self.arm.name!r}: its server broke off") from None
-            raise UpstreamFailed(f"arm {self.arm.name!r}: its server cannot be reached") from error
+            if isinstance(error, ConnectionError) and self.answer.broken:
+                raise
+            why = "broke off" if self.started else f"cannot be reached ({type(error).__name__})"
+            self.fail(f"arm {self.arm.name!r}: its server {why}")
 
     async def _pass_on(self, response: Any, send: Send) -> None:
-        if response.status >= 500 or response.status in ARMS_OWN:
-            raise UpstreamFailed(f"arm {self.arm.name!r}: its server answered {response.status}")
+        # What a response goes on from is known to the server that gave it: the client's to say rightly, or to stay with by its key.
+        clients_own = response.status == 404 and self.body.get("previous_response_id")
+        if response.status >= 500 or (response.status in ARMS_OWN and not clients_own):
+            hint = "; does its URL end in /v1, and does it serve this model?" if response.status == 404 else ""
+            self.fail(f"arm {self.arm.name!r}: its server answered {response.status}{hint}")
         headers = [(name.encode(), response.headers[name].encode()) for name in PASSED_BACK if name in response.headers]
-        streamed = "event-stream" in response.headers.get("content-type", "")
-        self.started = True
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        if streamed:
-            async for line in lines(response.content.iter_any()):
-                await send({"type": "http.response.body", "body": self.line(line), "more_body": True})
+        start = {"type": "http.response.start", "status": response.status, "headers": headers}
+        if self._streams(response):
+            self.started = True
+            await send(start)
+            async for lines, end in events(response.content.iter_any()):
+                await send({"type": "http.response.body", "body": self.event(lines, end), "more_body": True})
+            if not self.answer.broken and self.answer.cut_off():
+                self.answer.broken = True
+                self.fail(f"arm {self.arm.name!r}: its server ended in the middle of its answer")
             await send({"type": "http.response.body", "body": b""})
         else:
-            await send({"type": "http.response.body", "body": self.whole(await response.read(), response.status)})
+            body = self.whole(await response.read(), response.status)
+            self.started = True
+            await send(start)
+            await send({"type": "http.response.body", "body": body})
         self.outcome = "ok" if response.status < 400 else "rejected"
 
-    def whole(self, body: bytes, status: int) -> bytes:
-        """An answer in one piece, under the alias."""
-        value = _object(body)
-        if status >= 400:  # a message about a model that the client has never heard of
-            told = body.decode("utf-8", "replace") if value is None else value
-            told = hidden(told, self.arm.model, self.alias)
-            return (told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)).encode()
-        if value is None:
-            return body
-        self.answer.note(value)
-        return json.dumps(renamed(value, self.alias), ensure_ascii=False).encode()
+    def _streams(self, response: Any) -> bool:
+        """Whether an answer is a stream of events: it says so, or it was asked for one and says nothing else."""
+        kind = response.headers.get("content-type", "").casefold()
+        asked = self.body.get("stream") is True and response.status < 400
+        return "event-stream" in kind or (asked and "json" not in kind and "html" not in kind)
 
-    def line(self, line: bytes) -> bytes:
-        """One line of a stream, under the alias; b"" for one that only holds token counts which the client did not ask for."""
-        data = line.removeprefix(b"data:")
-        value = _object(data) if data != line else None
+    def whole(self, body: bytes, status: int) -> bytes:
+        """An answer in one piece, under the alias. Raises UpstreamFailed where an answer is none of these APIs'."""
+        value = parsed(body)
+        if status >= 400:  # a message about a model that the client has never heard of
+            told = hidden(body.decode("utf-8", "replace") if value is None else value, self.arm.model, self.alias)
+            return told.encode() if isinstance(told, str) else dumped(told)
         if value is None:
-            return line
+            self.fail(f"arm {self.arm.name!r}: its server's answer is no JSON; is its URL that of an API?")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict):
+                self.answer.note(each)
+        self.answer.complete()
+        return dumped(renamed(hidden(value, self.arm.model, self.alias) if self.answer.broken else value, self.alias))
+
+    def event(self, lines: Sequence[bytes], end: bytes) -> bytes:
+        """One event of a stream, under the alias; b"" for one that only holds token counts which the client did not ask for."""
+        data = data_of(lines)
+        if data.strip() == b"[DONE]":
+            self.answer.complete()
+        value = parsed(data)
+        if not isinstance(value, dict):
+            return encoded(lines, end)
         self.answer.note(value)
-        if self.hide_usage and "usage" in value:
-            if not value.get("choices"):
-                return b""
-            del value["usage"]
         if failed(value):
             value = hidden(value, self.arm.model, self.alias)
-        return b"data: " + json.dumps(renamed(value, self.alias), ensure_ascii=False).encode() + b"\n"
+        elif self.hide_usage and "usage" in value and value.pop("usage") and not value.get("choices"):
+            return b""
+        return encoded(with_data(lines, dumped(renamed(value, self.alias))), end)
 
 
-async def lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The lines of a stream, of any length, each with its line feed."""
-    rest = b""
-    async for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            yield line.removesuffix(b"\r") + b"\n"
-    if rest:
-        yield rest
-
-
-def _object(data: bytes) -> dict[str, Any] | None:
+def parsed(data: bytes) -> Any:
+    """A JSON value; None for anything else."""
     try:
-        value = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+
+
+def dumped(value: Any) -> bytes:
+    """A JSON value as text. Halves of a surrogate pair stay escaped, as some servers cut one in two: they are no text of their own."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value).encode()

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from sku_vllm.serving.arms import parse_arm
 from sku_vllm.serving.engine import wrap_generate
 from sku_vllm.serving.initial_state import prepare_state
 from sku_vllm.serving.middleware import SkuMiddleware
@@ -23,6 +24,7 @@ from sku_vllm.serving.runtime import Runtime
 from sku_vllm.serving.serve_config import ServeConfig
 from sku_vllm.serving.shutdown import TEARDOWN, answer_before_shutdown
 from sku_vllm.serving.start import free_port
+from sku_vllm.serving.state import Served
 from sku_vllm.serving.vllm_compat import GracefulHTTPError
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves siblings unimportable
@@ -86,7 +88,7 @@ def run(scenario, tmp_path):
     """A scenario in an event loop of its own, which must end."""
 
     async def whole():
-        await asyncio.wait_for(scenario(App(tmp_path)), 60)
+        await asyncio.wait_for(scenario(App(tmp_path)), 600)
 
     asyncio.run(whole())
 
@@ -121,6 +123,39 @@ def test_a_request_that_does_not_end_holds_nothing_up_for_longer(tmp_path):
             await asyncio.sleep(0.01)
         assert app.engine.told == ["EngineDeadError"]
         running.cancel()
+
+    run(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_upstream_arm_that_does_not_end_holds_nothing_up_either(tmp_path, begun):
+    """vLLM's HTTP server waits for its requests without an end: at the end of the drain they answer 503, or their stream breaks off."""
+
+    async def scenario(app):
+        async def hangs(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            if begun:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: ping\n\n")
+                await writer.drain()
+            app.begun.set()
+            await asyncio.Event().wait()
+
+        server = await asyncio.start_server(hangs, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        table = app.runtime.table
+        far = Served(parse_arm("far", f"upstream:{url}#m"), version="v")
+        app.runtime.change(table.changed(arms={"far": far}, split={"far": 1.0}))
+        app.runtime.mark = "this-server"
+        running = await app.begin()
+        await app.sigterm(0.3)
+        if begun:
+            with pytest.raises(ConnectionError):
+                await running
+        else:
+            status, body = await running
+            assert status == 503 and "shutting down" in body["error"]["message"]
+        assert app.runtime.requests == 0 and not app.runtime.relays
+        await app.runtime.session().close()
 
     run(scenario, tmp_path)
 

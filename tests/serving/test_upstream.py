@@ -127,10 +127,10 @@ STREAMED = {
 
 
 class Upstream:
-    """Answers every POST as told, and keeps what it was sent."""
+    """Answers every POST as told, and keeps what it was sent. answer: events, an object, or bytes as they are. kind: its Content-Type."""
 
     def __init__(self):
-        self.status, self.answer, self.separator, self.received = 200, {}, b"data: ", []
+        self.status, self.answer, self.separator, self.kind, self.received = 200, {}, b"data: ", None, []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -139,9 +139,11 @@ class Upstream:
                 outer.received.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
                 stream = isinstance(outer.answer, list)
                 self.send_response(outer.status)
-                self.send_header("Content-Type", "text/event-stream" if stream else "application/json")
+                self.send_header("Content-Type", outer.kind or ("text/event-stream" if stream else "application/json"))
                 self.end_headers()
-                if stream:
+                if isinstance(outer.answer, bytes):
+                    self.wfile.write(outer.answer)
+                elif stream:
                     for event in outer.answer:
                         self.wfile.write(b"event: x\r\n" + outer.separator + json.dumps(event).encode() + b"\r\n\r\n")
                     self.wfile.write(b"data: [DONE]\n\n")
@@ -257,6 +259,171 @@ def test_an_error_in_the_middle_of_a_stream_is_the_arms(front, upstream, case):
     assert front.value("sku_requests_total", arm="far", outcome="error") == errors + 1
     after = front.counted()
     assert (after[0], after[-1]) == (before[0], before[-1])
+
+
+def written(*events, end=b"\n\n", done=True):
+    """A stream as bytes."""
+    return b"".join(b"data: " + json.dumps(each).encode() + end for each in events) + (b"data: [DONE]" + end) * done
+
+
+SAID = delta({"content": "a badword"}), delta({}, "stop")
+UNUSUAL = {  # streams that say "a badword", as some servers write them: (path, bytes)
+    "CR LF and comments": ("/v1/chat/completions", b": ping\r\n\r\n" + written(*SAID, end=b"\r\n\r\n")),
+    "CR": ("/v1/chat/completions", written(*SAID, end=b"\r\r")),
+    "an event's data on several lines": (
+        "/v1/chat/completions",
+        b"".join(
+            b"id: 1\n" + b"".join(b"data: %s\n" % line for line in json.dumps(each, indent=1).encode().split(b"\n")) + b"\n"
+            for each in SAID
+        )
+        + b"data: [DONE]\n\n",
+    ),
+    "no reason to end": ("/v1/chat/completions", written(SAID[0])),
+    "an empty reason to end": ("/v1/completions", written(completion("a ", ""), completion("badword", ""))),
+    "no last line feed": ("/v1/chat/completions", written(*SAID).rstrip(b"\n")),
+    "half a surrogate pair": (
+        "/v1/chat/completions",
+        written(delta({"content": "a badword \ud83d"}), delta({"content": "\ude00"}, "stop")),
+    ),
+    "reasoning before the text": ("/v1/chat/completions", written(delta({"reasoning": "a badword"}), delta({"content": "fine"}, "stop"))),
+    "a tool call after the text": (
+        "/v1/chat/completions",
+        written(SAID[0], delta({"tool_calls": [{"index": 0, "function": {"name": "look", "arguments": "{}"}}]}, "tool_calls")),
+    ),
+    "two tool calls by turns": (
+        "/v1/chat/completions",
+        written(
+            *(
+                delta({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+                for index, text in ((0, "a bad"), (1, "fine"), (0, "word"))
+            ),
+            delta({}, "tool_calls"),
+        ),
+    ),
+    "thinking before the text": (
+        "/v1/messages",
+        written(
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "a badword"}},
+            {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "fine"}},
+            {"type": "message_stop"},
+            done=False,
+        ),
+    ),
+    "reasoning before the text, and neither in the last event": (
+        "/v1/responses",
+        written(
+            {"type": "response.reasoning_text.delta", "output_index": 0, "delta": "a badword"},
+            {"type": "response.output_text.delta", "output_index": 1, "delta": "fine"},
+            {"type": "response.completed", "response": response([])},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "text/plain; charset=utf-8"])
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_a_stream_is_judged_and_renamed_however_a_server_writes_it(front, upstream, case, kind):
+    path, upstream.answer = UNUSUAL[case]
+    upstream.kind = kind
+    before = front.counted()
+    try:
+        reply = front.post(path, {"messages": [], "stream": True})
+    finally:
+        upstream.kind = None
+    front.settle()
+    assert reply.status_code == 200 and "secret" not in reply.text
+    said = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    assert len(said) >= 1 and all(each.get("model", "sku") == "sku" for each in said)
+    judged, harmful, *_, ok = (after - was for after, was in zip(front.counted(), before, strict=True))
+    assert (judged, harmful, ok) == (1, 1, 1)
+
+
+def test_a_stream_of_bytes_is_cut_into_events_wherever_it_is_cut_into_chunks():
+    from sku_vllm.serving.event_stream import encoded, events
+
+    async def joined(chunks):
+        async def each():
+            for chunk in chunks:
+                yield chunk
+
+        return b"".join([encoded(lines, end) async for lines, end in events(each())])
+
+    whole = b"event: x\r\ndata: 1\r\n\r\n: c\n\ndata: 2\r\rdata: 3\n\n"
+    wanted = b"event: x\ndata: 1\n\n: c\n\ndata: 2\n\ndata: 3\n\n"
+    for at in range(len(whole)):
+        assert asyncio.run(joined([whole[:at], whole[at:]])) == wanted
+    assert asyncio.run(joined([whole[at : at + 1] for at in range(len(whole))])) == wanted
+
+
+def test_a_stream_that_ends_in_the_middle_of_an_answer_is_the_arms_error(front, upstream):
+    """Its connection was closed as if nothing were wrong: the client's is not, so that it notices."""
+    for answer in (written(SAID[0], done=False), b"", b": ping\n\n"):
+        upstream.answer, upstream.kind = answer, "text/event-stream"
+        before, errors = front.counted(), front.value("sku_requests_total", arm="far", outcome="error")
+        try:
+            front.post("/v1/chat/completions", {"messages": [], "stream": True})
+        finally:
+            upstream.kind = None
+        front.settle()
+        assert front.value("sku_requests_total", arm="far", outcome="error") == errors + 1
+        assert (front.counted()[0], front.counted()[-1]) == (before[0], before[-1])
+
+
+def test_an_answer_that_is_none_of_the_apis_is_the_arms_error(front, upstream, caplog):
+    """The login page of something in between, say; the log says what is wrong, since the client's operator is another one."""
+    upstream.answer, upstream.kind = b"<html>log in</html>", "text/html"
+    try:
+        for stream in (False, True):
+            errors = front.value("sku_requests_total", arm="far", outcome="error")
+            reply = front.post("/v1/chat/completions", {"messages": [], "stream": stream})
+            assert reply.status_code == 503 and "no JSON" in reply.text
+            assert front.value("sku_requests_total", arm="far", outcome="error") == errors + 1
+    finally:
+        upstream.kind = None
+    assert "no JSON" in caplog.text
+
+
+def test_an_error_that_also_counts_tokens_reaches_the_client(front, upstream):
+    upstream.answer = [{"error": {"message": "the model secret failed"}, "choices": [], "usage": USAGE}]
+    reply = front.post("/v1/chat/completions", {"messages": [], "stream": True})
+    assert "the model sku failed" in reply.text
+
+
+def test_an_error_with_status_200_names_no_model(front, upstream):
+    upstream.answer = {"error": {"message": "The model `secret` failed"}}
+    errors = front.value("sku_requests_total", arm="far", outcome="error")
+    assert "`sku`" in front.post("/v1/chat/completions", {"messages": []}).text
+    assert front.value("sku_requests_total", arm="far", outcome="error") == errors + 1
+
+
+@pytest.mark.parametrize("reason", [None, "", "stop"])
+def test_a_whole_answer_is_judged_whatever_it_says_of_its_end(front, upstream, reason):
+    for answer in (chat({"content": "a badword"}, reason), [chat({"content": "a badword"}, reason)]):
+        upstream.answer = json.dumps(answer).encode()
+        before = front.counted()
+        reply = front.post("/v1/chat/completions", {"messages": []})
+        front.settle()
+        assert "secret" not in reply.text
+        assert [after - was for after, was in zip(front.counted(), before, strict=True)] == [1, 1, 3, 5, 1]
+
+
+def test_a_background_response_is_asked_for_at_once(front, upstream):
+    """Its answer could not be fetched from here, since `GET /v1/responses/ID` asks this server's engine, and nobody would judge it."""
+    path, upstream.answer = WHOLE["response"]
+    front.post(path, {"input": "q", "background": True, "store": True})
+    assert upstream.received[-1][2]["background"] is False and upstream.received[-1][2]["store"] is True
+
+
+def test_a_response_that_the_other_server_does_not_know_is_the_clients_error(front, upstream):
+    upstream.status, upstream.answer = 404, {"error": {"message": "Response with id 'r' not found, says secret"}}
+    rejected = front.value("sku_requests_total", arm="far", outcome="rejected")
+    try:
+        reply = front.post("/v1/responses", {"input": "q", "previous_response_id": "r"})
+    finally:
+        upstream.status = 200
+    assert reply.status_code == 404 and "not found, says sku" in reply.text
+    assert front.value("sku_requests_total", arm="far", outcome="rejected") == rejected + 1
 
 
 def test_a_models_short_name_is_replaced_in_sentences_and_nowhere_else():
