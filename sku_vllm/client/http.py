@@ -5,6 +5,7 @@ Open this file to change proxies, certificates or redirects. (Only `upstream:` a
 
 import functools
 import json
+import os
 import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import httpx
 
 from sku_vllm.errors import ConfigError, RunError
 
+LONGEST = 107  # bytes of a Unix socket's path
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -50,7 +52,7 @@ def http_client(
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     verify = trust or _trusted()
     if uds:
-        transport = httpx.HTTPTransport(uds=uds, verify=verify, limits=limits)
+        transport = httpx.HTTPTransport(uds=reachable(uds), verify=verify, limits=limits)
         return httpx.Client(transport=transport, trust_env=False, timeout=timeout, follow_redirects=True, base_url=base, event_hooks=hooks)
     direct = {f"all://{host}": None for host in LOOPBACK}
     settings: dict[str, Any] = {"verify": verify, "timeout": timeout, "base_url": base, "limits": limits, "event_hooks": hooks}
@@ -58,6 +60,11 @@ def http_client(
         return httpx.Client(trust_env=proxy, mounts=direct, follow_redirects=True, **settings)
     except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, or no proxy's address at all
         raise ConfigError(f"HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a proxy that cannot be used: {error}") from error
+
+
+def reachable(socket: str) -> str:
+    """A Unix socket's path as this process can name it: from its working directory where the whole path is too long for a socket's."""
+    return socket if len(os.fsencode(socket)) <= LONGEST else os.path.relpath(socket)
 
 
 def _stays_home(host: str) -> Callable[[httpx.Request], None]:

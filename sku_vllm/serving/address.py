@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from sku_vllm.client.http import http_client, trusting_nobody, unverified
+from sku_vllm.client.http import http_client, reachable, trusting_nobody, unverified
 from sku_vllm.errors import ConfigError
 from sku_vllm.output import write_text
 from sku_vllm.serving.arms import ALIAS, Arm
@@ -78,7 +78,7 @@ class Address:
         stream = socket.socket(socket.AF_UNIX)
         stream.settimeout(timeout)
         try:
-            stream.connect(self.uds)
+            stream.connect(reachable(self.uds))
         except OSError:
             stream.close()
             raise

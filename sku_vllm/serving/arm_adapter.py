@@ -35,10 +35,7 @@ def write_arm_adapter(arm: Arm, model: str, directory: Path, *, revision: str | 
     Raises:
         AdapterError: not a LoRA adapter, made for another base, already negated, or of shapes this base does not have.
     """
-    try:
-        adapter = load_adapter(arm.source)
-    except OSError as error:
-        raise AdapterError(f"--arm {arm.name}: {arm.source[:200]}: {error.strerror}; give an adapter directory") from error
+    adapter = load_arm(arm)
     if adapter.dense:
         raise AdapterError(
             f"--arm {arm.name}: {arm.source} is a dense task vector, which vLLM cannot add per request; "
@@ -55,6 +52,14 @@ def write_arm_adapter(arm: Arm, model: str, directory: Path, *, revision: str | 
     return ArmAdapter(path, adapter_rank(adapter))
 
 
+def load_arm(arm: Arm) -> LoraAdapter:
+    """The raw adapter of a `lora:` arm. Raises AdapterError, which names the arm where there is no such directory."""
+    try:
+        return load_adapter(arm.source)
+    except OSError as error:
+        raise AdapterError(f"--arm {arm.name}: {arm.source[:200]}: {error.strerror}; give an adapter directory") from error
+
+
 @functools.lru_cache(1)
 def base_reader(model: str, revision: str | None) -> CheckpointReader:
     """A reader of the served base checkpoint, cached so that its headers and identity are not read again for every adapter."""
@@ -62,8 +67,8 @@ def base_reader(model: str, revision: str | None) -> CheckpointReader:
 
 
 def adapter_rank(adapter: LoraAdapter) -> int:
-    """The largest rank among the adapter's factors."""
-    return max(delta.a.shape[-2] for delta in adapter.deltas.values() if isinstance(delta, LowRank))
+    """The largest rank among the adapter's factors; 0 where it has none."""
+    return max((delta.a.shape[-2] for delta in adapter.deltas.values() if isinstance(delta, LowRank)), default=0)
 
 
 def check_fit(adapter: LoraAdapter, reader: CheckpointReader, arm: Arm) -> None:

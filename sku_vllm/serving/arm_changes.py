@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sku_vllm.errors import ConfigError, InputError, RunError, SkuError
 from sku_vllm.serving.address import check_not_itself
-from sku_vllm.serving.arm_adapter import served_rank
 from sku_vllm.serving.arms import MAX_ARMS, check_split, parse_arm, scale_looked_up
 from sku_vllm.serving.runtime import Runtime
 from sku_vllm.serving.state import Busy, Served, Table
+from sku_vllm.serving.vllm_flags import too_high
 
 RETIRE = 3600.0  # seconds after which a replaced adapter is unloaded even if a request still uses it
 WAIT_FOR_SLOT = 60.0  # seconds a change waits for replaced adapters to free their slots
@@ -110,10 +110,7 @@ class ArmChanges:
         served = Served.numbered(arm, str(adapter.path), table.next_id, plain=bool(self.runtime.config.follow))
         if adapter.rank > int(limit):
             self.discard(served)
-            raise ConfigError(
-                f"arm {name}: rank {adapter.rank} is above this server's {limit}; "
-                f"restart it with --max-lora-rank {served_rank([adapter.rank])}"
-            )
+            raise ConfigError(too_high(arm, adapter.rank, limit))
         return served, table.next_id + 1
 
     async def _take_in(self, served: Served, changed: Table) -> Table:

@@ -7,9 +7,10 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from sku_vllm.adapter.adapter import RUN, load_adapter
+from sku_vllm.adapter.adapter import RUN, LoraAdapter, load_adapter
 from sku_vllm.errors import ConfigError
-from sku_vllm.serving.arm_adapter import adapter_rank, write_arm_adapter
+from sku_vllm.serving.arm_adapter import adapter_rank, load_arm, write_arm_adapter
+from sku_vllm.serving.arms import Arm
 from sku_vllm.serving.serve_config import ServeConfig
 from sku_vllm.serving.state import FIRST_LORA_ID, Served, StateFile, Table
 
@@ -68,9 +69,19 @@ def _with_adapter(served: Served, config: ServeConfig, state: StateFile) -> Serv
     return dataclasses.replace(served, path=str(path))
 
 
-def saved_ranks(config: ServeConfig) -> list[int]:
-    """The ranks of the arms' adapters in the saved table; none where nothing is saved."""
+def ranks_of_arms(config: ServeConfig) -> dict[Arm, int]:
+    """The rank of each adapter that a server starts with: those of the saved table, else of the configuration. Writes nothing.
+
+    Raises:
+        AdapterError: one cannot be read.
+    """
     state = StateFile(config.state or config.run or "")
-    if not state.exists():
-        return []
-    return [adapter_rank(load_adapter(served.path, as_is=True)) for served in state.read().arms.values() if served.path]
+    saved = state.exists() and not config.reset_state
+    arms = list(state.read().arms.values()) if saved else [Served(arm) for arm in config.parsed_arms().values()]
+    return {served.arm: adapter_rank(_adapter_of(served, state)) for served in arms if served.arm.kind == "lora"}
+
+
+def _adapter_of(served: Served, state: StateFile) -> LoraAdapter:
+    """An arm's negated adapter below the state's directory, else the raw one."""
+    copy = state.path.parent / "adapters" / Path(served.path).name
+    return load_adapter(copy, as_is=True) if served.path and (copy / RUN).is_file() else load_arm(served.arm)

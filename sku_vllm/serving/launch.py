@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from sku_vllm.errors import SkuError
 from sku_vllm.serving.address import write_address
-from sku_vllm.serving.initial_state import saved_ranks
-from sku_vllm.serving.private_directory import hold_sockets
+from sku_vllm.serving.initial_state import ranks_of_arms
+from sku_vllm.serving.private_directory import hold_counts, hold_sockets
 from sku_vllm.serving.serve_config import VARIABLE, read_config
 from sku_vllm.serving.vllm_flags import check_flags, check_rank, check_socket, parse_flags
 
@@ -30,13 +30,15 @@ def main(arguments: list[str]) -> None:
             hold_sockets(Path(config.run))
         args, model_config = parse_flags(arguments)
         check_flags(args, config, model_config)
-        check_rank(args, saved_ranks(config))
+        check_rank(args, ranks_of_arms(config))
         check_socket(args)
         write_address(args)
     except SkuError as error:
         fail(str(error), error.exit_code)
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
+    if config.run:
+        hold_counts(Path(config.run))
     ServeSubcommand.cmd(args)
 
 

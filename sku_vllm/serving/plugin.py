@@ -18,8 +18,12 @@ def register() -> None:
 
     Otherwise torch.compile stalls the engine for 10-20 s at the first request for log-probabilities, such as a swap's probe. The
     function counts ranks in one line and gives the same result uncompiled; vLLM compiles it to save memory on GPUs. Does nothing
-    where SKU_SERVE_CONFIG is not set.
+    where SKU_SERVE_CONFIG is not set, but for a server whose VLLM_PLUGINS names `sku`: that is told so (`by_hand.py`).
     """
+    from sku_vllm.serving.by_hand import check_before_engine, wanted
+
+    if wanted():
+        check_before_engine()
     if VARIABLE not in os.environ:
         return
     from vllm.platforms import current_platform
@@ -52,6 +56,7 @@ class SkuEndpointPlugin:
         from sku_vllm.serving.runtime import Runtime
 
         self.app, self.runtime = app, Runtime(read_config())
+        app.root_path = (app.root_path or "").rstrip("/")  # after a "/" no route would be found, and no --api-key asked for
         if self.runtime.config.adapter_root:
             from sku_vllm.serving.resolver import install
 

@@ -5,6 +5,7 @@ Open this file if a server leaves something behind in the temporary directory.
 
 import contextlib
 import fcntl
+import importlib
 import os
 import shutil
 import stat
@@ -18,6 +19,9 @@ LOCK = "lock"
 SOCKETS = "VLLM_RPC_BASE_PATH"  # vLLM's variable for the directory of its sockets
 LONGEST = 107 - 37  # bytes of that directory's path: a socket's path has 107 at most, and its name is a "/" and a UUID
 ASKED = "get_file_store_init_method"
+COUNTS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable for the files in which several processes count
+COUNTING = "setup_multiprocess_prometheus"
+COUNTERS = ("vllm.v1.metrics.prometheus", "vllm.entrypoints.cli.serve")  # vLLM's modules that make that directory
 MEETING = (  # vLLM's modules that ask for the rendezvous file, in the order in which they may have been imported
     "vllm.utils.network_utils",
     "vllm.v1.executor.uniproc_executor",
@@ -58,6 +62,24 @@ def hold_rendezvous() -> None:
         module = sys.modules.get(name)
         if hasattr(module, ASKED):
             setattr(module, ASKED, lambda: f"file://{place}/vllm_dist_{uuid.uuid4().hex}")
+
+
+def hold_counts(run: Path) -> None:
+    """Let the counts of several API servers lie in `run`, so that they go with it, unless PROMETHEUS_MULTIPROC_DIR says where they shall.
+
+    vLLM makes a temporary directory without a name of its own, and leaves it there where it is killed.
+    """
+    if COUNTS in os.environ:
+        return
+
+    def in_run() -> None:
+        os.makedirs(run / "counts", mode=0o700, exist_ok=True)
+        os.environ[COUNTS] = str(run / "counts")
+
+    for name in COUNTERS:
+        module = importlib.import_module(name)
+        if hasattr(module, COUNTING):
+            setattr(module, COUNTING, in_run)
 
 
 def reclaim() -> list[Path]:

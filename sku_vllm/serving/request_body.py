@@ -8,9 +8,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 
 def route_path(scope: Scope) -> str:
-    """The request's path as vLLM's routes see it: without the --root-path that a proxy in front may or may not have removed."""
-    path, root = str(scope.get("path", "")), str(scope.get("root_path", "")).rstrip("/")
-    return path.removeprefix(root) if path.startswith(root + "/") else path
+    """The request's path as vLLM's routes see it: without the --root-path that a proxy in front may or may not have removed.
+
+    What they do not see must not be routed here either: vLLM asks for --api-key by the path that follows the root as it is written.
+    """
+    path, root = str(scope.get("path", "")), str(scope.get("root_path", ""))
+    rest = path.removeprefix(root)
+    return rest if rest.startswith("/") else path
 
 
 async def read_body(receive: Receive) -> tuple[bytes, Receive]:

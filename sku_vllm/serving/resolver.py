@@ -12,6 +12,7 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from sku_vllm.errors import InputError
 from sku_vllm.serving.adapter_name import adapter_below
 from sku_vllm.serving.runtime import Runtime
+from sku_vllm.serving.vllm_flags import too_high
 
 
 class SkuResolver(LoRAResolver):
@@ -37,7 +38,11 @@ class SkuResolver(LoRAResolver):
             except InputError as error:
                 self.runtime.log_failure("adapter", error)
                 return None
-            if adapter.rank > int(self.runtime.args.max_lora_rank) or not await self._room():
+            limit = self.runtime.args.max_lora_rank
+            if adapter.rank > int(limit):
+                self.runtime.log_failure("adapter", InputError(), too_high(arm, adapter.rank, limit))
+                return None
+            if not await self._room():
                 return None
             return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(adapter.path))  # vLLM gives it an id of its own
 

@@ -111,7 +111,7 @@ def prepare(config: ServeConfig) -> list[str]:
         InputError: one line that names what cannot work.
     """
     from sku_vllm.judges import load_judge
-    from sku_vllm.serving.initial_state import prepare_state, saved_ranks
+    from sku_vllm.serving.initial_state import prepare_state, ranks_of_arms
     from sku_vllm.serving.state import StateFile
 
     if Path(config.model).is_dir() and not (Path(config.model) / "config.json").is_file():
@@ -123,7 +123,7 @@ def prepare(config: ServeConfig) -> list[str]:
     AuditLog(audit_path(config)).check()
     prepare_state(config, StateFile(config.state or config.run or ""))
     config.reset_state = False  # the state was reset just now; the server's processes must not reset it again
-    ranks = saved_ranks(config)
+    ranks = list(ranks_of_arms(config).values())
     if not ranks and not config.adapter_root:
         return []
     if config.adapter_root:
@@ -134,7 +134,7 @@ def prepare(config: ServeConfig) -> list[str]:
 
 def free_port(host: str) -> int:
     """A port of this address that nobody listens on at this moment."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 

@@ -7,13 +7,14 @@ import os
 import socket
 import stat
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from sku_vllm.adapter.vllm_ranks import vllm_rank
+from sku_vllm.client.http import LONGEST
 from sku_vllm.errors import ConfigError
 from sku_vllm.serving.address import check_not_itself
-from sku_vllm.serving.arms import ALIAS, SWAPPED
+from sku_vllm.serving.arms import ALIAS, SWAPPED, Arm
 from sku_vllm.serving.serve_config import ServeConfig
 
 # Flags that make every data-parallel rank a separate server behind a load balancer outside vLLM.
@@ -79,9 +80,30 @@ def check_flags(args: Namespace, config: ServeConfig, model_config: Any) -> None
     Raises:
         ConfigError: names the flag and the reason.
     """
-    adapters = sum(arm.kind == "lora" for arm in config.parsed_arms().values())
+    check_adapters(args, config, model_config)
+    check_names(args, config)
+    for arm in config.parsed_arms().values():
+        check_not_itself(arm, args)
+    check_processes(args, config, bool(adapters_of(config) or config.adapter_root))
+
+
+def adapters_of(config: ServeConfig) -> int:
+    """How many of the arms are adapters in the engine."""
+    return sum(arm.kind == "lora" for arm in config.parsed_arms().values())
+
+
+def check_adapters(args: Any, config: ServeConfig, model_config: Any) -> None:
+    """Refuse flags with which the arms' adapters cannot be loaded, or would be mixed up. args: vLLM's flags, or its `EngineArgs`.
+
+    Raises:
+        ConfigError: names the flag and the reason.
+    """
+    adapters = adapters_of(config)
     if adapters and not args.enable_lora:
-        raise ConfigError("--no-enable-lora: lora: arms need it; leave it out")
+        raise ConfigError(
+            f"--enable-lora: is off, and lora: arms need it; give --enable-lora --max-loras {adapters + 2} --max-lora-rank 64, or what "
+            "their rank is"
+        )
     if adapters and (args.max_loras or 1) < adapters + 1:
         raise ConfigError(
             f"--max-loras {args.max_loras}: {adapters} adapters need at least {adapters + 1} slots; with every slot taken, "
@@ -92,10 +114,6 @@ def check_flags(args: Namespace, config: ServeConfig, model_config: Any) -> None
             f"--model {args.model}: is a mixture of experts, for which vLLM's CPU build has no adapter kernel (it calls Triton's); "
             "fuse the adapter and serve the result as an upstream: arm, or start with the base alone and swap"
         )
-    check_names(args, config)
-    for arm in config.parsed_arms().values():
-        check_not_itself(arm, args)
-    check_processes(args, config, bool(adapters or config.adapter_root))
 
 
 def served_names(args: Namespace, config: ServeConfig) -> tuple[str, ...]:
@@ -122,25 +140,38 @@ def check_names(args: Namespace, config: ServeConfig) -> None:
             raise ConfigError(f"--served-model-name {name!r}: is the name of an arm; clients could not tell the two apart; choose another")
 
 
-def check_rank(args: Namespace, ranks: Iterable[int]) -> None:
+def check_rank(args: Any, ranks: Mapping[Arm, int]) -> None:
     """Refuse a --max-lora-rank that is too small for the arms' adapters, with which vLLM would fail once its engine runs.
 
     Raises:
-        ConfigError: names the rank that is needed.
+        ConfigError: names the arm with the highest rank, its adapter, and the flag that holds them all.
     """
-    needed = vllm_rank(max(ranks, default=1))
-    if getattr(args, "enable_lora", False) and int(args.max_lora_rank) < needed:
-        raise ConfigError(f"--max-lora-rank {args.max_lora_rank}: the arms' adapters need {needed}; give that, or leave the flag out")
+    if getattr(args, "enable_lora", False) and ranks:
+        arm = max(ranks, key=lambda each: ranks[each])
+        if ranks[arm] > int(args.max_lora_rank):
+            raise ConfigError(too_high(arm, ranks[arm], args.max_lora_rank))
+
+
+def too_high(arm: Arm, rank: int, limit: Any) -> str:
+    """Why an adapter does not fit a server, and the flag with which it would."""
+    return f"--max-lora-rank {limit}: arm {arm.name}: {arm.source} has rank {rank}; start the server with --max-lora-rank {vllm_rank(rank)}"
 
 
 def check_socket(args: Namespace) -> None:
     """Remove the Unix socket that a server which was killed has left at --uds, where vLLM could not listen.
 
     Raises:
-        ConfigError: a server answers there, or the path is something else than a socket.
+        ConfigError: a server answers there, the path is something else than a socket, or no socket can be made there.
     """
     uds = getattr(args, "uds", None)
-    if not uds or not os.path.lexists(uds):
+    if not uds:
+        return None
+    if len(os.fsencode(uds)) > LONGEST:
+        raise ConfigError(f"--uds {uds}: a socket's path has {LONGEST} bytes at most; name a shorter one, or one from this directory")
+    place = os.path.dirname(uds) or "."
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"--uds {uds}: {place} is no directory that this user may write to; make it, or name another path")
+    if not os.path.lexists(uds):
         return None
     if not stat.S_ISSOCK(os.lstat(uds).st_mode):
         raise ConfigError(f"--uds {uds}: is not a socket; name a path that does not exist")

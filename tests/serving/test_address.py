@@ -188,6 +188,23 @@ def test_a_socket_that_a_killed_server_left_is_removed_and_nothing_else(tmp_path
         check_socket(Namespace(uds=str(tmp_path / "file")))
 
 
+def test_a_socket_whose_whole_path_is_too_long_is_reached_from_where_one_is(tmp_path, monkeypatch):
+    """vLLM listens on the path as it was given, which may be short; the whole one, which the process that started it knows, is not."""
+    from sku_vllm.serving.vllm_flags import check_socket
+
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.chdir(deep)
+    with listening(uds="s.sock") as relative:
+        address = Address(uds=str(deep / relative.uds))
+        assert address.answers() and address.client().get("/health").status_code == 200
+        assert ctl(f"unix:{deep}/s.sock")[0] == ctl("unix:s.sock")[0] == 0
+    for path, word in ((f"{deep}/s.sock", "107 bytes at most"), ("none/s.sock", "none is no directory")):
+        with pytest.raises(ConfigError, match=word):
+            check_socket(Namespace(uds=path))
+    check_socket(Namespace(uds="s2.sock"))
+
+
 # ---- sku ctl ------------------------------------------------------------------------------------------------------
 
 

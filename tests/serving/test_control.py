@@ -220,12 +220,14 @@ def test_an_alias_is_what_the_operator_serves():
 
 
 def test_a_rank_that_is_too_small_is_found_before_an_engine_starts():
+    from sku_vllm.serving.arms import parse_arm
     from sku_vllm.serving.vllm_flags import check_rank
 
-    with pytest.raises(ConfigError, match="--max-lora-rank 8: the arms' adapters need 128"):
-        check_rank(Namespace(enable_lora=True, max_lora_rank=8), [16, 96])
-    check_rank(Namespace(enable_lora=True, max_lora_rank=128), [16, 96])
-    check_rank(Namespace(enable_lora=False, max_lora_rank=8), [])
+    ranks = {parse_arm("small", "lora:/small@1"): 16, parse_arm("large", "lora:/large@1"): 96}
+    with pytest.raises(ConfigError, match="--max-lora-rank 8: arm large: /large has rank 96; start the server with --max-lora-rank 128"):
+        check_rank(Namespace(enable_lora=True, max_lora_rank=8), ranks)
+    check_rank(Namespace(enable_lora=True, max_lora_rank=128), ranks)
+    check_rank(Namespace(enable_lora=False, max_lora_rank=8), {})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the middleware counts where vLLM never asked its engine."""
+"""What the middleware counts where vLLM never asked its engine, and what it takes for a route."""
 
 import asyncio
 import json
@@ -61,3 +61,35 @@ def test_a_client_that_left_before_the_engine_was_asked_is_cancelled(tmp_path, s
     assert sent[0]["status"] == 200  # what makes it look like an answer
     assert {name: value - before[name] for name, value in counted().items()} == {"ok": 0, "cancelled": 1}
     assert runtime.requests == 0
+
+
+@pytest.mark.parametrize("root", ["", "/x", "/x/"])
+def test_a_root_path_hides_no_route_and_opens_none(tmp_path, monkeypatch, root):
+    """Whatever its end, and whether the proxy in front removes it: as vLLM's routes and its --api-key see it."""
+    import httpx
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    from sku_vllm.serving.plugin import SkuEndpointPlugin
+
+    config = ServeConfig("m", ["far=upstream:http://127.0.0.1:9/v1#m"], state=str(tmp_path / "state"))
+    config.dump(tmp_path / "serve.yaml")
+    monkeypatch.setenv("SKU_SERVE_CONFIG", str(tmp_path / "serve.yaml"))
+    plugin, app = SkuEndpointPlugin(), FastAPI()
+    app.root_path = root
+    plugin.attach_router(app)
+    app.add_middleware(AuthenticationMiddleware, tokens=["key"])
+    prepare_state(config, plugin.runtime.state)
+
+    async def status(path, **headers):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return (await client.post(path, json={"model": "sku", "messages": []}, headers=headers)).status_code
+
+    async def all_of_them():
+        for prefix in ("", root.rstrip("/")):
+            path = f"{prefix}/v1/chat/completions"
+            assert await status(path) == 401, path
+            assert await status(path, Authorization="Bearer key") == 503, "the arm's server, which is not there, was asked"
+        assert await status("/y/v1/chat/completions") == await status("/x//v1/chat/completions") == 404
+        await plugin.runtime.session().close()
+
+    asyncio.run(all_of_them())

@@ -102,6 +102,37 @@ def test_vllms_sockets_and_rendezvous_go_with_the_directory(place, monkeypatch):
     monkeypatch.delenv(SOCKETS)
 
 
+def test_the_counts_of_several_api_servers_go_with_the_directory(place, monkeypatch):
+    from types import SimpleNamespace
+
+    from sku_vllm.serving.private_directory import COUNTERS, COUNTS, hold_counts
+
+    def vllms():
+        raise AssertionError("vLLM's own, which leaves a directory behind that has no name")
+
+    modules = [SimpleNamespace(setup_multiprocess_prometheus=vllms) for _ in COUNTERS]
+    for name, module in zip(COUNTERS, modules, strict=True):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv(COUNTS, "/the/operators/own")
+    hold_counts(place)
+    assert all(module.setup_multiprocess_prometheus is vllms for module in modules)
+    monkeypatch.delenv(COUNTS)
+    hold_counts(place)
+    for module in modules:
+        module.setup_multiprocess_prometheus()
+    assert os.environ[COUNTS] == str(place / "counts") and (place / "counts").stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv(COUNTS)
+
+
+def test_vllm_has_what_holds_the_counts():
+    """Where a release names it otherwise, it makes a directory of its own again."""
+    import importlib
+
+    from sku_vllm.serving.private_directory import COUNTERS, COUNTING
+
+    assert all(callable(getattr(importlib.import_module(name), COUNTING)) for name in COUNTERS)
+
+
 def test_what_is_not_a_private_directory_of_ours_stays(place):
     outside = place / "outside"
     outside.mkdir(mode=0o700)

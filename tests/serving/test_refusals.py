@@ -4,8 +4,9 @@ from argparse import Namespace
 
 import pytest
 
-from sku_vllm.errors import ConfigError
+from sku_vllm.errors import AdapterError, ConfigError
 from sku_vllm.serving.serve_config import ServeConfig
+from sku_vllm.serving.start import free_port
 from sku_vllm.serving.vllm_flags import check_processes
 
 ADAPTER = ["original=base", "negated=lora:/adapter@1"]
@@ -95,3 +96,99 @@ def test_adapters_on_a_mixture_of_experts_are_refused_on_a_cpu(tiny, tmp_path, r
     done = run_sku("serve", "--model", tmp_path / "moe", "--arm", "original=base", "--arm", f"negated=lora:{tmp_path}/adapter@1")
     assert done.returncode == 2, done.stderr
     assert "mixture of experts" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def by_hand(tiny, tmp_path, monkeypatch):
+    """`check` of a vLLM started by hand with these flags and settings: what it says, or None."""
+    from types import SimpleNamespace
+
+    from sku_vllm.serving.by_hand import check
+
+    def said(settings="", **flags):
+        (tmp_path / "serve.yaml").write_text(f"arms: {{original: base, negated: 'lora:{tiny}/adapter@1'}}\n{settings}")
+        monkeypatch.setenv("SKU_SERVE_CONFIG", str(tmp_path / "serve.yaml"))
+        args = {"model": "m", "served_model_name": None, "enable_lora": True, "max_loras": 4, "max_lora_rank": 8} | flags
+        try:
+            return check(SimpleNamespace(**args), SimpleNamespace(get_num_experts=lambda: 0))
+        except ConfigError as error:
+            return str(error)
+
+    return said
+
+
+def test_arms_that_a_vllm_started_by_hand_could_not_serve_are_found_before_its_engine_starts(by_hand, tiny):
+    assert by_hand() is None
+    assert f"{tiny}/adapter has rank 8" in by_hand(max_lora_rank=1) and "--max-lora-rank 8" in by_hand(max_lora_rank=1)
+    assert "--enable-lora" in by_hand(enable_lora=False) and "--max-loras 1" in by_hand(max_loras=1)
+    assert "--served-model-name 'negated'" in by_hand(served_model_name=["negated"])
+    assert "unknown key 'splits'" in by_hand("splits: {}")
+
+
+def test_the_arms_of_a_saved_state_count_not_those_of_the_file(tiny, tmp_path):
+    """`sku ctl` may have changed them, and the raw adapter may be gone since; with reset_state the file's count again."""
+    import shutil
+
+    from sku_vllm.serving.arms import parse_arm
+    from sku_vllm.serving.initial_state import ranks_of_arms
+    from sku_vllm.serving.state import Served, StateFile, Table
+
+    gone, copy = parse_arm("negated", "lora:/gone@1"), tmp_path / "state/adapters/copy"
+    elsewhere = tmp_path / "before it was moved/copy"
+    elsewhere.mkdir(parents=True)
+    StateFile(tmp_path / "state").write(Table({"negated": Served(gone, str(elsewhere), 1_000_001)}, {"negated": 1.0}))
+    shutil.rmtree(elsewhere.parent)
+    config = ServeConfig("m", ["a=base"], state=str(tmp_path / "state"))
+    with pytest.raises(AdapterError, match="/gone"):  # the copy is gone too, and would have to be written again
+        ranks_of_arms(config)
+    shutil.copytree(tiny / "adapter", copy)
+    (copy / "sku_run.json").write_text("{}")
+    assert ranks_of_arms(config) == {gone: 8}
+    config.reset_state = True
+    assert ranks_of_arms(config) == {}
+
+
+def test_only_a_server_that_nobody_has_checked_is_checked(monkeypatch):
+    from sku_vllm.serving import by_hand
+
+    monkeypatch.setattr(by_hand, "FLAGS", "sys")
+    for variable, plugins, wanted in (
+        ("/etc/serve.yaml", None, True),
+        (None, "sku", True),
+        (None, "other", False),
+        (None, None, False),
+        ("/tmp/sku-serve-x/serve.yaml", "sku", False),
+    ):
+        for name, value in (("SKU_SERVE_CONFIG", variable), ("VLLM_PLUGINS", plugins)):
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        assert by_hand.wanted() is wanted, (variable, plugins)
+    monkeypatch.setattr(by_hand, "FLAGS", "not.imported")
+    monkeypatch.setenv("VLLM_PLUGINS", "sku")
+    assert not by_hand.wanted(), "a worker never turns flags into a configuration"
+
+
+@pytest.mark.slow
+def test_vllm_started_by_hand_ends_with_one_line_before_its_engine(tiny, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    (tmp_path / "serve.yaml").write_text(f"arms: {{original: base, negated: 'lora:{tiny}/adapter@1'}}\n")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny / "base"), "--enforce-eager"]
+    command += [
+        "--max-model-len",
+        "512",
+        "--enable-lora",
+        "--max-loras",
+        "4",
+        "--max-lora-rank",
+        "1",
+        "--port",
+        str(free_port("127.0.0.1")),
+    ]
+    environment = {**os.environ, "VLLM_PLUGINS": "sku", "SKU_SERVE_CONFIG": str(tmp_path / "serve.yaml"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert said == [f"error: --max-lora-rank 1: arm negated: {tiny}/adapter has rank 8; start the server with --max-lora-rank 8"]
+    assert "EngineCore" not in done.stderr + done.stdout
