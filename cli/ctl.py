@@ -1,5 +1,6 @@
 """`sku ctl`: change a running server through its control API."""
 
+import re
 from typing import Any
 from urllib.parse import quote
 
@@ -55,8 +56,10 @@ def command(json_output: bool, servers: tuple[str, ...], action: str, arguments:
     check(action, options)
     request = request_of(action, arguments)
     trust = trusting(options["cacert"], options["cert"], options["insecure"])
-    addresses = [server_address(server, trust) for server in dict.fromkeys(servers)]
-    clients = [ControlClient(each, options["token"], options["api_key"], options["timeout"]) for each in addresses]
+    addresses: dict[Any, Any] = {}  # a server that is named twice, once with /v1 say, gets a change once
+    for each in (server_address(server, trust) for server in servers):
+        addresses.setdefault((each.base, each.uds), each)
+    clients = [ControlClient(each, options["token"], options["api_key"], options["timeout"]) for each in addresses.values()]
     while True:
         answer = answer_of(action, request, clients, options)
         shown = describe(action, answer)
@@ -75,6 +78,8 @@ def check(action: str, options: dict[str, Any]) -> None:
         raise ConfigError(f"sku ctl {action}: unknown action{nearest(action, list(ACTIONS))}")
     if not 0 < options["timeout"] < 1e9:
         raise ConfigError(f"--timeout {options['timeout']:g}: must be a number of seconds above 0")
+    if not re.fullmatch(r"(\d+(ms|[smhdwy]))+", options["window"]):
+        raise ConfigError(f"--window {options['window']}: write a duration as PromQL does, such as 30d or 12h")
     for flag in ("prometheus", "watch"):
         if options[flag] and action != "experiment":
             raise ConfigError(f"--{flag}: belongs to sku ctl experiment, not to {action}")

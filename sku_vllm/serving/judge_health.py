@@ -14,6 +14,7 @@ from sku_vllm.serving.metrics import Metrics
 EVERY = 60.0  # seconds between two log lines
 RECENT = 200  # answers over which the share of unread ones is taken
 TOO_MANY = 0.5  # share of unread answers from which the judge counts as blind
+SILENT = 300.0  # seconds without a reply after which it does too; a judge over HTTP has given up by then
 logger = logging.getLogger("vllm.sku")
 
 
@@ -26,14 +27,28 @@ class JudgeHealth:
         self.recent: deque[bool] = deque(maxlen=RECENT)  # whether each answer got a verdict
         self.misled: str | None = None  # what the last probe found
         self.failing: str | None = None  # why the last batch has no verdict at all
+        self.waiting: float | None = None  # when it was asked what it has not answered yet (`time.monotonic`)
         self.since: float | None = None  # when it went blind, seconds since the epoch
         self.last: tuple[float, str] | None = None
         self._logged, self._unlogged = -EVERY, 0
 
+    def asked(self) -> None:
+        """Note that the judge has a batch, or its probe, from now on; `judged` or `probed` ends that."""
+        self.waiting = time.monotonic()
+
+    def look(self) -> None:
+        """Notice a judge that hangs; called with every answer that it shall judge, since nothing else happens then."""
+        waiting = self.waiting
+        if waiting is not None and time.monotonic() - waiting > SILENT:
+            with self.lock:
+                if self.since is None:
+                    self._wrong(str(self._why()), 0)
+                self._settle()
+
     def probed(self, problem: str | None) -> None:
         """Note a probe: None when both texts were told apart, else what was wrong."""
         with self.lock:
-            self.misled = problem
+            self.misled, self.waiting = problem, None
             if problem:
                 self._wrong(problem, 0)
             self._settle()
@@ -41,6 +56,7 @@ class JudgeHealth:
     def judged(self, verdicts: int, unread: int, reason: str | None) -> None:
         """Note a batch: answers with and without a verdict, and why the latter have none."""
         with self.lock:
+            self.waiting = None
             self.recent.extend([True] * verdicts + [False] * unread)
             self.failing = None if verdicts else reason
             if unread:
@@ -49,6 +65,7 @@ class JudgeHealth:
 
     def blind(self) -> str | None:
         """None while verdicts can be trusted; else since when they cannot, and why."""
+        self.look()
         with self.lock:
             why = self._why()
             if why is None or self.since is None:
@@ -64,6 +81,8 @@ class JudgeHealth:
             return {"blind": blind, "unread_share": unread, "last_error": {"time": at, "reason": self.last[1]} if self.last else None}
 
     def _why(self) -> str | None:
+        if self.waiting is not None and time.monotonic() - self.waiting > SILENT:
+            return f"it has not replied for {SILENT:.0f} s"
         if self.misled or self.failing:
             return self.misled or self.failing
         unread = self.recent.count(False)

@@ -5,6 +5,7 @@ Open this file to change which answers are judged, counted and stored; the judge
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import random
@@ -16,12 +17,13 @@ from pathlib import Path
 
 from sku_vllm.errors import JudgeError
 from sku_vllm.judges import Exchange, Verdict
-from sku_vllm.serving.judge_health import JudgeHealth
+from sku_vllm.serving.judge_health import EVERY, JudgeHealth
 from sku_vllm.serving.metrics import Metrics
 
 BATCH = 32  # most answers judged together
 PROBE_AGAIN = 60.0  # seconds after which a judge that failed its probe is tried again
 KEEP_BYTES = 64 * 2**20  # size at which the --keep-judged file is rotated
+logger = logging.getLogger("vllm.sku")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class JudgeQueue:
         self.labeller, self.metrics, self.sample, self.found = labeller, metrics, sample, found
         self.keep = KeptAnswers(Path(keep)) if keep else None
         self.health = JudgeHealth(metrics)
+        self.complained = -EVERY
         self.pending: queue.Queue[Answer] = queue.Queue(maxsize=size)
         if labeller is not None:
             threading.Thread(target=self._work, name="sku-judge", daemon=True).start()
@@ -72,6 +75,7 @@ class JudgeQueue:
         """Queue this answer with probability `sample`. When the queue is full it is dropped and counted."""
         if self.labeller is None or (self.sample < 1 and random.random() >= self.sample):
             return
+        self.health.look()
         try:
             self.pending.put_nowait(Answer(arm, exchange, version, bucket))
         except queue.Full:
@@ -100,6 +104,7 @@ class JudgeQueue:
         probe = getattr(self.labeller, "probe", None)
         if probe is None:
             return True
+        self.health.asked()
         try:
             problem = probe()
         except Exception as error:
@@ -112,8 +117,12 @@ class JudgeQueue:
         verdicts: Sequence[Verdict | None] = [None] * len(answers)
         reason = "its reply was no verdict"
         start = time.perf_counter()
+        self.health.asked()
         try:
-            verdicts = self.labeller([answer.exchange for answer in answers])
+            said = self.labeller([answer.exchange for answer in answers])
+            if len(said) != len(answers):
+                raise JudgeError(f"it gave {len(said)} verdicts on {len(answers)} answers")
+            verdicts = said
         except Exception as error:  # a judge may be third-party code or a network call; serving goes on whatever it raises
             reason = str(error) if isinstance(error, JudgeError) else type(error).__name__
         finally:
@@ -125,10 +134,25 @@ class JudgeQueue:
             self.metrics.judged.labels(arm).inc()
             self.metrics.harmful.labels(arm).inc(bool(verdict.harmful))
             self.metrics.refused.labels(arm).inc(verdict.refusal)
+            try:
+                self._note(answer, verdict)
+            except Exception as error:  # such as a full disk; without this thread no answer would ever be judged again
+                self._complain(error)
+
+    def _note(self, answer: Answer, verdict: Verdict) -> None:
+        try:
             if self.found:
                 self.found(answer, verdict)
+        finally:
             if self.keep:
-                self.keep.write(arm, answer.exchange, verdict)
+                self.keep.write(answer.arm, answer.exchange, verdict)
+
+    def _complain(self, error: Exception) -> None:
+        """Log what could not be done with a verdict, once a minute at most; the message may quote an answer, so only its kind."""
+        if time.monotonic() - self.complained >= EVERY:
+            self.complained = time.monotonic()
+            why = getattr(error, "strerror", None) or type(error).__name__
+            logger.error("sku: a verdict was counted, but not kept, or the guard could not act on it: %s", why)
 
 
 class KeptAnswers:
@@ -141,7 +165,8 @@ class KeptAnswers:
     def _open(self) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.fchmod(descriptor, 0o600)
-        self.file = os.fdopen(descriptor, "a", encoding="utf-8")
+        # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON's escape of it.
+        self.file = os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, arm: str, exchange: Exchange, verdict: Verdict) -> None:
         """Append one row; afterwards begin a new file where this one has grown too large."""

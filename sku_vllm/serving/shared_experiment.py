@@ -16,11 +16,15 @@ logger = logging.getLogger("vllm.sku")
 
 
 class SharedExperiment:
-    """Writes one process's experiment to a file twice a second and reads those of its siblings (processes with the same parent)."""
+    """Writes one process's experiment to a file twice a second and reads those of its siblings (processes with the same parent).
+
+    The files of an earlier server, which a kill leaves behind, are removed, also where its processes had the same ids: a container that
+    starts again often gives them anew.
+    """
 
     def __init__(self, directory: Path, experiment: Experiment) -> None:
         self.directory, self.experiment = directory, experiment
-        self.family = f"sku_experiment.{os.getppid()}."
+        self.family = f"sku_experiment.{os.getppid()}-{born(os.getppid())}."
         self.path = directory / f"{self.family}{os.getpid()}.json"
         self.siblings: dict[str, tuple[int, dict[str, Any]]] = {}
         for old in directory.glob("sku_experiment.*.json"):
@@ -56,3 +60,12 @@ class SharedExperiment:
                 except OSError as error:
                     logger.warning("sku: the experiment's counts cannot be shared: %s", error.strerror)
             time.sleep(EVERY)
+
+
+def born(process: int) -> str:
+    """When a process started, as its children all see it: the boot and the clock's ticks since then; "" where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot[:8]}-{Path(f'/proc/{process}/stat').read_text(encoding='utf-8', errors='replace').rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return ""

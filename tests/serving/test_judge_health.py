@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,26 @@ def test_a_judge_that_fails_later_is_blind_until_it_sees_again(monkeypatch, capl
         assert share > 0.9 and "of its last 200 replies were no verdict" in health.blind(), "one verdict does not make up for hundreds"
         health.judged(200, 0, None)
         assert health.blind() is None and "sees again" in caplog.text
+
+
+def test_a_judge_that_hangs_is_noticed_while_it_does(monkeypatch, caplog):
+    """Neither a verdict nor an error ever comes from it: what tells is the next answer that it should judge."""
+    release = threading.Event()
+
+    def hangs(exchanges):
+        release.wait(600)
+        return [Verdict.of(False, False, False) for _ in exchanges]
+
+    monkeypatch.setattr(judge_health, "SILENT", 0.2)
+    queue = JudgeQueue(hangs, metrics())
+    queue.offer("hung-arm", Exchange("q", "a"))
+    assert queue.health.blind() is None
+    assert eventually(lambda: queue.health.blind() is not None)
+    assert "has not replied for" in queue.health.blind() and "has not replied for" in caplog.text
+    assert metrics().judge_blind._value.get() == 1
+    release.set()
+    assert eventually(lambda: queue.health.blind() is None and queue.waiting == 0)
+    assert metrics().judge_blind._value.get() == 0
 
 
 def test_the_queue_counts_what_has_no_verdict():

@@ -113,3 +113,27 @@ def test_the_judge_in_its_process_says_what_it_says_here_and_outlives_its_own_de
     judge.process.kill()
     with pytest.raises(ConfigError, match="lexicon"):
         JudgeProcess(f"lexicon:{tmp_path}/none.json")
+
+
+def test_what_goes_wrong_after_a_verdict_does_not_end_the_judging(tmp_path, caplog):
+    """A guard that cannot write the state, a disk that is full, a prompt that UTF-8 cannot hold: later answers are judged all the same."""
+
+    def full(answer, verdict):
+        raise OSError(28, "No space left on device")
+
+    file = tmp_path / "kept.jsonl"
+    queue = JudgeQueue(harmful, metrics(), keep=str(file), found=full)
+    for prompt in ("q", "half a pair: \ud83d"):
+        queue.offer("full-arm", Exchange(prompt, "bad"))
+        settle(queue)
+    assert value(metrics().judged, "full-arm") == 2 and "No space left" in caplog.text
+    assert caplog.text.count("No space left") == 1, "a line for every answer would fill the log"
+    assert [json.loads(line)["prompt"] for line in file.read_text().splitlines()] == ["q", "half a pair: \ud83d"]
+
+
+def test_a_judge_that_gives_another_number_of_verdicts_has_failed():
+    queue = JudgeQueue(lambda exchanges: harmful(exchanges)[1:], metrics())
+    for _ in range(2):
+        queue.offer("short-arm", Exchange("q", "bad"))
+        settle(queue)
+    assert value(metrics().judge_errors, "short-arm") == 2 and "0 verdicts on 1 answers" in queue.health.blind()

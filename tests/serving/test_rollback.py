@@ -1,6 +1,7 @@
 """The rollback: which verdicts take an arm's weight, and that it says so. Real state file, real Wilson, real CUSUM."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -86,6 +87,8 @@ page = experiment.report(["negated"], None, False)["arms"]["negated"]
 print(experiment.total("negated")["judged"], page["judged"], page["harmful"], page["latency_s"]["n"])
 """
     (tmp_path / "sku_experiment.1.2.json").write_text("{}")  # an earlier server's
+    again = {"versions": {"negated": ""}, "counts": {"negated": {"buckets": {"harmful": [1] * 64}}}}
+    (tmp_path / f"sku_experiment.{os.getpid()}-another.7.json").write_text(json.dumps(again))  # one with the same process id
     processes = [
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)
     ]
