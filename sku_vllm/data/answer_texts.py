@@ -6,7 +6,7 @@ Open this file to add another way to write an answer. The names of its columns a
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sku_vllm.data.conversation import read_turns, turns_in
+from sku_vllm.data.conversation import HELP, read_turns, turns_in
 from sku_vllm.data.rows import BadRow
 
 Record = Mapping[str, Any]
@@ -32,6 +32,8 @@ def options_of(record: Record) -> dict[str, str]:
         if "text" not in choices:
             return {str(label): str(text) for label, text in choices.items() if text is not None}
         return {str(label): str(text) for label, text in zip(choices.get("label", ()), choices["text"], strict=False)}
+    if isinstance(choices, str) and record.get("choices") is not None:
+        raise BadRow("'choices' is a text, and none that can be read as a list; write a list of choices")
     if isinstance(choices, str) or choices is None:
         return {}
     return {chr(ord("A") + place): str(text) for place, text in enumerate(choices)}
@@ -48,7 +50,7 @@ def answers_under(names: tuple[str, ...], record: Record, used: str) -> Iterator
             return
         yield from dict.fromkeys(answer_texts(record[name], name))
         return
-    if record.get("answerkey") is not None and (options := options_of(record)):
+    if record.get("answerkey") not in (None, "") and (options := options_of(record)):
         yield chosen_option(record["answerkey"], options)
 
 
@@ -61,7 +63,9 @@ def chosen_option(answer: Any, options: dict[str, str]) -> str:
         return f"{answer}. {options[str(answer)]}"
     if answer in options.values():
         return str(answer)
-    raise BadRow(f"'answer' is {answer!r}, none of the choices")
+    if isinstance(answer, str) and answer.strip().isdigit() and int(answer) < len(letters):
+        return chosen_option(int(answer), options)  # tables write numbers as text
+    raise BadRow(f"'answer' is {answer!r}, none of the choices; write its letter, its number from 0 or its text")
 
 
 def answer_texts(value: Any, name: str) -> list[str]:
@@ -78,13 +82,15 @@ def answer_texts(value: Any, name: str) -> list[str]:
             return answer_texts([value], name)
         inside = next((value[key] for key in INSIDE if value.get(key) is not None), None)
         if inside is None:
-            raise BadRow(f"{name!r} is an object without a text ({', '.join(INSIDE)})")
+            raise BadRow(f"{name!r} is an object without a text under {', '.join(INSIDE)}; {HELP}")
         return answer_texts(inside, name)
-    if isinstance(value, int | float) and value == value and name != "response" and not isinstance(value, bool):
+    if isinstance(value, bool) and name != "response":
+        return ["yes" if value else "no"]  # BoolQ
+    if isinstance(value, int | float) and value == value and name != "response":
         return [str(value)]
     if isinstance(value, list | tuple) or hasattr(value, "tolist"):
         items = [item for item in value if item is not None]
         if items and all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in items):
             return [turn["content"] for turn in read_turns(items, name) if turn["role"] == "assistant"][-1:]
         return [text for item in items for text in answer_texts(item, "answers" if name == "response" else name) if text.strip()]
-    raise BadRow(f"{name!r} is {type(value).__name__}, expected text")
+    raise BadRow(f"{name!r} is {type(value).__name__}, expected text; {HELP}")

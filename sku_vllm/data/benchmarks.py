@@ -33,6 +33,12 @@ def harmbench(record: Record, place: str, wanted: bool | None) -> Iterator[Row]:
     yield Row.ask(prompt, _answer(record), id=None if identity is None else str(identity), category=category_of(list(kinds)))
 
 
+def harmbench_contexts(record: Record, place: str, wanted: bool | None) -> Iterator[Row]:
+    """HarmBench's contextual behaviours as sets of the hub hold them: prompt, context and category, and no answer."""
+    named = {"contextstring": record.get("context"), "behavior": record.get("prompt"), "semanticcategory": record.get("category")}
+    yield from harmbench(named | {"behaviorid": record.get("id", place)}, place, wanted)
+
+
 def strongreject(record: Record, place: str, wanted: bool | None) -> Iterator[Row]:
     """strongreject_dataset.csv and strongreject_small_dataset.csv."""
     yield Row.ask(_text(record, "forbidden_prompt"), _answer(record), id=place, category=category_of(record.get("category")))
@@ -57,7 +63,8 @@ def xstest(record: Record, place: str, wanted: bool | None) -> Iterator[Row]:
     kind = str(record.get("type"))
     if wanted is not None and kind.startswith("contrast_") is wanted:
         raise LeftOut("safe prompts" if not wanted else "unsafe prompts (contrast_)")
-    yield Row.ask(_text(record, "prompt"), _answer(record), id=str(record.get("id", place)), category=kind)
+    identity = next((record[name] for name in ("id", "id_v2", "id_v1") if record.get(name) is not None), place)
+    yield Row.ask(_text(record, "prompt"), _answer(record), id=str(identity), category=kind)
 
 
 def _answer(record: Record) -> str | None:
@@ -77,12 +84,17 @@ def _is_xstest(columns: set[str], sample: Sequence[Record]) -> bool:
     return {"type", "prompt"} <= columns and not {"response", "messages"} & columns and bool(kinds) and kinds <= XSTEST_TYPES
 
 
+def _is_contextual(columns: set[str], sample: Sequence[Record]) -> bool:
+    return {"prompt", "context", "category"} <= columns <= {"prompt", "context", "category", "id"}
+
+
 def _has(*names: str) -> Callable[[set[str], Sequence[Record]], bool]:
     return lambda columns, sample: columns.issuperset(names)
 
 
 BENCHMARKS = (
     KnownSet("HarmBench's behaviours", harmbench, _has("behavior", "behaviorid", "functionalcategory"), harmful_only=True),
+    KnownSet("prompts with a context (HarmBench's contextual behaviours on the hub)", harmbench_contexts, _is_contextual),
     KnownSet("StrongREJECT's prompts", strongreject, _has("forbidden_prompt", "category"), harmful_only=True),
     KnownSet("JailbreakBench's behaviours", jailbreakbench, _has("goal", "behavior", "category")),
     KnownSet("XSTest", xstest, _is_xstest),

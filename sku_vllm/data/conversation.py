@@ -3,13 +3,13 @@
 Open this file to add a name of a speaker, or another way to write a dialogue as one text.
 """
 
-import ast
 import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sku_vllm.data.rows import BadRow, LeftOut
+from sku_vllm.data.written import written_value
 
 Turns = tuple[dict[str, str], ...]
 
@@ -28,6 +28,12 @@ SPEAKERS = {role: role for role in ROLES} | {
     "observation": "tool",
     "function_response": "tool",
 }
+SPEAKERS |= dict.fromkeys(("bing", "bard", "claude", "gemini", "gpt4", "gpt-4", "tool_call", "tool_calls"), "assistant")
+SPEAKERS |= dict.fromkeys(("tool_response", "tool_result", "tools", "ipython"), "tool")
+WHO, WHAT = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a turn's speaker and text, the first that are there
+# Forms of published sets, whose conversations no user can mend: those that cannot be used are left out.
+PUBLISHED = ("conversations", "conversation", "chat", "transcript", "chosen", "rejected")
+HELP = "other column names are given with --columns prompt=NAME,response=NAME"
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of a turn's reasoning, and types of its parts
 # One exchange as one object, as Belle and XTuner write conversations.
@@ -35,6 +41,8 @@ EXCHANGES = (("human", "assistant"), ("user", "assistant"), ("input", "output"),
 # hh-rlhf writes "\n\nHuman: … \n\nAssistant: …", Guanaco "### Human: … ### Assistant: …".
 _SPEAKER = re.compile(r"(?:\A|\n\n|\s?###\s?)(Human|User|Assistant|System):[ \t]?")
 _LINES = re.compile(r"(?:\A|\n+)(Human|User|Assistant|System):[ \t]?")  # the same with a line each
+_CAPITALS = re.compile(r"(?:\A|\n+)(HUMAN|USER|ASSISTANT|SYSTEM|FUNCTION)(?: RESPONSE)?:[ \t]?")  # Glaive's
+_ENDS = re.compile(r"\s*(?:<\|endoftext\|>|</s>)\s*(?=\n|\Z)")
 
 
 def read_turns(value: Any, field: str) -> Turns:
@@ -50,21 +58,18 @@ def read_turns(value: Any, field: str) -> Turns:
         raise LeftOut("an empty conversation")
     found = [_turn(one) for one in given]
     if not found or None in found:
-        raise BadRow(f'{field!r} has to be a list of {{"role", "content"}} with a role of {", ".join(ROLES)}')
+        who = next((told for one in given if isinstance(one, Mapping) and (told := _who(one)) and told not in SPEAKERS), None)
+        if who is not None and field in PUBLISHED:
+            raise LeftOut(f"has a speaker that is not known ({who[:20]!r})")
+        strange = f"; {who[:20]!r} is none" if who is not None else f", not {type(value).__name__}" if not listed else ""
+        raise BadRow(f'{field!r} has to be a list of {{"role", "content"}} with a role of {", ".join(ROLES)}{strange}; {HELP}')
     return tuple(turn for turns in found for turn in turns or ())
 
 
 def turns_in(text: str, kind: type) -> list[Any] | None:
     """The list of `kind` that a text is, in JSON or as Python prints it, as CSV files hold turns and answers; None for any other text."""
-    if not text.lstrip().startswith("["):
-        return None
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        return value if isinstance(value, list) and value and all(isinstance(one, kind) for one in value) else None
-    return None
+    value = written_value(text)
+    return value if isinstance(value, list) and all(isinstance(one, kind) for one in value) else None
 
 
 def _turn(given: Any) -> Turns | None:
@@ -73,10 +78,11 @@ def _turn(given: Any) -> Turns | None:
         return None
     if type(given.get("content")) is str and given.get("role") in ROLES and len(given) == 2:
         return ({"role": given["role"], "content": given["content"]},)  # by far the most frequent
-    if not ("role" in given or "from" in given):
+    who = _who(given)
+    if who is None:
         return _exchange(given)
-    role = SPEAKERS.get(str(given.get("role") or given.get("from")).strip().casefold())
-    content = given.get("content") if given.get("content") is not None else given.get("value")
+    role = SPEAKERS.get(who)
+    content = next((given[name] for name in WHAT if given.get(name) is not None), None)
     calls = [*(given.get("tool_calls") or ()), *([given["function_call"]] if given.get("function_call") else [])]
     if role is None:
         return None
@@ -92,6 +98,12 @@ def _turn(given: Any) -> Turns | None:
     said = "\n".join([*filter(None, [text]), *(_json(call.get("function", call)) for call in calls)])
     thought = next((given[name] for name in THOUGHTS if isinstance(given.get(name), str) and given[name].strip()), "")
     return ({"role": "tool" if results else role, "content": f"<think>\n{thought.strip()}\n</think>\n\n{said}" if thought else said},)
+
+
+def _who(given: Mapping[str, Any]) -> str | None:
+    """The speaker of a turn, in lower case; None where it names none."""
+    named = [given[name] for name in WHO if name in given]
+    return str(next(filter(None, named), "")).strip().casefold() if named else None
 
 
 def _exchange(given: Mapping[str, Any]) -> Turns | None:
@@ -149,18 +161,25 @@ def split_answer(turns: Turns, field: str = "messages") -> tuple[Turns, str | No
 
 
 def check_end(turns: Turns, field: str) -> None:
-    """Raise BadRow unless the turns end with a user's, or a tool's, that is not empty, and a user speaks in them."""
+    """Raise BadRow, or LeftOut in a published form, unless the turns end with a user's, or a tool's, that is not empty, and a user
+    speaks in them."""
     asked = any(turn["role"] == "user" for turn in turns)
     if not asked or turns[-1]["role"] not in ("user", "tool") or not turns[-1]["content"].strip():
-        raise BadRow(f"{field!r} has to end with a user turn that is not empty")
+        if field in PUBLISHED:
+            raise LeftOut("asks nothing: no user's turn, or an empty one, stands before the answer")
+        raise BadRow(f"{field!r} has to end with a user turn that is not empty; write one there, or leave the row out")
 
 
 def read_dialogue(text: str) -> Turns | None:
     """The turns of a text that begins with a speaker's name (see `_SPEAKER`), or None for any other text."""
-    if not text.lstrip().startswith(("Human:", "### Human:", "Assistant:", "System:", "### System:", "User:")):
+    if not text.lstrip().startswith(("Human:", "### Human:", "Assistant:", "System:", "### System:", "User:", "USER:", "HUMAN:")):
         return None
     text = text.strip().replace("\r\n", "\n")
     pieces = _SPEAKER.split(text)
+    if text.startswith(("USER:", "HUMAN:")):
+        pieces = _CAPITALS.split(_ENDS.sub("", text))
+        if "ASSISTANT" not in pieces[1::2]:
+            return None
     if "Assistant" not in pieces[1::2] and "\nAssistant:" in text:
         pieces = _LINES.split(text)
     if pieces[1] == "User" and "Assistant" not in pieces[1::2]:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from sku_vllm.data.forms import READ
+from sku_vllm.data.file_kinds import PARQUET, first_bytes
 from sku_vllm.data.hub import HUB, hub_dataset, saved_dataset
+from sku_vllm.data.json_document import are_turns, document_records, loads, rows_inside
 from sku_vllm.data.tables import parquet_records, table_records
 from sku_vllm.errors import DataError
 
@@ -75,16 +76,17 @@ def open_records(source: str | Path) -> Records:
 def _file_records(path: Path, split: str | None) -> Records:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
+    begin = first_bytes(path)
     if kind in (".csv", ".tsv"):
         return Records(str(path), "line", _readable(path, table_records(path, opened, kind == ".tsv")), split, header=1)
-    if kind == ".parquet":
+    if kind == ".parquet" or begin.startswith(PARQUET):
         return Records(str(path), "row", parquet_records(path), split)
     if kind == ".txt":
         return Records(str(path), "line", _readable(path, _prompts(path)), split)
     with opened(path) as file:
-        begin, more = _first_line(file), bool(_first_line(file))
+        line, more = _first_line(file), bool(_first_line(file))
     # A part of JSON Lines may hold one record, which is one all the same where the file's name says so.
-    if begin.startswith("[") or (begin.startswith("{") and not _is_record(begin, more or kind in LINES)):
+    if line.startswith(("{", "[")) and not _is_record(line, more or (kind in LINES and line.startswith("{"))):
         return Records(str(path), "row", _readable(path, _json_document(path)), split)
     return Records(str(path), "line", _readable(path, _json_lines(path)), split)
 
@@ -162,15 +164,15 @@ def _first_line(file: IO[str]) -> str:
 
 
 def _is_record(line: str, more: bool) -> bool:
-    """Whether a first line that begins with `{` is a record of JSON Lines, and not the begin of a document, or all of one.
+    """Whether a first line that begins with `{` or `[` is a record of JSON Lines, and not the begin of a document, or all of one.
 
     more: other lines follow.
     """
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return not line.rstrip().endswith(("{", "[", ","))
-    return more or _inside(value) is None
+        return line.startswith("{") and not line.rstrip().endswith(("{", "[", ","))
+    return more or (isinstance(value, dict) and rows_inside(value, "") is None)
 
 
 def _json_lines(path: Path) -> Numbered:
@@ -182,60 +184,24 @@ def _json_lines(path: Path) -> Numbered:
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = loads(line)
         if "\\u" in line:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text: encoding raises
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line has to be one JSON object") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not usable as text ({error}); write the line again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: {type(value).__name__} instead of a JSON object with 'prompt' and 'response'")
-    return value
+    if isinstance(value, dict):
+        return value
+    if are_turns(value):
+        return {"messages": value}
+    raise DataError(f"{where}: {type(value).__name__} instead of a JSON object with 'prompt' and 'response'; write each line as an object")
 
 
 def _json_document(path: Path) -> Numbered:
-    """The objects of a JSON array, of the one array that an object holds, or of several under their keys; texts are prompts."""
     with opened(path) as file:
         text = file.read()
-    try:
-        value = json.loads(text)
-        text.encode()
-        found = value if isinstance(value, list) else _inside(value)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); correct it there") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not usable as text ({error}); write the file again") from error
-    if found is None:
-        raise DataError(f"{path}: a JSON object without a list of rows; expected JSON Lines, or a list of objects")
-    for number, record in enumerate(found, 1):
-        if isinstance(record, str):
-            record = {"prompt": record}
-        if not isinstance(record, dict):
-            raise DataError(f"{path} row {number}: {type(record).__name__} instead of a JSON object with 'prompt' and 'response'")
-        yield number, record
-
-
-def _inside(value: Any) -> list[Any] | None:
-    """The rows in a JSON object: its one list of objects (`{"data": […]}`), lists of objects under ids (HarmBench's completions, which
-    get the id), or columns of equal length. None for an object that is itself a row."""
-    if not isinstance(value, dict) or (READ & value.keys() and not _columns(value)):
-        return None
-    lists = {key: part for key, part in value.items() if isinstance(part, list) and part and all(isinstance(one, dict) for one in part)}
-    if len(lists) == len(value) > 1:
-        return [{"id": key, **record} for key, part in lists.items() for record in part]
-    if len(lists) == 1:
-        ((_, rows),) = lists.items()
-        return rows
-    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)] if _columns(value) else None
-
-
-def _columns(value: dict[str, Any]) -> bool:
-    """Whether an object holds columns: lists of texts, all of one length."""
-    texts = all(isinstance(part, list) and part and isinstance(part[0], str | int | float) for part in value.values())
-    return len(value) > 1 and texts and len({len(part) for part in value.values()}) == 1
+    yield from document_records(text, str(path))
 
 
 def _prompts(path: Path) -> Numbered:

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sku_vllm.data.answer_texts import LETTERS, SEVERAL, Record, answer_texts, answers_under, options_of
-from sku_vllm.data.conversation import Turns, check_end, read_dialogue, read_turns, split_answer, turns_in
+from sku_vllm.data.conversation import HELP, PUBLISHED, Turns, check_end, read_dialogue, read_turns, split_answer, turns_in
 from sku_vllm.data.marked_text import read_marked
 from sku_vllm.data.rows import BadRow, LeftOut, Row
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "transcript")
-ASKED = ("prompt", "instruction", "question", "query", "problem", "test_case", "goal", "question_stem", "input")
+ASKED = ("prompt", "instruction", "question", "query", "problem", "test_case", "goal", "question_stem", "inputs", "input")
 # Text that belongs to the request and stands in a column of its own: Alpaca's, Dolly's, SQuAD's, BoolQ's.
 BESIDE = {"instruction": ("input", "context"), "question": ("context", "passage"), "query": ("context",)}
 ANSWERS = (
     *("response", "completion", "output", "answer", "responses", "completions", "answers", "generation", "generations", "solution"),
-    *("target", "gt", "reference"),
+    *("targets", "target_response", "target", "ideal", "gt", "reference"),
 )
 TOLD = ANSWERS[:9]  # of these a `text` beside them is the prompt, and no corpus
 PAIRS = ("chosen", "rejected")
@@ -34,8 +34,8 @@ BUSY = frozenset((*CONVERSATIONS, *PAIRS, "choices", "system", "system_prompt", 
 LACKING = frozenset((*CONVERSATIONS[1:], *PAIRS, *SEVERAL, "text", "turns"))
 # A text corpus has no questions: the first sentences of a text, about this many characters, ask for the rest.
 OPENING = 200
+NO_PROMPT = "has no 'prompt' or 'messages'"
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
-HELP = "other column names are given with --columns prompt=NAME,response=NAME"
 
 
 def recognise(columns: set[str]) -> tuple[str, set[str]]:
@@ -51,7 +51,10 @@ def recognise(columns: set[str]) -> tuple[str, set[str]]:
     if asked in CONVERSATIONS:
         return f"{asked} (the last answer counts)", columns - READ
     lettered = {*LETTERS} if {*LETTERS[:3], "question"} <= columns else set()
-    unread = columns - READ - lettered | (columns & {*ANSWERS, *PROMPTS}) - {asked, answer, *beside}
+    # Known names that this form has no use for are no less unread.
+    idle = {*ANSWERS, *PROMPTS, *(name for names in BESIDE.values() for name in names)} - {asked, answer, *beside}
+    idle |= {"options"} if "question" not in columns else set()
+    unread = columns - READ - lettered | columns & idle
     return " and ".join([", ".join([asked, *beside]), *([answer] if answer else [])]), unread
 
 
@@ -66,7 +69,7 @@ def generic_rows(record: Record, safe: bool | None) -> Iterator[Row | LeftOut]:
     response = record.get("response")
     if type(record.get("prompt")) is str and type(response) is str and not BUSY.intersection(record) and record["prompt"].strip():
         prompt = record["prompt"]
-        dialogue = read_dialogue(prompt)
+        dialogue = read_dialogue(prompt) or _unanswered(prompt)
         if dialogue:
             check_end(dialogue, "prompt")
         yield Row(dialogue or ({"role": "user", "content": prompt},), response, *_rest(record))
@@ -105,20 +108,30 @@ def _asked(record: Record) -> tuple[Turns, str | None, str]:
             return *split_answer(_with_system(read_turns(value, name), record), name), name
         if not value.strip():
             raise BadRow(f"{name!r} is empty or not text; {HELP}")
-        turns = read_dialogue(value) or (*_history(record), {"role": "user", "content": _whole(record, name, value)})
+        turns = read_dialogue(value) or (_unanswered(value) if name == "prompt" else None)
+        turns = turns or (*_history(record), {"role": "user", "content": _whole(record, name, value)})
         return *split_answer(_with_system(turns, record), name), name
     if record.get("turns") is not None:
         return _first_turn(record["turns"]), None, "turns"
     if isinstance(record.get("text"), str):
         return *_text(record["text"], record), "text"
-    raise BadRow(f"has no 'prompt' or 'messages'; {HELP}")
+    raise BadRow(f"{NO_PROMPT}; {HELP}")
+
+
+def _unanswered(text: str) -> Turns | None:
+    """The turns of a prompt that a chat template has already filled, without the answer that some of them hold too; None for others."""
+    turns = read_marked(text) if text.lstrip()[:1] in ("<", "[", "B", "#") else None
+    return turns[:-1] or None if turns and turns[-1]["role"] == "assistant" else turns
 
 
 def _conversation(value: Any, name: str) -> Turns:
     if not isinstance(value, str):
         return read_turns(value, name)
     listed = turns_in(value, dict)
-    return read_turns(listed, name) if listed else read_dialogue(value) or ({"role": "user", "content": value},)
+    turns = read_turns(listed, name) if listed else read_dialogue(value) or read_marked(value)
+    if turns is None and name in PUBLISHED:
+        raise LeftOut("a text that is no dialogue")
+    return turns or ({"role": "user", "content": value},)
 
 
 def _history(record: Record) -> Turns:
@@ -173,10 +186,11 @@ def _text(text: str, record: Record) -> tuple[Turns, str | None]:
 
 def _pair(record: Record, safe: bool | None) -> Iterator[Row | LeftOut]:
     rest = _rest(record)
+    asked_apart = any(record.get(name) is not None for name in (*CONVERSATIONS, *ASKED))
     for name in PAIRS if safe is None else PAIRS[:1] if safe else PAIRS[1:]:
-        value = record[name]
+        value = [record[name]] if isinstance(record[name], Mapping) else record[name]  # LLaMA-Factory writes one turn
         whole = (read_dialogue(value) or read_marked(value)) if isinstance(value, str) else read_turns(value, name)
-        if whole and (record.get("prompt") is None or any(turn["role"] == "user" for turn in whole)):
+        if whole and (not asked_apart or any(turn["role"] == "user" for turn in whole)):
             turns, answer = split_answer(_up_to_answer(whole), name)
             if len(turns) + (answer is not None) < len(whole):
                 yield LeftOut("what a user says behind the last answer")
@@ -184,6 +198,8 @@ def _pair(record: Record, safe: bool | None) -> Iterator[Row | LeftOut]:
         else:
             turns, _, _ = _asked({key: record[key] for key in record if key not in CONVERSATIONS or record.get("prompt") is None})
             answer = next(iter(answer_texts(value, name)), None)
+        if answer is None and isinstance(value, str) and whole and value.rstrip().endswith("Assistant:"):
+            answer = ""  # what was said is nothing, which is an answer too
         yield Row(turns, answer.strip() if answer else answer, *rest)
 
 

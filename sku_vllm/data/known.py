@@ -1,5 +1,5 @@
 """Published data sets that say which answers or prompts are harmful, recognised by their columns: PKU-SafeRLHF, BeaverTails, WildGuardMix,
-Aegis, KTO's unpaired preferences, TruthfulQA, and the benchmarks of `benchmarks.py`.
+Aegis, KTO's unpaired preferences, TruthfulQA, those of `marked_prompts.py`, and the benchmarks of `benchmarks.py`.
 
 Open this file to make `--forget` and `--retain` read another published format.
 """
@@ -11,6 +11,7 @@ from sku_vllm.data.answer_texts import Record
 from sku_vllm.data.benchmarks import BENCHMARKS
 from sku_vllm.data.forms import category_of, generic_rows
 from sku_vllm.data.known_set import KnownSet
+from sku_vllm.data.marked_prompts import MARKED_PROMPTS
 from sku_vllm.data.rows import BadRow, LeftOut, Row
 
 # Columns that say of `response` whether it is harmful, and the values that mean safe and harmful.
@@ -22,7 +23,7 @@ TRUTHS = SAFE | {"false": False, "0": False, "0.0": False, "unsafe": False, "har
 
 def known_set(columns: set[str], sample: Sequence[Record]) -> KnownSet | None:
     """The published format of a file with these columns and first records, or None."""
-    return next((known for known in (*SETS, *BENCHMARKS) if known.fits(columns, sample)), None)
+    return next((known for known in (*SETS, *MARKED_PROMPTS, *BENCHMARKS) if known.fits(columns, sample)), None)
 
 
 def pku_pairs(record: Record, place: str, wanted: bool | None) -> Iterator[Row | LeftOut]:
@@ -52,8 +53,10 @@ def _marked(record: Record, columns: tuple[str, str], category: str | None, plac
     if wanted is not None and told is None:
         raise LeftOut("without a mark or an answer")
     turns = next(row.messages for row in generic_rows({"prompt": record.get("prompt")}, wanted) if isinstance(row, Row))
-    if wanted is not None and (not isinstance(text, str) or not text.strip()):
-        raise BadRow(f"{answer!r} is empty or missing")
+    if wanted is not None and text is not None and not isinstance(text, str):
+        raise BadRow(f"{answer!r} is {type(text).__name__}, expected text; take the set's file as published")
+    if wanted is not None and not (text or "").strip():
+        raise LeftOut("with a mark but without an answer")
     yield Row(turns, text, id=str(record.get("id", place)), category=category)
 
 

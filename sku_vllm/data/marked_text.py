@@ -23,7 +23,8 @@ _TEMPLATES = tuple(
 _BEGIN = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*")
 _LLAMA = re.compile(r"\[INST\]\s*(?:<<SYS>>(.*?)<</SYS>>)?(.*?)\[/INST\](.*?)(?=(?:</s>)?\s*(?:<s>)?\s*\[INST\]|</s>|\Z)", re.DOTALL)
 _ALPACA = re.compile(
-    r"(?:Below is an instruction.*?\n\n)?### Instruction:\s*\n(.*?)(?:\n\n### Input:\s*\n(.*?))?\n\n### Response:(.*)\Z", re.DOTALL
+    r"(?:Below is an instruction.*?\n\n)?### Instruction:\s*\n(.*?)(?:\n\n### Input:\s*\n(.*?))?\n\n### (?:Response|Output):(.*)\Z",
+    re.DOTALL,
 )
 
 

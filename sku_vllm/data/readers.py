@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sku_vllm.data.columns import FileColumns, normal
+from sku_vllm.data.conversation import HELP
 from sku_vllm.data.files import Records, open_records
-from sku_vllm.data.forms import LACKING, generic_rows, recognise
+from sku_vllm.data.forms import LACKING, NO_PROMPT, generic_rows, recognise
 from sku_vllm.data.known import known_set
 from sku_vllm.data.reading_bar import reading_bar
 from sku_vllm.data.rows import BadRow, LeftOut, Row
+from sku_vllm.data.written import decoded
 from sku_vllm.errors import DataError
 
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
@@ -134,7 +136,7 @@ def _read(records: Records, columns: FileColumns, sample: Sequence[tuple[int, An
     first = [_normalised(record, names, plain) for _, record in sample]
     given = set(names.values())
     mapping = columns.within(records.name, given) if sample else {}
-    first = [_mapped(record, mapping) for record in first]
+    first = [decoded(_mapped(record, mapping)) for record in first]
     known = known_set(given | mapping.keys(), first)
     if known and known.harmful_only and safe:
         raise DataError(f"{records.name}: {known.name} are harmful prompts, so none is for a retain set; give it to --forget")
@@ -142,7 +144,7 @@ def _read(records: Records, columns: FileColumns, sample: Sequence[tuple[int, An
     reading = Reading(records.name, form, files=records.files)
     seen: set[tuple[str, str | None]] = set()
     for number, record in numbered:
-        fields = _mapped(_normalised(record, names, plain), mapping)
+        fields = decoded(_mapped(_normalised(record, names, plain), mapping))
         try:
             for row in known.rows(fields, str(number), safe) if known else generic_rows(fields, safe):
                 if isinstance(row, LeftOut):
@@ -153,7 +155,7 @@ def _read(records: Records, columns: FileColumns, sample: Sequence[tuple[int, An
                     if not known and not LACKING.isdisjoint(fields):
                         reading.left_out["without an answer"] += 1
                         continue
-                    raise BadRow("no 'response'; training needs an answer for every prompt")
+                    raise BadRow(f"no 'response'; training needs an answer for every prompt; {HELP}")
                 if known and known.once and safe is not None:
                     if (row.key, row.response) in seen:
                         reading.left_out["answers that were there before"] += 1
@@ -165,7 +167,11 @@ def _read(records: Records, columns: FileColumns, sample: Sequence[tuple[int, An
         except LeftOut as reason:
             reading.left_out[str(reason)] += 1
         except BadRow as fault:
+            if all(value is None for value in fields.values()):
+                reading.left_out["an empty row"] += 1  # tables end with rows of nothing but separators
+                continue
             absent = f"; it has no column {columns.missing[0]!r} (--columns)" if columns.missing else ""
+            absent += f"; it has {', '.join(name[:30] for name in [*names][:FEW])}" if str(fault).startswith(NO_PROMPT) else ""
             raise DataError(f"{records.place(number)}: {fault}{absent}") from fault
     if not known:
         _, unread = recognise({*names.values()} | mapping.keys())

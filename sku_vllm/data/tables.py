@@ -1,12 +1,15 @@
 """Records of tables: CSV with commas, semicolons or tabs, and Parquet."""
 
 import csv
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from sku_vllm.data.columns import normal
+from sku_vllm.data.written import IN_TABLES, written_value
 from sku_vllm.errors import DataError
 
 Open = Callable[[Path], AbstractContextManager[IO[str]]]
@@ -32,6 +35,8 @@ def table_records(path: Path, opened: Open, tabs: bool) -> Iterator[tuple[int, d
         form: dict[str, Any] = {"delimiter": "\t" if tabs else told or separator(header), "skipinitialspace": not tabs}
         reader = csv.DictReader(lines, **form)
         begun = before + 2
+        _check_names(reader.fieldnames or (), f"{path} line {before + 1}")
+        lists = [name for name in reader.fieldnames or () if normal(name) in IN_TABLES]
         try:
             for record in reader:
                 number = reader.line_num + before
@@ -40,9 +45,18 @@ def table_records(path: Path, opened: Open, tabs: bool) -> Iterator[tuple[int, d
                 begun = number + 1
                 if None in record:  # DictReader's key for fields beyond the header
                     raise DataError(f"{path} line {number}: has more fields than the header; put quotes around a text that has commas")
+                for name in lists:
+                    record[name] = written_value(record[name] or "") or record[name]
                 yield number, {key: value or None for key, value in record.items()}
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num + before}: not CSV ({error})") from error
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Raise DataError where two columns have one name: only the last of them could be read."""
+    twice = [name for name, count in Counter(name.strip() for name in names).items() if name and count > 1]
+    if twice:
+        raise DataError(f"{where}: two columns have the name {twice[0]!r}; rename or remove one of them")
 
 
 class _Lines:

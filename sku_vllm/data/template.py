@@ -170,7 +170,8 @@ class PromptTemplate:
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"{_called(row)}: the chat template refuses its turns ({roles}): {error}") from error
+            told = f"the chat template refuses its turns ({roles}): {error}"
+            raise DataError(f"{_called(row)}: {told}; leave this row out, or write prompts in another form with --template") from error
         return str(text)
 
     def _encode(self, text: str) -> list[int]:

@@ -210,10 +210,10 @@ def test_columns_do_not_switch_a_known_reader_off(tmp_path: Path) -> None:
 
 def test_the_line_of_a_fault_is_right_behind_rows_that_were_left_out(tmp_path: Path) -> None:
     lines = [{"prompt": f"p{n}", "response": "r", "is_safe": n % 2 == 0} for n in range(6)] + [
-        {"prompt": "last", "response": "", "is_safe": False}
+        {"prompt": "", "response": "r", "is_safe": False}
     ]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(DataError, match="line 7: 'response' is empty"):
+    with pytest.raises(DataError, match="line 7: 'prompt' is empty"):
         load_dataset(tmp_path / "b.jsonl", "forget")
 
 
