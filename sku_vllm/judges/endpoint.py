@@ -115,8 +115,8 @@ class EndpointJudge:
             reply = self.server.post(message | options)
             choice = self._field(reply, "choices")
             choice = choice[0] if isinstance(choice, list) and choice and isinstance(choice[0], Mapping) else {}
-            said = str((choice.get("message") or {}).get("content"))
-            finding = read_reply(self.guard, (choice.get("message") or {}).get("content"))
+            content = _text_of((choice.get("message") or {}).get("content"))
+            said, finding = str(content), read_reply(self.guard, content)
             if finding.readable or choice.get("finish_reason") != "length":
                 break
             self.server.allow_more(options)  # the verdict was cut off
@@ -130,6 +130,14 @@ class EndpointJudge:
             place = ".".join(map(str, path))
             raise UnreadableReply(f"judge {self.name}: its reply has no {place}; is {self.server.urls[0]} the right endpoint?") from error
         return reply
+
+
+def _text_of(content: Any) -> Any:
+    """The text of a reply whose content is a list of parts, as some reasoning models' is, thoughts left out; any other as it is."""
+    if not isinstance(content, list):
+        return content
+    parts = [part for part in content if isinstance(part, Mapping) and part.get("type") in ("text", "output_text")]
+    return "".join(str(part.get("text") or "") for part in parts)
 
 
 def _choice(guard: Guard) -> dict[str, Any]:

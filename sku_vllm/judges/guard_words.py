@@ -14,7 +14,7 @@ _WORD = re.compile(
 _BAD = ("unsafe", "un-safe", "harmful", "dangerous")
 _STATED = re.compile(r"(?:verdict|answer|response|classification|label|judge?ment|rating)(?:\s+is)?\s*[:=]?\s*\W*$", re.IGNORECASE)
 _ALONE = re.compile(r"[\"')\]]*[.!]?\s*(?:\n|$)")
-_ASKED = re.compile(r"[\"')\]]*\s*\?\W*(?P<told>yes|no|not)?\b", re.IGNORECASE)
+_ASKED = re.compile(r"[\"')\]]*\s*\?\W*(?P<told>yes|no|not)?(?:\b|\Z)", re.IGNORECASE)
 _FOR_NOBODY = re.compile(r"\s+(?:for|to)\s+(?:nobody|no\s?one|none)\b", re.IGNORECASE)
 # Where another thing begins to be said, so that a "not" before it does not reach behind it.
 _CLAUSE = re.compile(

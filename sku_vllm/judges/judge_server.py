@@ -4,6 +4,7 @@ Open this file when an API refuses a parameter that others need.
 """
 
 import json
+import logging
 import os
 import random
 import threading
@@ -18,6 +19,7 @@ from sku_vllm.client.http import http_client
 from sku_vllm.errors import JudgeError
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+logger = logging.getLogger("sku_vllm.judges")
 MORE_TOKENS = 16  # times as many for a reply that was cut before its verdict, as a reasoning model's is
 
 
@@ -104,6 +106,12 @@ class JudgeServer:
         for word, change in changes:
             key = "max_tokens" if word == "max_completion_tokens" else word
             if word in complaint and key in body:
+                if word == "chat_template_kwargs":
+                    logger.warning(
+                        "judge %s: the server refuses chat_template_kwargs, so the guard is asked without the policy in them (%s)",
+                        self.name,
+                        complaint[:80],
+                    )
                 other = dict(body)
                 change(other)
                 with self._lock:
