@@ -27,7 +27,7 @@ class Judged:
     """Judged answers of one side.
 
     rows: by set, mode and conversation (`sku_vllm.data.rows.conversation_key`), each with label, response and prompt. unjudged: answers
-    that no judge decided, left out of `rows`. opinion: whether any judge decides harm; undecided: sets in which none
+    that no judge decided, or that were missing, left out of `rows`. opinion: whether any judge decides harm; undecided: sets in which none
     does. judge: the SPECs that labelled them, None where
     that is not known. settings: those of DECODING that are known, and `prompt_template`, the digest of how prompts were written.
     changed: a line where the file is not the one that the record beside it was written with.
@@ -58,6 +58,9 @@ def read_judged(path: str | Path) -> Judged:
     waiting: list[tuple[Key, bool, dict[str, Any]]] = []
     unjudged, judges = 0, set()
     for where, row in json_lines(file):
+        if "label" in row and row["label"] is None:
+            unjudged += 1  # a row that had no answer to judge
+            continue
         try:
             label, response = row["label"], row["response"]
             prompt, conversation = _asked(row)
