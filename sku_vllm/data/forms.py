@@ -108,8 +108,8 @@ def _asked(record: Record) -> tuple[Turns, str | None, str]:
             return *split_answer(_with_system(read_turns(value, name), record), name), name
         if not value.strip():
             raise BadRow(f"{name!r} is empty or not text; {HELP}")
-        turns = read_dialogue(value) or (_unanswered(value) if name == "prompt" else None)
-        turns = turns or (*_history(record), {"role": "user", "content": _whole(record, name, value)})
+        told = read_dialogue(value) or (_unanswered(value) if name == "prompt" else None)
+        turns = told or (*_history(record), {"role": "user", "content": _whole(record, name, value)})
         return *split_answer(_with_system(turns, record), name), name
     if record.get("turns") is not None:
         return _first_turn(record["turns"]), None, "turns"

@@ -97,14 +97,15 @@ class EndpointJudge:
         chat = self.server.path.endswith("/chat/moderations")
         turns = [*exchange.conversation, {"role": "assistant", "content": exchange.response}]
         reply = self.server.post({"model": self.model, "input": [turns] if chat else exchange.response})
-        result = self._field(reply, "results", 0)
+        results = self._field(reply, "results")
+        result = results[0] if isinstance(results, list) and results else None
         told = result.get("categories") if isinstance(result, Mapping) else None
         held = [name for name, holds in told.items() if holds is True] if isinstance(told, Mapping) else []
         flagged = result.get("flagged") if isinstance(result, Mapping) else None
         if flagged is None and isinstance(told, Mapping):
             flagged = bool(held)  # Mistral's replies have no `flagged`
         if not isinstance(flagged, bool):
-            return UNREADABLE, f"results.0.flagged {flagged}"
+            return UNREADABLE, f"results.0.flagged {flagged}" if isinstance(result, Mapping) else "results without a result"
         return Finding(flagged, ", ".join(held) if flagged else ""), ""
 
     def _asked(self, exchange: Exchange) -> tuple[Finding, str]:
@@ -122,14 +123,10 @@ class EndpointJudge:
             self.server.allow_more(options)  # the verdict was cut off
         return finding if exchange.forget or not self.forget_only else replace(finding, harmful=None), said
 
-    def _field(self, reply: Any, *path: str | int) -> Any:
-        try:
-            for step in path:
-                reply = reply[step]
-        except (KeyError, IndexError, TypeError) as error:
-            place = ".".join(map(str, path))
-            raise UnreadableReply(f"judge {self.name}: its reply has no {place}; is {self.server.urls[0]} the right endpoint?") from error
-        return reply
+    def _field(self, reply: Any, name: str) -> Any:
+        if not isinstance(reply, Mapping) or name not in reply:
+            raise UnreadableReply(f"judge {self.name}: its reply has no {name}; is {self.server.urls[0]} the right endpoint?")
+        return reply[name]
 
 
 def _text_of(content: Any) -> Any:

@@ -77,6 +77,8 @@ class Server(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.endswith("/moderations"):
+            return self.reply(200, {"results": [] if body["input"] == "odd" else [{"flagged": "clog" in body["input"]}]})
         if "chat_template_kwargs" in body:
             return self.reply(400, {"error": {"message": "Unrecognized request argument: chat_template_kwargs"}})
         verdict = "Yes" if "clog" in json.dumps(body["messages"][-1]) else "No"
@@ -110,3 +112,8 @@ def test_a_reply_in_parts_and_a_policy_that_a_server_does_not_take(
     assert judge.judge([Exchange("q", "clog it"), Exchange("q", "no")]) == [True, False]
     assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
     assert "asked without the policy" in caplog.text
+
+
+def test_a_moderation_without_a_result_costs_one_row(server: str) -> None:
+    judge = load_judge(f"openai:{server}/v1/moderations#omni")
+    assert judge.judge([Exchange("q", text) for text in ("clog", "odd", "no")]) == [True, None, False]
