@@ -103,7 +103,7 @@ class Pace:
         for phase in self.run.phases:
             coming = coming or (phase.sample_at is not None and begin + phase.sample_at >= self.run.at)
             begin += phase.steps
-        planned = sum(answers for answers, _ in answers_to_draw(self.run.config)) if coming else 0
+        planned = sum(answers for answers, _ in answers_to_draw(self.run.config, len(self.run.batches.border_prompts))) if coming else 0
         return max(self.wanted, planned - self._now) - self.done
 
     def _seconds_per_answer(self) -> float | None:

@@ -75,7 +75,7 @@ class Trial:
         Afterwards the run has rows that stand for those that it will draw.
         """
         run, config, until = self.run, self.run.config, time.monotonic() + seconds
-        passes = sum(answers * passes for answers, passes in answers_to_draw(config)) / config.samples
+        passes = sum(answers * passes for answers, passes in answers_to_draw(config, len(run.batches.border_prompts))) / config.samples
         asked = sorted(map(list, run.batches.forget_of), key=len)
         batch = min(DRAWN, config.samples)
         in_prompt, in_batch = self._seconds_of_draws(asked, batch)

@@ -71,18 +71,21 @@ def with_stand_ins(batches: "Batches") -> Iterator[None]:
     if not batches.samples:
         batches.samples = stand_ins(batches)
         batches.self_generated = batches.samples if batches.config.unasked_weight else []
-        batches.border = batches.samples if batches.border_prompts and batches.config.border_weight else []
+        has_border = batches.border_prompts or batches.config.targets in WRITTEN  # see preserved.draw_border
+        batches.border = batches.samples if has_border and batches.config.border_weight else []
     try:
         yield
     finally:
         (batches.samples, batches.self_generated, batches.border), batches.used = drawn, used
 
 
-def answers_to_draw(config: TrainConfig) -> list[tuple[int, int]]:
-    """(answers, forward passes for each token) of every draw of a contrastive method, in order; see `Drawn.draw`."""
+def answers_to_draw(config: TrainConfig, border: int) -> list[tuple[int, int]]:
+    """(answers, forward passes for each token) of every draw of a contrastive method, in order, with so many border prompts given; see
+    `Drawn.draw`."""
     latent = config.targets not in WRITTEN
     from_target, from_base = (config.samples, 2 if latent else 1), (config.samples, 1)
     first = [] if config.targets == "given" else [from_target]
     own = [from_base, from_target] if config.unasked_weight else []
-    border = [(config.samples // 2, 1)] if config.border_weight and not latent else []
-    return first + own + border
+    # The base's answers to the user's border prompts, or to those that it writes first.
+    bordering = [(max(border, config.samples // 2), 1)] if border else [] if latent else [from_base, (config.samples // 2, 1)]
+    return first + own + (bordering if config.border_weight else [])

@@ -24,9 +24,7 @@ LINES = [
 ]
 
 
-def test_a_row_without_an_answer_keeps_its_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_without_an_answer_keeps_its_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("sku_vllm"), "propagate", True)
     told = judged(tmp_path, "rows", LINES)
     assert (told["n"], told["harmful"], told["unanswered"]) == (2, 0.5, 1) and "1 of 3 rows have no answer" in caplog.text
