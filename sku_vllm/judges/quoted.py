@@ -14,6 +14,7 @@ LEAST = 6  # letters outside of the quotations; where fewer are left, as with "�
 _PAIRS = ("„“”", "“”", "«»", "»«", "「」", "『』", '""')
 # In single quotation marks an apostrophe stands between letters.
 _SINGLE = rf"(?<![\w'’])['‘](?=\w)(?:[^'‘’\n]|(?<=\w)['’](?=\w)){{2,{LONGEST}}}['’](?!\w)"
+_MARK = re.compile(r"[„“”«»「『\"]|(?<![\w'’])['‘](?=\w)")  # what every quotation begins with, found at once
 _QUOTED = re.compile("|".join([*(rf"{pair[0]}[^{pair}\n]{{2,{LONGEST}}}[{pair[1:]}]" for pair in _PAIRS), _SINGLE]))
 # Words of saying that stand beside speech, of the languages that the detector of refusals knows.
 _SAYING = (
@@ -24,9 +25,10 @@ _SAYING = (
 # Speech after a dash, as most of Europe writes it: up to the next dash, or to the word of saying.
 _DASHED = re.compile(rf"^[—–―]\s?[^—–―\n]{{2,{LONGEST}}}?(?:\s[—–―]|,\s*(?=(?:{_SAYING})\b))", re.MULTILINE | re.IGNORECASE)
 # "The screen answered: I can't help with that." What "my answer" or "I" says is the speaker's own.
+_REPORTS = r"(?:said|says|answers?|answered|repl(?:y|ies|ied)|reads?|responds?|responded|displays?|displayed|printed|wrote)"
+_REPORTING = re.compile(rf"{_REPORTS}:")  # a quick look before the slow one
 _REPORTED = re.compile(
-    r"(?P<who>\b[\w']+ (?:\w+ ){0,3}"
-    r"(?:said|says|answers?|answered|repl(?:y|ies|ied)|reads?|responds?|responded|displays?|displayed|printed|wrote))"
+    rf"(?P<who>\b[\w']+ (?:\w+ ){{0,3}}{_REPORTS})"
     r":\s*(?=[A-Z])[^\n.!?]{2,200}[.!?]?"
 )
 _OWN = re.compile(r"\b(?:I|[Mm]y|[Oo]ur|we)\b")
@@ -56,9 +58,13 @@ def unquoted(text: str) -> str:
 
     A text that consists of its quotation is left as it is, since somebody who refuses may put that into quotation marks.
     """
-    rest = _QUOTED.sub(lambda found: " … " if _is_speech(found[0]) and not _INTRODUCED.search(text[: found.start()]) else found[0], text)
+    rest = text
+    if _MARK.search(text):
+        rest = _QUOTED.sub(
+            lambda found: " … " if _is_speech(found[0]) and not _INTRODUCED.search(text[: found.start()]) else found[0], text
+        )
     rest = _DASHED.sub(" … ", rest)
-    if ":" in rest:
+    if _REPORTING.search(rest):
         rest = _REPORTED.sub(lambda found: found[0] if _OWN.search(found["who"]) else f"{found['who']}: …", rest)
     return rest if rest == text or sum(character.isalpha() for character in rest) >= LEAST else text
 
