@@ -130,7 +130,7 @@ def is_english(answer: str) -> bool:
     "Der Server schickt die Response auf den Request" has an English word, too.
     """
     text = answer[:800].replace("’", "'")
-    found = _WORD.findall(text)
+    found: list[str] = _WORD.findall(text)
     words = len(found)
     if words <= 4 and _LOANED.search(text):
         return True
