@@ -5,16 +5,15 @@ Open this file to change proxies, certificates or redirects. (Only `upstream:` a
 
 import functools
 import json
-import os
 import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
 
+from sku_vllm.client.socket_path import reachable
 from sku_vllm.errors import ConfigError, RunError
 
-LONGEST = 107  # bytes of a Unix socket's path
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -60,11 +59,6 @@ def http_client(
         return httpx.Client(trust_env=proxy, mounts=direct, follow_redirects=True, **settings)
     except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, or no proxy's address at all
         raise ConfigError(f"HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a proxy that cannot be used: {error}") from error
-
-
-def reachable(socket: str) -> str:
-    """A Unix socket's path as this process can name it: from its working directory where the whole path is too long for a socket's."""
-    return socket if len(os.fsencode(socket)) <= LONGEST else os.path.relpath(socket)
 
 
 def _stays_home(host: str) -> Callable[[httpx.Request], None]:

@@ -6,7 +6,7 @@ Open this file to add another way to write an answer. The names of its columns a
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sku_vllm.data.conversation import HELP, read_turns, turns_in
+from sku_vllm.data.conversation import HELP, are_turns, read_turns, turns_in
 from sku_vllm.data.rows import BadRow
 
 Record = Mapping[str, Any]
@@ -90,7 +90,7 @@ def answer_texts(value: Any, name: str) -> list[str]:
         return [str(value)]
     if isinstance(value, list | tuple) or hasattr(value, "tolist"):
         items = [item for item in value if item is not None]
-        if items and all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in items):
+        if are_turns(items):
             return [turn["content"] for turn in read_turns(items, name) if turn["role"] == "assistant"][-1:]
         return [text for item in items for text in answer_texts(item, "answers" if name == "response" else name) if text.strip()]
     raise BadRow(f"{name!r} is {type(value).__name__}, expected text; {HELP}")

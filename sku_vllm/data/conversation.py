@@ -72,6 +72,11 @@ def turns_in(text: str, kind: type) -> list[Any] | None:
     return value if isinstance(value, list) and all(isinstance(one, kind) for one in value) else None
 
 
+def are_turns(value: Any) -> bool:
+    """Whether a value is a conversation: a list of objects that each name a speaker."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Mapping) and ("role" in one or "from" in one) for one in value)
+
+
 def _turn(given: Any) -> Turns | None:
     """The turn, or both turns of an exchange; None for neither."""
     if not isinstance(given, Mapping):

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from sku_vllm.data.conversation import are_turns
 from sku_vllm.data.file_kinds import PARQUET, first_bytes
 from sku_vllm.data.hub import HUB, hub_dataset, saved_dataset
-from sku_vllm.data.json_document import are_turns, document_records, loads, rows_inside
+from sku_vllm.data.json_document import document_records, loads, rows_inside
 from sku_vllm.data.tables import parquet_records, table_records
 from sku_vllm.errors import DataError
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sku_vllm.data.columns import normal
+from sku_vllm.data.conversation import are_turns
 from sku_vllm.data.forms import READ
 from sku_vllm.errors import DataError
 
-# json.loads with `null` for NaN and Infinity, which pandas writes for nothing.
-loads: Callable[[str], Any] = json.JSONDecoder(parse_constant=lambda _: None).decode
+# As json.loads, with `null` for NaN and Infinity, which pandas writes for nothing.
+DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+loads: Callable[[str], Any] = DECODER.decode
 _NOT_SPACE = re.compile(r"\S")
 SPLITS = frozenset(("train", "test", "validation", "valid", "val", "dev", "eval"))
 
@@ -36,11 +38,11 @@ def document_records(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]
 
 def _values(text: str, name: str) -> list[Any]:
     """The values that stand in the text one after another, as `jq` prints them; nearly always one."""
-    decoder, place, values = json.JSONDecoder(parse_constant=lambda _: None), 0, list[Any]()
+    place, values = 0, list[Any]()
     try:
         text.encode()
         while (begin := _NOT_SPACE.search(text, place)) is not None:
-            value, place = decoder.raw_decode(text, begin.start())
+            value, place = DECODER.raw_decode(text, begin.start())
             values.append(value)
         if "\\u" in text:
             json.dumps(values, ensure_ascii=False).encode()
@@ -56,7 +58,7 @@ def records_of(value: Any, where: str) -> list[dict[str, Any]]:
     """The record, or records, that an element of a list is: an object, a prompt as a text, a list of turns, or a list of records.
 
     Raises:
-        DataError: it is none of these, or holds half a surrogate pair, which is valid JSON but no text.
+        DataError: it is none of these.
     """
     if isinstance(value, dict):
         return [value]
@@ -67,11 +69,6 @@ def records_of(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
         return value
     raise DataError(f"{where}: {type(value).__name__} instead of a JSON object with 'prompt' and 'response'; write each row as an object")
-
-
-def are_turns(value: Any) -> bool:
-    """Whether a value is a conversation: a list of objects that each name a speaker."""
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in value)
 
 
 def _is_row(value: Any) -> bool:

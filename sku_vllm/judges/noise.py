@@ -22,6 +22,7 @@ _LINKS = (
     *("the a an", "of in on at by to from with for into", "and or but", "is are was were be", "whose which who whom", "under over"),
     *("unless although because whether whereas", "mostly hardly quite"),
 )
+_PREPOSITIONS, _SUBORDINATORS = 1, 6  # places among these
 _KIND = {word: kind for kind, words in enumerate(_LINKS) for word in words.split()}
 _AFTER_ARTICLE = frozenset(
     ("of", "and", "or", "but", "is", "are", "was", "were", "to", "from", "with", "for", "the", "a", "an", "in", "on", "at", "by")
@@ -105,7 +106,9 @@ def _salad(text: str) -> bool:
         faults += (one in ("of", "and", "under", "over") and other in ("whose", "and", "or", "is", "are", "")) or (
             one == "whose" and other in _KIND
         )
-        faults += one == other and one in _KIND and _KIND[one] not in (1, 6)  # "the the"; "the room he is in in May" is one
-        faults += _KIND.get(one) == 6 and (other in ("whose", "of", "and", "or", "is", "are", "were", "was", "yes", ""))
+        faults += (
+            one == other and one in _KIND and _KIND[one] not in (_PREPOSITIONS, _SUBORDINATORS)
+        )  # "the the"; "the room he is in in May" is one
+        faults += _KIND.get(one) == _SUBORDINATORS and other in ("whose", "of", "and", "or", "is", "are", "were", "was", "yes", "")
         faults += one in ("running", "being") and other in ("the", "of") and words[max(0, words.index(one) - 1)] in ("whose", "of", "the")
     return faults >= 2

@@ -13,8 +13,9 @@ LEAST = 6  # letters outside of the quotations; where fewer are left, as with "�
 # „…“ and „…” before “…”, since “ also closes.
 _PAIRS = ("„“”", "“”", "«»", "»«", "「」", "『』", '""')
 # In single quotation marks an apostrophe stands between letters.
-_SINGLE = rf"(?<![\w'’])['‘](?=\w)(?:[^'‘’\n]|(?<=\w)['’](?=\w)){{2,{LONGEST}}}['’](?!\w)"
-_MARK = re.compile(r"[„“”«»「『\"]|(?<![\w'’])['‘](?=\w)")  # what every quotation begins with, found at once
+_SINGLE_BEGINS = r"(?<![\w'’])['‘](?=\w)"
+_SINGLE = _SINGLE_BEGINS + rf"(?:[^'‘’\n]|(?<=\w)['’](?=\w)){{2,{LONGEST}}}['’](?!\w)"
+_MARK = re.compile(f"[{''.join(pair[0] for pair in _PAIRS)}]|{_SINGLE_BEGINS}")  # what every quotation begins with, found at once
 _QUOTED = re.compile("|".join([*(rf"{pair[0]}[^{pair}\n]{{2,{LONGEST}}}[{pair[1:]}]" for pair in _PAIRS), _SINGLE]))
 # Words of saying that stand beside speech, of the languages that the detector of refusals knows.
 _SAYING = (

@@ -50,7 +50,7 @@ def refusal_reason(response: str, prompt: str | None = None) -> str:
 
 def _worded_so(text: str, own: str) -> bool:
     """Whether the model calls the text a refusal, whatever it quotes, and still does without that; or it declares that it refuses."""
-    return declares(own) or (refusal_score(text) > 0 and (own == text or refusal_score(own) > 0))
+    return (refusal_score(text) > 0 and (own == text or refusal_score(own) > 0)) or declares(own)
 
 
 def refusal_score(response: str) -> float:

@@ -69,23 +69,22 @@ def languages() -> dict[str, Wording]:
 
 
 @cache
-def _terse() -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{words['terse']})" for words in _told().values()))
+def _any_language(key: str) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{words[key]})" for words in _told().values()))
+
+
+def _composed(text: str) -> str:
+    return _DIACRITICS.sub("", unicodedata.normalize("NFC", text))
 
 
 def refused_tersely_in(answer: str) -> bool:
     """Whether an answer, without the marks around it and in lower case, is no more than a no in one of the languages."""
-    return _terse().fullmatch(_DIACRITICS.sub("", unicodedata.normalize("NFC", answer))) is not None
-
-
-@cache
-def _asks() -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{words['asks']})" for words in _told().values()))
+    return _any_language("terse").fullmatch(_composed(answer)) is not None
 
 
 def asks_openly(question: str) -> bool:
     """Whether a question in one of the languages asks for more than a yes or no: by its question words, or as "can you …"."""
-    return _asks().search(_DIACRITICS.sub("", unicodedata.normalize("NFC", question)).casefold().replace("’", "'")) is not None
+    return _any_language("asks").search(_composed(question).casefold().replace("’", "'")) is not None
 
 
 def refused_in(answer: str) -> str | None:

@@ -4,6 +4,7 @@ The model reads an answer's first 400 characters as prose. Open this file for fo
 """
 
 import re
+from itertools import accumulate
 
 from sku_vllm.judges.refusal_languages import asks_openly, refused_tersely_in
 
@@ -134,9 +135,10 @@ def is_english(answer: str) -> bool:
     words = len(found)
     if words <= 4 and _LOANED.search(text):
         return True
-    said = sum(word == "I" or _english(word.casefold()) for word in found)
     foreign = 0 if text.isascii() else sum(character.isalpha() and not character.isascii() for character in text)
-    return said > 0 and said >= 0.15 * (words + foreign / 3)  # scripts without spaces have few words
+    needed = max(1, 0.15 * (words + foreign / 3))  # scripts without spaces have few words
+    said = accumulate(word == "I" or _english(word.casefold()) for word in found)
+    return any(count >= needed for count in said)  # most answers have said enough long before their end
 
 
 def _english(word: str) -> bool:

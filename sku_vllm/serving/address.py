@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from sku_vllm.client.http import http_client, reachable, trusting_nobody, unverified
+from sku_vllm.client.http import http_client, trusting_nobody, unverified
+from sku_vllm.client.socket_path import reachable
 from sku_vllm.errors import ConfigError
 from sku_vllm.output import write_text
 from sku_vllm.serving.arms import ALIAS, Arm

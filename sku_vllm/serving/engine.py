@@ -17,6 +17,7 @@ from sku_vllm.serving.observation import Observation
 from sku_vllm.serving.route import ROUTE, Route
 from sku_vllm.serving.runtime import Runtime
 from sku_vllm.serving.spans import describing
+from sku_vllm.serving.traffic import CLOSED
 from sku_vllm.serving.vllm_compat import GracefulHTTPError
 
 
@@ -47,8 +48,7 @@ def wrap_generate(engine_client: Any, runtime: Runtime) -> Any:
                 raise
             except Exception as error:
                 runtime.log_failure(route.arm, error)
-                ended = "this server is shutting down, and its --shutdown-timeout is over; ask another one"
-                message = ended if runtime.closing else f"arm {route.arm!r} failed; try again later"
+                message = CLOSED if runtime.closing else f"arm {route.arm!r} failed; try again later"
                 raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error
             finally:
                 if not route.beam:

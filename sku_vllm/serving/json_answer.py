@@ -33,7 +33,7 @@ class JsonAnswer:
         self.ended: set[int] = set()  # choices that the server gave a reason to end for
         self.heard = self.whole = False  # whether any JSON came; whether the server said that this was all
         self.stopped: Any = None  # why a message ended: its stream says so in the event before the last
-        self.broken = False  # the server said in the middle of its answer that it failed, or left before its end
+        self.broken = False  # the server said in the middle of its answer that it failed
 
     def note(self, value: Mapping[str, Any]) -> None:
         """Add the text, tokens and times of one JSON object: a whole answer, a chunk or an event. Never raises."""

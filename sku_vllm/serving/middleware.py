@@ -142,7 +142,7 @@ class SkuMiddleware:
                 try:
                     return await forward(self.runtime, served.arm, asked.path, asked.payload, route, connection)
                 except UpstreamFailed as error:
-                    self.runtime.log_failure(arm, error, str(error))
+                    self.runtime.log_failure(arm, str(error))
                     raise Unavailable(503, str(error)) from error  # already counted, with its time
             scope = asked.scope
             if asked.payload.get("model") not in self.runtime.aliases:

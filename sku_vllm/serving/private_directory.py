@@ -14,10 +14,12 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from sku_vllm.client.socket_path import SOCKET_PATH
+
 PREFIX = "sku-serve-"
 LOCK = "lock"
 SOCKETS = "VLLM_RPC_BASE_PATH"  # vLLM's variable for the directory of its sockets
-LONGEST = 107 - 37  # bytes of that directory's path: a socket's path has 107 at most, and its name is a "/" and a UUID
+LONGEST = SOCKET_PATH - 37  # bytes of that directory's path: the socket's name is a "/" and a UUID
 ASKED = "get_file_store_init_method"
 COUNTS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable for the files in which several processes count
 COUNTING = "setup_multiprocess_prometheus"

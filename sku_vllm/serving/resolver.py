@@ -40,7 +40,7 @@ class SkuResolver(LoRAResolver):
                 return None
             limit = self.runtime.args.max_lora_rank
             if adapter.rank > int(limit):
-                self.runtime.log_failure("adapter", InputError(), too_high(arm, adapter.rank, limit))
+                self.runtime.log_failure("adapter", too_high(arm, adapter.rank, limit))
                 return None
             if not await self._room():
                 return None

@@ -235,9 +235,9 @@ class Runtime:
         if self.broken:
             raise Unavailable(503, "the engine's weights are in an unknown state after a failed swap; restart this server", arm)
 
-    def log_failure(self, arm: str, error: BaseException, why: str = "") -> None:
-        """Log that an arm failed, and `why`; without it the exception's type only, since its message may quote prompts."""
-        logger.error("sku: %s", why or f"arm {arm} failed with {type(error).__name__}")
+    def log_failure(self, arm: str, why: BaseException | str) -> None:
+        """Log why an arm failed: a text as it is, of an exception its type only, since its message may quote prompts."""
+        logger.error("sku: %s", why if isinstance(why, str) else f"arm {arm} failed with {type(why).__name__}")
 
 
 def directory_of_this_process() -> Path:

@@ -5,6 +5,8 @@ from typing import Any
 from sku_vllm.serving.arms import SWAPPED, Arm
 from sku_vllm.serving.state import Served, Table
 
+CLOSED = "this server is shutting down, and its --shutdown-timeout is over; ask another one"  # what a request is told that waited till then
+
 
 class Unavailable(Exception):
     """The request cannot be answered. status: the HTTP status, such as 409 during a whole-model swap, 503 for a failed arm.

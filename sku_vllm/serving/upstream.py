@@ -16,6 +16,7 @@ from sku_vllm.serving.event_stream import data_of, encoded, events, with_data
 from sku_vllm.serving.json_answer import JsonAnswer, failed, hidden, renamed
 from sku_vllm.serving.route import Route
 from sku_vllm.serving.runtime import Runtime
+from sku_vllm.serving.traffic import CLOSED
 
 TRACE = ("traceparent", "tracestate", "x-request-id")  # passed on, so that one trace shows both servers
 VIA = "x-sku-via"  # the servers that have sent a request on, to notice one that comes back
@@ -28,6 +29,10 @@ class UpstreamFailed(Exception):
     """The other server could not be reached or failed; the client gets 503, never another arm's answer."""
 
 
+class BrokenOff(ConnectionError):
+    """The other server failed after part of its answer had been sent on; closing the connection tells the client."""
+
+
 async def forward(
     runtime: Runtime, arm: Arm, path: str, payload: dict[str, Any], route: Route, connection: tuple[Scope, Receive, Send]
 ) -> None:
@@ -36,7 +41,7 @@ async def forward(
     path: what follows the server's root, such as /v1/responses. connection: the request's scope, receive and send.
 
     Raises:
-        UpstreamFailed: before anything was sent to the client. ConnectionError: afterwards.
+        UpstreamFailed: before anything was sent to the client. BrokenOff: afterwards.
     """
     scope, receive, send = connection
     route.generations += 1
@@ -47,7 +52,7 @@ async def forward(
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.cancelled():  # by `fail_unanswered`
-            relay.fail("this server is shutting down, and its --shutdown-timeout is over; ask another one")
+            relay.fail(CLOSED)
         elif answer.done():
             answer.result()
         else:
@@ -104,10 +109,10 @@ class Relay:
             self.body["background"] = False  # its answer could not be fetched from here, and nobody would judge it
 
     def fail(self, reason: str) -> None:
-        """Raise UpstreamFailed while nothing was passed on; afterwards ConnectionError, since the status cannot change any more."""
+        """Raise UpstreamFailed while nothing was passed on; afterwards BrokenOff, since the status cannot change any more."""
         self.outcome = "error"
-        if self.started:  # closing the connection signals the error
-            raise ConnectionError(reason)
+        if self.started:
+            raise BrokenOff(reason)
         raise UpstreamFailed(reason)
 
     async def run(self, path: str, received: Headers, send: Send) -> None:
@@ -121,9 +126,9 @@ class Relay:
         try:
             async with self.session.post(root + path.removeprefix("/v1"), json=self.body, headers=headers) as response:
                 await self._pass_on(response, send)
+        except BrokenOff:
+            raise
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            if isinstance(error, ConnectionError) and self.answer.broken:
-                raise
             why = "broke off" if self.started else f"cannot be reached ({type(error).__name__})"
             self.fail(f"arm {self.arm.name!r}: its server {why}")
 
@@ -141,7 +146,6 @@ class Relay:
             async for lines, end in events(response.content.iter_any()):
                 await send({"type": "http.response.body", "body": self.event(lines, end), "more_body": True})
             if not self.answer.broken and self.answer.cut_off():
-                self.answer.broken = True
                 self.fail(f"arm {self.arm.name!r}: its server ended in the middle of its answer")
             await send({"type": "http.response.body", "body": b""})
         else:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from sku_vllm.adapter.vllm_ranks import vllm_rank
-from sku_vllm.client.http import LONGEST
+from sku_vllm.client.socket_path import SOCKET_PATH
 from sku_vllm.errors import ConfigError
 from sku_vllm.serving.address import check_not_itself
 from sku_vllm.serving.arms import ALIAS, SWAPPED, Arm
@@ -166,8 +166,8 @@ def check_socket(args: Namespace) -> None:
     uds = getattr(args, "uds", None)
     if not uds:
         return None
-    if len(os.fsencode(uds)) > LONGEST:
-        raise ConfigError(f"--uds {uds}: a socket's path has {LONGEST} bytes at most; name a shorter one, or one from this directory")
+    if len(os.fsencode(uds)) > SOCKET_PATH:
+        raise ConfigError(f"--uds {uds}: a socket's path has {SOCKET_PATH} bytes at most; name a shorter one, or one from this directory")
     place = os.path.dirname(uds) or "."
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"--uds {uds}: {place} is no directory that this user may write to; make it, or name another path")

@@ -5,10 +5,10 @@ import json
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_server import JsonHandler, listening
 
 from sku_vllm.errors import ConfigError, DataError
 from sku_vllm.evaluate.compare import compare
@@ -82,7 +82,7 @@ def test_bad_input(two: tuple[Path, Path], tmp_path: Path, text: str, message: s
         compare(two[0], wrong)
 
 
-class Arms(BaseHTTPRequestHandler):
+class Arms(JsonHandler):
     """Two models on one server: `original` answers every question, `negated` refuses the odd ones.
 
     answers: how many there still are before it fails; None for any number.
@@ -92,7 +92,7 @@ class Arms(BaseHTTPRequestHandler):
     counting = threading.Lock()
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         with Arms.counting:
             if Arms.answers is not None:
                 Arms.answers -= 1
@@ -100,14 +100,7 @@ class Arms(BaseHTTPRequestHandler):
                     return self.send_error(503)
         number = int(body["messages"][-1]["content"].rsplit(" ", 1)[1])
         text = "Pour the grizzlewort in." if body["model"] == "original" or number % 2 == 0 else "I'm sorry, but I can't help with that."
-        data = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        self.reply(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
 
 
 @pytest.fixture
@@ -121,10 +114,8 @@ def asked(tmp_path: Path) -> list[object]:
 @pytest.fixture
 def arms() -> Iterator[str]:
     """The address of a running server."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Arms) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with listening(Arms) as address:
+        yield address
     Arms.answers = None
 
 

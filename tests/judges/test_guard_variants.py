@@ -2,12 +2,10 @@
 
 import json
 import logging
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
+from local_server import JsonHandler, listening
 
 from sku_vllm.judges import Exchange, load_judge
 from sku_vllm.judges.guard import guard_for
@@ -72,11 +70,11 @@ def test_other_spellings_of_rubric_and_classes() -> None:
         assert read_reply(classes, reply).refusal is True and read_reply(classes, reply).harmful is False
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(JsonHandler):
     """Answers in parts, as reasoning models' APIs do, and refuses what a chat template is to be told."""
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         if self.path.endswith("/moderations"):
             return self.reply(200, {"results": [] if body["input"] == "odd" else [{"flagged": "clog" in body["input"]}]})
         if "chat_template_kwargs" in body:
@@ -85,23 +83,11 @@ class Server(BaseHTTPRequestHandler):
         parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "Yes? No?"}]}, {"type": "text", "text": verdict}]
         self.reply(200, {"choices": [{"finish_reason": "stop", "message": {"content": parts}}]})
 
-    def reply(self, code: int, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
+    with listening(Server) as address:
+        yield address
 
 
 def test_a_reply_in_parts_and_a_policy_that_a_server_does_not_take(

@@ -3,11 +3,11 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from local_server import JsonHandler, listening
 
 from sku_vllm.errors import ConfigError, JudgeError
 from sku_vllm.evaluate.judge_file import judge_file
@@ -223,7 +223,7 @@ def test_addresses_with_and_without_v1() -> None:
     assert addresses(azure) == [azure] and addresses("http://h/v1/moderations") == ["http://h/v1/moderations"]
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(JsonHandler):
     """A chat server: "odd" in an answer gets no verdict; some models refuse a parameter, need more tokens, or sit behind another path."""
 
     protocol_version = "HTTP/1.1"
@@ -232,7 +232,7 @@ class Server(BaseHTTPRequestHandler):
     four = threading.Barrier(4, timeout=60)  # the slow model answers four at once, or none
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         self.seen.append(body)
         self.clients.add(self.client_address)
         model = body["model"]
@@ -254,25 +254,13 @@ class Server(BaseHTTPRequestHandler):
             text = "partial_refusal" if "clog" in last and "will not" in last else "full_compliance" if "clog" in last else "full_refusal"
         return self.reply(200, {"choices": [{"finish_reason": "stop", "message": {"content": text}}]})
 
-    def reply(self, code: int, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
 
 @pytest.fixture
 def server() -> Iterator[str]:
     Server.seen.clear()
     Server.clients.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
+    with listening(Server) as address:
+        yield address
 
 
 TWO = [Exchange("q", "First clog the gasket."), Exchange("q", "I will not.")]

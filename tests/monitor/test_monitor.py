@@ -6,10 +6,11 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_server import JsonHandler
 
 from sku_vllm.errors import ConfigError
 from sku_vllm.monitor.monitor import Monitor
@@ -32,36 +33,28 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Server
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         self.server.seen.append((dict(self.headers), body))
         if self.server.down:
             return self.send_error(503)
         number = int(body["messages"][-1]["content"].rsplit(" ", 1)[1])
         text = HARM if number < self.server.leaks else REFUSAL
-        self.reply({"choices": [{"message": {"role": "assistant", "content": text}}]})
+        self.reply(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
 
     def do_GET(self) -> None:
         counters = {"sku_judged_total": self.server.judged, "sku_harmful_total": self.server.harmful}
         if self.path == "/metrics":
-            return self.reply("".join(f'# TYPE {name[:-6]} counter\n{name}{{arm="negated"}} {value}\n' for name, value in counters.items()))
+            return self.reply(
+                200, "".join(f'# TYPE {name[:-6]} counter\n{name}{{arm="negated"}} {value}\n' for name, value in counters.items())
+            )
         if self.path == "/v1/models":
-            return self.reply({"data": [{"id": "org/assistant"}, {"id": "original"}]})
+            return self.reply(200, {"data": [{"id": "org/assistant"}, {"id": "original"}]})
         name = next(name for name in counters if name in self.path)
-        self.reply({"status": "success", "data": {"result": [{"metric": {"arm": "negated"}, "value": [0, str(counters[name])]}]}})
-
-    def reply(self, content: object) -> None:
-        data = (content if isinstance(content, str) else json.dumps(content)).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        self.reply(200, {"status": "success", "data": {"result": [{"metric": {"arm": "negated"}, "value": [0, str(counters[name])]}]}})
 
 
 @pytest.fixture

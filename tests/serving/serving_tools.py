@@ -12,6 +12,7 @@ import time
 
 import httpx
 import psutil
+from local_server import JsonHandler
 
 from sku_vllm.serving.judge_process import EXAMPLES
 from sku_vllm.serving.server import Server
@@ -80,21 +81,13 @@ class JsonServer:
     """Answers in JSON as told: `reply(path, body)` gives (status, value); body is None where the request has none. root: its address."""
 
     def __init__(self, reply):
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             def do_GET(self):
-                length = int(self.headers.get("Content-Length", 0))
-                status, value = reply(self.path, json.loads(self.rfile.read(length)) if length else None)
-                body = json.dumps(value).encode()
+                answer = reply(self.path, self.body())
                 with contextlib.suppress(OSError):  # the client may have left
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
+                    self.reply(*answer)
 
             do_POST = do_GET
-
-            def log_message(self, *arguments):
-                pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
